@@ -1,0 +1,71 @@
+"""The one PGD: used by adversarial fine-tuning and by the measure of robustness.
+
+Paper: Madry et al., ICLR 2018, arXiv:1706.06083.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@contextmanager
+def under_attack(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients for weights inside; every mode and flag is as before outside.
+
+    In train mode each attack step would move the running statistics of batch norm towards its own iterates.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for weight, flag in flags:
+            weight.requires_grad_(flag)
+
+
+def pgd(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epsilon: float,
+    step_size: float,
+    steps: int,
+    random_start: torch.Generator | None = None,
+    targeted: bool = False,
+) -> Tensor:
+    """Projected gradient descent on the cross-entropy in the L-infinity ball, clamped to [0, 1].
+
+    Args:
+        images: (B, C, H, W) float in [0, 1].
+        labels: (B,) int64: the classes to leave, or to reach if `targeted`.
+        epsilon, step_size: in pixel units; 8 / 255 is usual.
+        steps: gradient steps; 0 returns the start.
+        random_start: a source to start anywhere in the ball; None starts at the images.
+
+    Returns:
+        The adversarial images, detached. The model is left as it was.
+    """
+    sign = -1.0 if targeted else 1.0
+    lower, upper = (images - epsilon).clamp_(min=0), (images + epsilon).clamp_(max=1)
+    current = images.detach().clone()
+    if random_start is not None:
+        noise = torch.rand(images.shape, generator=random_start, device=images.device, dtype=images.dtype)
+        current = current.add_(noise.mul_(2).sub_(1).mul_(epsilon)).clamp_(0, 1)
+    with under_attack(model):
+        for _ in range(steps):
+            current.requires_grad_(True)
+            loss = F.cross_entropy(model(current), labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, current)
+            with torch.no_grad():
+                # Not in place: the graph of this step may still hold the tensor.
+                current = torch.clamp(current.detach() + sign * step_size * gradient.sign(), lower, upper)
+    return current.detach()

@@ -1,0 +1,81 @@
+"""What is measured of a model: shares in [0, 1], each with its definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .adversarial import pgd
+from .data import ImageSet, generator
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, data: ImageSet, batch_size: int = 1024) -> Tensor:
+    """(N,) int64: the model's classes for a whole set, in eval mode and without augmentation."""
+    model.eval()
+    # A reserve can be smaller than a class list: no batch, no prediction.
+    found = [model(images).argmax(dim=1) for images, _ in data.chunks(batch_size)]
+    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+
+
+def accuracy(predicted: Tensor, true: Tensor) -> float:
+    """Share of images given their true label.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    if not len(true):
+        raise ValueError("accuracy of no image at all is undefined")
+    return (predicted == true).double().mean().item()
+
+
+def attack_success_rate(predicted: Tensor, wanted: Tensor, judged: Tensor) -> float:
+    """Share of the judged triggered test images that the model sends where the attacker wants them.
+
+    Args:
+        predicted: (N,) int64, the model's classes for the triggered images.
+        wanted: (N,) int64, the class that the attacker wants for each.
+        judged: (N,) bool. All-to-one leaves out images whose true class is the target: a good clean model also
+            sends them there, and counted, that alone would be an ASR of 0.1 on ten classes.
+
+    Raises:
+        ValueError: no image is judged.
+    """
+    if not judged.any():
+        raise ValueError(f"none of {len(judged)} images can be judged: all are of the target class")
+    return (predicted == wanted)[judged].double().mean().item()
+
+
+def recovery_accuracy(predicted: Tensor, true: Tensor, judged: Tensor) -> float:
+    """Share of the same judged triggered images that get their true label back. ASR + recovery <= 1.
+
+    Raises:
+        ValueError: no image is judged.
+    """
+    if not judged.any():
+        raise ValueError(f"none of {len(judged)} images can be judged: all are of the target class")
+    return (predicted == true)[judged].double().mean().item()
+
+
+def robust_accuracy(
+    model: nn.Module,
+    data: ImageSet,
+    *,
+    epsilon: float,
+    step_size: float,
+    steps: int,
+    seed: int,
+    batch_size: int = 512,
+) -> float:
+    """Accuracy under PGD from one random start in the L-infinity ball; images already wrong count as wrong."""
+    model.eval()
+    source = generator(seed, "robust accuracy", device=data.images.device)
+    right = 0
+    for images, labels in data.chunks(batch_size):
+        found = pgd(model, images, labels, epsilon=epsilon, step_size=step_size, steps=steps, random_start=source)
+        with torch.inference_mode():
+            survives = (model(found).argmax(1) == labels) & (model(images).argmax(1) == labels)
+        right += int(survives.sum())
+    if not len(data):
+        raise ValueError("robust accuracy of no image at all is undefined")
+    return right / len(data)

@@ -1,0 +1,192 @@
+"""Any timm architecture, fitted to small images, with normalisation inside and its structure open to methods."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import timm
+import torch
+from timm.layers import ClassifierHead
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+STEMS = ("small", "half", "stock")
+
+
+class Classifier(nn.Module):
+    """A timm network that takes images in [0, 1].
+
+    Normalisation is its first layer: triggers and epsilons live in pixel space for every data set and network.
+
+    Attributes:
+        net: the timm model.
+        notes: how the network was fitted to the image size, one line each.
+    """
+
+    def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float], notes: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.net: Any = net  # timm's networks share methods that nn.Module does not declare
+        self.notes = tuple(notes)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) float in [0, 1] -> (B, classes) logits."""
+        return self.net((images - self.mean) / self.std)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D): what the classifier head reads."""
+        seen: list[Tensor] = []
+        handle = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            self(images)
+        finally:
+            handle.remove()
+        return seen[0].flatten(1)
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """The output of each stage as (B, C, H, W) maps, also for transformers (tokens as a grid)."""
+        maps: list[Tensor] = self.net.forward_intermediates(
+            (images - self.mean) / self.std, intermediates_only=True, output_fmt="NCHW"
+        )
+        return maps
+
+    @property
+    def head(self) -> nn.Linear | nn.Conv2d:
+        """The last layer: linear, or a 1x1 convolution in some families."""
+        return self.net.get_classifier()
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """All that is needed to build one network again.
+
+    Attributes:
+        name: a timm architecture; `resnetv2_18` is the PreActResNet-18 of the papers.
+        num_classes, channels, image_size: of the data set.
+        mean, std: per channel, of the training images in [0, 1].
+        stem: `small` (stride one, no pooling before the first stage: the usual fit for 32x32), `half` (the
+            stem's stride stays, its pooling goes: a quarter of the cost) or `stock` (as timm has it).
+    """
+
+    name: str
+    num_classes: int
+    channels: int
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    stem: str = "small"
+
+    def build(self, seed: int) -> Classifier:
+        """An untrained network; the same seed gives the same weights, and the global random state is left alone.
+
+        Raises:
+            LookupError: timm has no such architecture.
+        """
+        check_name(self.name)
+        if self.stem not in STEMS:
+            raise ValueError(f"model.stem is {self.stem!r}; write one of {', '.join(STEMS)}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net, notes = _fitted(self)
+        for note in notes:
+            log.debug("%s: %s", self.name, note)
+        model = Classifier(net, self.mean, self.std, notes)
+        return model.to(memory_format=torch.channels_last)
+
+    def check(self) -> None:
+        """Refuse, without any compute, an architecture that cannot take these images.
+
+        Raises:
+            LookupError: timm has no such architecture.
+            ValueError: its maps shrink to nothing at this image size.
+        """
+        check_name(self.name)
+        with torch.device("meta"):
+            try:
+                self.build(0)(torch.empty(2, self.channels, self.image_size, self.image_size))
+            except (RuntimeError, AssertionError) as error:
+                raise ValueError(
+                    f"{self.name} (model.stem={self.stem}) cannot take {self.image_size}x{self.image_size} images: "
+                    f"{str(error).splitlines()[0]}. Set a larger dataset.image_size or another model.stem."
+                ) from error
+
+
+def check_name(name: str) -> None:
+    """Raises LookupError, with the near names, if timm has no such architecture."""
+    known = timm.list_models()
+    if name not in known:
+        near = get_close_matches(name, known, n=3)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise LookupError(f"timm has no architecture named {name!r}.{hint} `timm.list_models()` lists all.")
+
+
+def _fitted(spec: ModelSpec) -> tuple[nn.Module, list[str]]:
+    """Create the network and keep its first stage from shrinking a small image.
+
+    First by the network's own arguments (patch size, image size); where there are none, by surgery on the first
+    convolution and the pooling behind it. timm names both in `default_cfg`.
+    """
+    size = spec.image_size
+    basic: dict[str, Any] = {"num_classes": spec.num_classes, "in_chans": spec.channels}
+    patches = 8 if spec.stem == "small" else 4  # patches a side
+    config = timm.get_pretrained_cfg(spec.name)
+    fixed = bool(config and config.fixed_input_size)
+
+    if "swin" in spec.name:
+        patch, window = max(1, size // (2 * patches)), max(1, patches // 2)
+        fit: dict[str, Any] = {"img_size": size, "patch_size": patch, "window_size": window}
+        return timm.create_model(spec.name, **basic, **fit), [f"{key}={value}" for key, value in fit.items()]
+    if fixed and spec.stem == "stock":
+        return timm.create_model(spec.name, **basic, img_size=size), [f"img_size={size}"]
+    if fixed:
+        # The divisor of the size that comes nearest to the wanted number of patches.
+        patch = min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: abs(size / d - patches))
+        fit = {"img_size": size, "patch_size": patch}
+        return timm.create_model(spec.name, **basic, **fit), [f"{key}={value}" for key, value in fit.items()]
+    if spec.stem != "stock" and "convnext" in spec.name:
+        patch = (1 if spec.stem == "small" else 2) * max(1, size // 32)
+        return timm.create_model(spec.name, **basic, patch_size=patch), [f"patch_size={patch}"]
+
+    net: Any = timm.create_model(spec.name, **basic)
+    notes: list[str] = []
+    if spec.name.startswith("vgg"):
+        # Its own head is 7x7 convolutions on a map that a small image does not have (and 120 M weights).
+        net.pre_logits, net.head_hidden_size = nn.Identity(), net.num_features
+        net.head = ClassifierHead(net.num_features, spec.num_classes, pool_type="avg")
+        notes.append("head: global average pooling and one linear layer")
+    if spec.stem == "stock":
+        return net, notes
+    first = net.default_cfg["first_conv"]
+    if spec.stem == "small" and size <= 48:
+        for name in [first] if isinstance(first, str) else first:
+            notes += _unstride(net, name)
+    for name in ("maxpool", "stem.pool", "features.pool0"):
+        if _has(net, name) and not isinstance(net.get_submodule(name), nn.Identity):
+            net.set_submodule(name, nn.Identity())
+            notes.append(f"{name} removed")
+    return net, notes
+
+
+def _has(net: nn.Module, name: str) -> bool:
+    return name in dict(net.named_modules())
+
+
+def _unstride(net: nn.Module, name: str) -> list[str]:
+    conv = net.get_submodule(name)
+    if not isinstance(conv, nn.Conv2d) or conv.stride == (1, 1):
+        return []
+    if conv.kernel_size[0] < 7:
+        conv.stride = (1, 1)
+        return [f"{name} stride 1"]
+    small = type(conv)(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=conv.bias is not None)
+    nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
+    net.set_submodule(name, small)
+    return [f"{name} 3x3 stride 1 in place of {conv.kernel_size[0]}x{conv.kernel_size[1]}"]

@@ -1,0 +1,78 @@
+"""A dictionary and a decorator: how attacks, defenses and data sets get their names."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+
+M = TypeVar("M", bound=type[Any])
+
+
+def near(word: str, known: list[str]) -> str:
+    """The end of an error message: the nearest known name, if any, and all of them."""
+    match = get_close_matches(word, known, n=1)
+    hint = f" Did you mean {match[0]!r}?" if match else ""
+    return f"{hint} Known: {', '.join(sorted(known))}."
+
+
+class Registry(dict[str, type[Any]]):
+    """Names to classes. `@registry("name")` above a class adds it and sets its `name`.
+
+    Raises:
+        ValueError: the name is taken (by the decorator).
+        LookupError: nothing has that name (by `registry[name]`); the message lists the near names.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def __call__(self, name: str) -> Callable[[M], M]:
+        def add(cls: M) -> M:
+            taken = self.get(name)
+            # The same class again is a reload (a plug-in imported under two paths is still an error).
+            if taken is not None and (taken.__module__, taken.__qualname__) != (
+                cls.__module__,
+                cls.__qualname__,
+            ):
+                raise ValueError(f"{self.kind} {name!r} is taken by {taken.__module__}; choose another name")
+            cls.name = name
+            self[name] = cls
+            return cls
+
+        return add
+
+    def __missing__(self, name: str) -> type[Any]:
+        raise LookupError(f"no {self.kind} is named {name!r}.{near(str(name), list(self))}")
+
+
+def load_folders(*packages: str) -> None:
+    """Import every module of these packages once, so that their decorators run."""
+    for package in packages:
+        module = importlib.import_module(package)
+        for found in pkgutil.iter_modules(module.__path__):
+            importlib.import_module(f"{package}.{found.name}")
+
+
+def load_plugins(modules: list[str]) -> None:
+    """Import methods of other packages: those named, and every entry point of group `backdoor_bench`.
+
+    Raises:
+        LookupError: a named module cannot be found.
+    """
+    for entry in entry_points(group="backdoor_bench"):
+        entry.load()
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+                raise  # the plug-in was found; something that it imports was not
+            raise LookupError(
+                f"no module is named {name!r} (from plugins=). Give a name that `python -c 'import {name}'` accepts; "
+                "for a file outside any package put its folder on PYTHONPATH."
+            ) from error

@@ -1,0 +1,275 @@
+"""The one training loop: attacks implant with it, defenses repair with it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .data import Augmentation, ImageSet, equal_batches, generator
+
+Tensors = dict[str, Tensor]
+Net = TypeVar("Net", bound=nn.Module)
+
+
+class Diverged(ArithmeticError):
+    """The loss is no longer a number."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained.
+
+    Attributes:
+        epochs: passes over the data.
+        updates: optimizer steps in place of epochs, if above 0: for data sets so small that an epoch is one step.
+        batch_size: images a step; the last batch is as large as the others.
+        optimizer: `sgd` (Nesterov momentum), `sgd_plain` (classical momentum), `adam` or `adamw`.
+        lr: the highest learning rate.
+        momentum: of SGD; the first beta of Adam.
+        weight_decay: on all weights.
+        schedule: `cosine` to zero, `one_cycle`, or `constant`.
+        warmup: share of the steps over which the rate rises linearly from zero.
+        label_smoothing: of the cross-entropy.
+        precision: `auto` (bfloat16 autocast on a GPU, float32 elsewhere), `float32` or `bfloat16`.
+    """
+
+    epochs: int = 100
+    updates: int = 0
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    warmup: float = 0.0
+    label_smoothing: float = 0.0
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        choices = {
+            "optimizer": ("sgd", "sgd_plain", "adam", "adamw"),
+            "schedule": ("cosine", "one_cycle", "constant"),
+            "precision": ("auto", "float32", "bfloat16"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; write one of {', '.join(allowed)}")
+        if self.batch_size < 1 or self.epochs < 0 or self.updates < 0:
+            raise ValueError("batch_size must be at least 1, epochs and updates at least 0")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is {self.warmup}; it is a share of the steps in [0, 1)")
+
+    def learning_rate(self, step: int, steps: int) -> float:
+        """The rate of step `step` of `steps`, counted from 0."""
+        done = (step + 0.5) / steps  # the middle of the step: neither the first nor the last rate is zero
+        warmup = 0.3 if self.schedule == "one_cycle" else self.warmup
+        if done < warmup:
+            return self.lr * done / warmup
+        if self.schedule == "constant":
+            return self.lr
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+
+
+@dataclass
+class Journal:
+    """Where training leaves its curves and its checkpoints.
+
+    Attributes:
+        curves: name -> [(step, value), ...].
+        folder: for checkpoints; None keeps none.
+        every_s: seconds between checkpoints; it cannot change a figure.
+        images: training images seen so far, adversarial passes not counted.
+    """
+
+    folder: Path | None = None
+    every_s: float = 60.0
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: defaultdict(list))
+    images: int = 0
+
+    def log(self, name: str, value: float, step: int) -> None:
+        self.curves[name].append((step, float(value)))
+
+
+class Hooks:
+    """What a method may change about training; the default changes nothing.
+
+    Override what you need. The loop calls, for each step: `batch` before augmentation, `augmented` behind it,
+    `loss`, and `after_step` behind the optimizer step.
+    """
+
+    def batch(self, images: Tensor, labels: Tensor, source: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Change a batch before augmentation: images (B, C, H, W) uint8 (or float, if you return that)."""
+        return images, labels
+
+    def augmented(
+        self, model: nn.Module, images: Tensor, labels: Tensor, step: int, source: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Change a batch behind augmentation: images (B, C, H, W) float in [0, 1]."""
+        return images, labels
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        """The scalar to minimise."""
+        return F.cross_entropy(model(images), labels, label_smoothing=smoothing)
+
+    def after_step(self, model: nn.Module, step: int, steps: int) -> None:
+        """Called behind each optimizer step."""
+
+    def tensors(self) -> Tensors:
+        """What a checkpoint must hold beside model and optimizer, for `restore`."""
+        return {}
+
+    def restore(self, tensors: Tensors) -> None:
+        """Take back what `tensors` gave."""
+
+
+def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if recipe.optimizer in ("adam", "adamw"):
+        kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+        return kind(weights, lr=recipe.lr, betas=(recipe.momentum, 0.999), weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
+        weights,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.optimizer == "sgd" and recipe.momentum > 0,
+        foreach=True,
+    )
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def fit(
+    model: Net,
+    data: ImageSet,
+    recipe: Recipe,
+    *,
+    seed: int,
+    augmentation: Augmentation | None = None,
+    hooks: Hooks | None = None,
+    journal: Journal | None = None,
+    part: str = "train",
+    after_epoch: Callable[[nn.Module, int], None] | None = None,
+) -> Net:
+    """Train `model` in place on `data` and return it in eval mode.
+
+    On a CPU the same arguments give bit-identical weights, also when the process is killed and the call repeated
+    with a journal whose folder kept the checkpoint: every random number depends on the seed and the epoch alone.
+
+    Args:
+        augmentation: applied to each batch; None trains on the images as they are.
+        hooks: what a method changes about a step.
+        journal: takes the curve of the loss, and checkpoints named by `part`.
+        after_epoch: called with the model and the number of finished epochs.
+
+    Raises:
+        ValueError: there is no image.
+        Diverged: the loss is no longer a number.
+    """
+    if not len(data):
+        raise ValueError("there is no image to train on")
+    augmentation, hooks, journal = augmentation or Augmentation(), hooks or Hooks(), journal or Journal()
+    device = data.images.device
+    optimizer = make_optimizer(recipe, model)
+    per_epoch, size = equal_batches(len(data), recipe.batch_size)
+    steps = recipe.updates or recipe.epochs * per_epoch
+    epochs = -(-steps // per_epoch)
+    checkpoint = journal.folder / f"{part}.safetensors" if journal.folder else None
+    epoch = _restore(checkpoint, model, optimizer, hooks, journal)
+    started = saved = time.monotonic()
+    while epoch < epochs:
+        source = generator(seed, part, epoch, device=device)
+        order = torch.randperm(len(data), generator=source, device=device)
+        total = torch.zeros((), device=device)
+        this_epoch = min(per_epoch, steps - epoch * per_epoch)
+        # Dropout and stochastic depth draw from the global source: seeded here, and put back behind the epoch.
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(int(generator(seed, part, epoch, "model").initial_seed()))
+            model.train()
+            for index in range(this_epoch):
+                step = epoch * per_epoch + index
+                chosen = order[index * size : (index + 1) * size]
+                images, labels = hooks.batch(data.images[chosen], data.labels[chosen], source)
+                images, labels = hooks.augmented(model, augmentation(images, source), labels, step, source)
+                for group in optimizer.param_groups:
+                    group["lr"] = recipe.learning_rate(step, steps)
+                optimizer.zero_grad(set_to_none=True)
+                with autocast(recipe.precision, device):
+                    loss = hooks.loss(model, images, labels, recipe.label_smoothing)
+                loss.backward()
+                optimizer.step()
+                hooks.after_step(model, step, steps)
+                total += loss.detach()
+        epoch += 1
+        mean = total.item() / this_epoch  # the one wait for the device in an epoch
+        if not math.isfinite(mean):
+            raise Diverged(f"the loss became {mean} in epoch {epoch} of {part}; try a lower lr than {recipe.lr}")
+        journal.log(f"{part}/loss", mean, epoch * per_epoch)
+        journal.images += this_epoch * size
+        if after_epoch:
+            after_epoch(model, epoch)
+        now = time.monotonic()
+        # The last checkpoint of a long part stays, so that a method of several parts need not repeat it.
+        if checkpoint and (now - saved >= journal.every_s or (epoch == epochs and now - started >= journal.every_s)):
+            _save(checkpoint, model, optimizer, hooks, journal, epoch)
+            saved = now
+    return model.eval()
+
+
+def _save(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, hooks: Hooks, journal: Journal, epoch: int
+) -> None:
+    tensors: Tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items() if value is not None}
+    tensors |= {f"hooks.{name}": value for name, value in hooks.tensors().items()}
+    kept = {"epoch": str(epoch), "curves": json.dumps(journal.curves), "images": str(journal.images)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, beside, kept)
+    os.replace(beside, path)
+
+
+def _restore(
+    path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, hooks: Hooks, journal: Journal
+) -> int:
+    """The number of epochs that the checkpoint holds, 0 without one."""
+    if path is None or not path.exists():
+        return 0
+    device = next(model.parameters()).device
+    parts: dict[str, Tensors] = {"model": {}, "optimizer": {}, "hooks": {}}
+    with safe_open(path, "pt", device=str(device)) as file:
+        kept = file.metadata()
+        for name in file.keys():  # noqa: SIM118 - not a dictionary
+            kind, _, rest = name.partition(".")
+            parts[kind][rest] = file.get_tensor(name)
+    model.load_state_dict(parts["model"])
+    state: dict[int, Tensors] = defaultdict(dict)
+    for name, value in parts["optimizer"].items():
+        index, _, key = name.partition(".")
+        # Adam counts its steps in a tensor that must stay on the CPU.
+        state[int(index)][key] = value.cpu() if key == "step" else value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
+    hooks.restore(parts["hooks"])
+    journal.curves.update({name: [(s, v) for s, v in curve] for name, curve in json.loads(kept["curves"]).items()})
+    journal.images = int(kept["images"])
+    return int(kept["epoch"])
