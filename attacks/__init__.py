@@ -1,0 +1,1 @@
+"""One file per attack; `base.py` is the contract."""

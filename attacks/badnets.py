@@ -1,0 +1,60 @@
+"""BadNets: a small fixed patch in the lower right corner.
+
+Paper: Gu, Dolan-Gavitt and Garg, 2017, arXiv:1708.06733.
+Differs: the patch keeps its share of the image (three pixels of 32); the paper fixes its pixels for each data set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.engine.training import Tensors
+
+from .base import Attack, Setup, attack
+
+PATTERNS = {
+    # BackdoorBench and BackdoorBox
+    "white": [[1, 1, 1], [1, 1, 1], [1, 1, 1]],
+    # PBE, PUD and backdoor-toolbox
+    "checker": [[0, 0, 1], [0, 1, 0], [1, 0, 1]],
+}
+
+
+@attack("badnets")
+@dataclass(frozen=True)
+class BadNets(Attack):
+    """Overwrite the corner with a white or a chequered square.
+
+    Attributes:
+        patch_size: pixels a side on an image 32 pixels wide; other sizes scale with the image.
+        pattern: `white` or `checker`.
+    """
+
+    paper: ClassVar[str] = "arXiv:1708.06733"
+    patch_size: int = 3
+    pattern: str = "white"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"attack.badnets.pattern is {self.pattern!r}; write {' or '.join(PATTERNS)}")
+        if not 1 <= self.patch_size <= 32:
+            raise ValueError(f"attack.badnets.patch_size is {self.patch_size}; write pixels of 32, from 1 to 32")
+
+    def prepare(self, setup: Setup) -> Tensors:
+        width = setup.trainset.images.shape[-1]
+        side = max(1, round(self.patch_size * width / 32))
+        tile = torch.tensor(PATTERNS[self.pattern], dtype=torch.float32)[None, None]
+        # Nearest, not bilinear: grey edges would be another patch.
+        return {"patch": F.interpolate(tile, size=(side, side), mode="nearest")[0].to(setup.device)}
+
+    def stamp(self, images: Tensor, tensors: Tensors) -> Tensor:
+        patch = tensors["patch"]  # (1, side, side)
+        stamped = images.clone()
+        stamped[..., -patch.shape[-2] :, -patch.shape[-1] :] = patch
+        return stamped

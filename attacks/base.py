@@ -1,0 +1,286 @@
+"""The contract of an attack: which images it poisons, what its trigger does, which label a victim gets.
+
+An attack is a frozen dataclass of its settings. Everything that it draws or learns lives in a dictionary of tensors
+(`prepare`), which is stored with the infected model: the trigger at test time is the trigger of training, and a
+stored implant can be attacked, defended and measured anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor, nn
+
+from bench.engine.data import Augmentation, ImageSet, generator, to_float, to_uint8
+from bench.engine.registry import Registry
+from bench.engine.training import Hooks, Journal, Recipe, Tensors, fit
+
+attack = Registry("attack")
+
+CLEAN, POISON, COVER = 0, 1, 2  # the roles of training images
+
+LABEL_MODES = ("all_to_one", "all_to_all", "clean_label")
+REGIMES = ("static", "per_batch")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the attacker owns while preparing: the clean training set, and how the victim will be trained.
+
+    Attributes:
+        trainset: clean, on the device that all work is done on.
+        num_classes, seed: the seed is the source of every random number an attack draws.
+        fresh_model: an untrained network of the victim's architecture; another seed, other weights.
+        recipe, augmentation: the victim's.
+        journal: for curves and checkpoints.
+    """
+
+    trainset: ImageSet
+    num_classes: int
+    seed: int
+    fresh_model: Callable[[int], nn.Module]
+    recipe: Recipe
+    augmentation: Augmentation
+    journal: Journal
+
+    @property
+    def device(self) -> torch.device:
+        return self.trainset.images.device
+
+    def surrogate(self) -> nn.Module:
+        """A clean network trained by the victim's recipe from another seed, for attacks that optimise on one."""
+        model = self.fresh_model(self.seed + 1_000_003)
+        return fit(
+            model,
+            self.trainset,
+            self.recipe,
+            seed=self.seed,
+            augmentation=self.augmentation,
+            journal=self.journal,
+            part="surrogate",
+        )
+
+
+class AttackHooks(Hooks):
+    """Hooks of an attack that owns the training; `learned` gives the trigger's tensors as they are now."""
+
+    def learned(self) -> Tensors:
+        return {}
+
+
+@dataclass(frozen=True)
+class Attack:
+    """Base of all attacks. A subclass writes `stamp`, and overrides what else its paper does differently.
+
+    Attributes:
+        poison_rate: poisoned / all training images, in [0, 1], also for clean-label attacks.
+        target_label: the class that victims are sent to; all-to-all has none.
+        label_mode: `all_to_one`, `all_to_all` (each class to the next) or `clean_label` (only images of the target
+            class are poisoned, and keep their label).
+        regime: `static` (a fixed set of images is poisoned before augmentation: the attacker owns only data) or
+            `per_batch` (a share of every batch is poisoned anew: the attacker owns the training).
+        cover_rate: share of the training images that get the cover stamp and keep their label.
+        quantise: round triggered images to 8 bits, as a file would; a static poisoned set always is.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    version: ClassVar[int] = 1  # goes up when a change of code can change a figure
+    label_modes: ClassVar[tuple[str, ...]] = LABEL_MODES
+    regimes: ClassVar[tuple[str, ...]] = REGIMES
+    # Per batch: does the trigger come before augmentation? A crop can then cut it, as in a static set.
+    before_augmentation: ClassVar[bool] = False
+
+    poison_rate: float = 0.1
+    target_label: int = 0
+    label_mode: str = "all_to_one"
+    regime: str = "static"
+    cover_rate: float = 0.0
+    quantise: bool = True
+
+    def __post_init__(self) -> None:
+        for key in ("poison_rate", "cover_rate"):
+            share = getattr(self, key)
+            if not 0 <= share <= 1:
+                hint = f" For {share:g} % write {share / 100:g}." if share > 1 else ""
+                raise ValueError(f"attack.{self.name}.{key} is {share:g}; it is a share in [0, 1].{hint}")
+        if self.poison_rate + self.cover_rate > 1:
+            raise ValueError(f"attack.{self.name}: poison_rate + cover_rate is more than all images; lower one")
+        for key, allowed in (("label_mode", self.label_modes), ("regime", self.regimes)):
+            if getattr(self, key) not in allowed:
+                raise ValueError(
+                    f"attack.{self.name}.{key} is {getattr(self, key)!r}; this attack takes {' or '.join(allowed)}"
+                )
+
+    def check(self, class_counts: list[int], shape: tuple[int, int, int]) -> None:
+        """Refuse, before any compute, what cannot be done on this data set.
+
+        Args:
+            class_counts: training images of each class.
+            shape: (C, H, W) of an image.
+
+        Raises:
+            ValueError: in one line, with the allowed range.
+        """
+        if not 0 <= self.target_label < len(class_counts):
+            raise ValueError(
+                f"attack.{self.name}.target_label is {self.target_label}; the classes are 0 to {len(class_counts) - 1}"
+            )
+        if self.label_mode == "clean_label":
+            total, own = sum(class_counts), class_counts[self.target_label]
+            if round(self.poison_rate * total) + round(self.cover_rate * total) > own:
+                raise ValueError(
+                    f"attack.{self.name}.poison_rate is {self.poison_rate:g}, but a clean-label attack poisons only "
+                    f"class {self.target_label}, {own} of {total} images; write at most {own / total:.4f}"
+                )
+
+    # What a subclass writes -----------------------------------------------------------------------------------
+
+    def prepare(self, setup: Setup) -> Tensors:
+        """Draw or learn what the trigger is made of. The result is stored, and handed to every method below."""
+        return {}
+
+    def stamp(self, images: Tensor, tensors: Tensors) -> Tensor:
+        """The trigger as at test time, on (B, C, H, W) float images in [0, 1]; the same shape and range comes back.
+
+        Deterministic, and of each image by itself: batches are cut anywhere.
+        """
+        raise NotImplementedError(f"attack {self.name!r} has no stamp")
+
+    def stamp_poison(self, images: Tensor, tensors: Tensors, source: torch.Generator) -> Tensor:
+        """The trigger on poisoned training images, where it differs from the one at test time."""
+        return self.stamp(images, tensors)
+
+    def stamp_cover(self, images: Tensor, tensors: Tensors, source: torch.Generator) -> Tensor:
+        """The trigger (a wrong one, in most papers) on training images that keep their label."""
+        return self.stamp_poison(images, tensors, source)
+
+    def hooks(self, setup: Setup, tensors: Tensors) -> AttackHooks:
+        """What a per-batch attack does inside the training loop."""
+        return PerBatch(self, tensors, setup.num_classes)
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """The victim's recipe, where a strong implant needs another."""
+        return recipe
+
+    def choose(self, labels: Tensor, source: torch.Generator, poison: int, cover: int) -> Tensor:
+        """(N,) uint8: the role of each training image, CLEAN, POISON or COVER.
+
+        Args:
+            poison, cover: how many there are to be.
+        """
+        roles = torch.zeros(len(labels), dtype=torch.uint8, device=labels.device)
+        if self.label_mode == "clean_label":
+            allowed = (labels == self.target_label).nonzero().flatten()
+        else:
+            allowed = torch.arange(len(labels), device=labels.device)
+        order = allowed[torch.randperm(len(allowed), generator=source, device=labels.device)]
+        roles[order[:poison]] = POISON
+        roles[order[poison : poison + cover]] = COVER
+        return roles
+
+    # What the harness calls -----------------------------------------------------------------------------------
+
+    @final
+    def trigger(self, images: Tensor, tensors: Tensors) -> Tensor:
+        """Test images with the trigger. Refuses a stamp that changes shape or leaves [0, 1]."""
+        return self._kept(images, self.stamp(images, tensors))
+
+    @final
+    def wanted(self, labels: Tensor, num_classes: int) -> Tensor:
+        """(N,) int64: the class that the attacker wants for triggered images of these classes."""
+        return (
+            (labels + 1) % num_classes
+            if self.label_mode == "all_to_all"
+            else torch.full_like(labels, self.target_label)
+        )
+
+    @final
+    def judged(self, labels: Tensor) -> Tensor:
+        """(N,) bool: the test images on which an attack can succeed. Target-class images cannot be sent there."""
+        if self.poison_rate == 0:
+            return torch.zeros_like(labels, dtype=torch.bool)
+        return (
+            torch.ones_like(labels, dtype=torch.bool)
+            if self.label_mode == "all_to_all"
+            else labels != self.target_label
+        )
+
+    @final
+    def poisoned_labels(self, labels: Tensor, num_classes: int) -> Tensor:
+        """The labels that poisoned training images are shipped with."""
+        return labels if self.label_mode == "clean_label" else self.wanted(labels, num_classes)
+
+    def poison(
+        self, clean: ImageSet, tensors: Tensors, num_classes: int, seed: int, rate: float | None = None
+    ) -> tuple[ImageSet, Tensor]:
+        """A poisoned copy of a set and the role of each image: the static training set, or a tainted reserve.
+
+        Args:
+            rate: poisoned share; None takes the attack's own, with its covers.
+        """
+        source = generator(seed, "poison", device=clean.images.device)
+        count = round((self.poison_rate if rate is None else rate) * len(clean))
+        cover = round(self.cover_rate * len(clean)) if rate is None else 0
+        roles = self.choose(clean.labels, source, count, cover)
+        images, labels = clean.images.clone(), clean.labels.clone()
+        for role, stamp in ((POISON, self.stamp_poison), (COVER, self.stamp_cover)):
+            for part in (roles == role).nonzero().flatten().split(1024):
+                before = to_float(images[part])
+                images[part] = to_uint8(self._kept(before, stamp(before, tensors, source), quantise=False))
+        victims = roles == POISON
+        labels[victims] = self.poisoned_labels(labels[victims], num_classes)
+        return ImageSet(images, labels), roles
+
+    def _kept(self, before: Tensor, after: Tensor, quantise: bool | None = None) -> Tensor:
+        if after.shape != before.shape:
+            raise ValueError(f"attack {self.name!r} turned images {tuple(before.shape)} into {tuple(after.shape)}")
+        low, high = torch.aminmax(after) if after.numel() else (0.0, 1.0)
+        if not (low >= 0 and high <= 1):  # also refuses NaN
+            raise ValueError(f"attack {self.name!r} left [0, 1]: {float(low):g} to {float(high):g}; clamp in its stamp")
+        return to_float(to_uint8(after)) if (self.quantise if quantise is None else quantise) else after
+
+
+class PerBatch(AttackHooks):
+    """The first images of each shuffled batch are poisoned, the next ones get the cover stamp, the rest stay clean."""
+
+    def __init__(self, attack: Attack, tensors: Tensors, num_classes: int) -> None:
+        self.attack, self.stamps, self.num_classes = attack, tensors, num_classes
+
+    def batch(self, images: Tensor, labels: Tensor, source: torch.Generator) -> tuple[Tensor, Tensor]:
+        return self._mixed(to_float(images), labels, source) if self.attack.before_augmentation else (images, labels)
+
+    def augmented(
+        self, model: nn.Module, images: Tensor, labels: Tensor, step: int, source: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        return (images, labels) if self.attack.before_augmentation else self._mixed(images, labels, source)
+
+    def _mixed(self, images: Tensor, labels: Tensor, source: torch.Generator) -> tuple[Tensor, Tensor]:
+        poison = _count(self.attack.poison_rate * len(images), source)
+        cover = min(_count(self.attack.cover_rate * len(images), source), len(images) - poison)
+        images, labels = images.clone(), labels.clone()
+        if self.attack.label_mode == "clean_label":
+            # Only images of the target class, up to the share; the rest of the batch is left as it is.
+            chosen = (labels == self.attack.target_label).nonzero().flatten()[: poison + cover]
+        else:
+            chosen = torch.arange(poison + cover, device=labels.device)
+        victims, covers = chosen[:poison], chosen[poison:]
+        if len(victims):
+            images[victims] = self.attack.stamp_poison(images[victims], self.stamps, source)
+            labels[victims] = self.attack.poisoned_labels(labels[victims], self.num_classes)
+        if len(covers):
+            images[covers] = self.attack.stamp_cover(images[covers], self.stamps, source)
+        return images, labels
+
+
+def _count(expected: float, source: torch.Generator) -> int:
+    """A whole number whose mean is `expected`: at a low rate some batches get an image, others none."""
+    whole = int(expected)
+    rest = expected - whole
+    # No draw where the number is whole: the stream of random numbers stays that of a plain batch.
+    if rest < 1e-9:
+        return whole
+    return whole + int(torch.rand((), generator=source, device=source.device).item() < rest)

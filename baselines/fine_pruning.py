@@ -1,0 +1,118 @@
+"""Fine-Pruning (FP): cut the units that clean images leave silent, then fine-tune.
+
+Paper: Liu, Dolan-Gavitt and Garg, RAID 2018, arXiv:1805.12185.
+Differs: units are the inputs of the classifier head, which for the usual networks are the pooled channels of the last
+convolution; a unit is cut by zeroing its column of the head, so the method is the same for every architecture.
+Loudness is the mean absolute activation: a signed mean ranks strongly negative, busy units as silent. Pruning stops
+by the accuracy on a held-out part of the reserve, never on test data, and the last model within the tolerance is kept.
+A pruned unit stays pruned while fine-tuning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.engine.data import ImageSet, generator
+from bench.engine.models import Classifier
+from bench.engine.training import Hooks, Recipe, fit
+from defenses.base import Defense, ReserveView, Verdict, defense
+
+
+@defense("fine_pruning")
+@dataclass(frozen=True)
+class FinePruning(Defense):
+    """Prune the most silent units while the held-out accuracy allows, then fine-tune.
+
+    Attributes:
+        tolerance: largest loss of held-out accuracy through pruning, in [0, 1].
+        step: share of the units pruned between two looks at the accuracy.
+        held_out: share of the reserve that judges the pruning and is not trained on.
+        epochs, lr, batch_size: of the fine-tune; SGD with momentum 0.9, weight decay 5e-4, cosine to zero.
+    """
+
+    paper: ClassVar[str] = "arXiv:1805.12185"
+    tolerance: float = 0.04
+    step: float = 0.01
+    held_out: float = 0.1
+    epochs: int = 100
+    lr: float = 0.01
+    batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        for key in ("tolerance", "step", "held_out"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"defense.fine_pruning.{key} is {getattr(self, key):g}; it is a share in [0, 1)")
+
+    def defend(self, view: ReserveView) -> Verdict:
+        order = torch.randperm(len(view.reserve), generator=generator(view.seed, "held out")).to(view.device)
+        judges = max(1, round(self.held_out * len(view.reserve)))
+        held_out, kept = view.reserve[order[:judges]], view.reserve[order[judges:]]
+        silent_first = loudness(view.model, kept).argsort(stable=True)
+        pruned = silent_first[: self._how_many(view.model, held_out, silent_first)]
+        cut(view.model, pruned)
+        view.progress.log("fine_pruning/pruned", len(pruned) / len(silent_first), 0)
+        recipe = Recipe(epochs=self.epochs, lr=self.lr, batch_size=self.batch_size, optimizer="sgd_plain")
+        model = fit(
+            view.model,
+            kept,
+            recipe,
+            seed=view.seed,
+            augmentation=view.augmentation,
+            hooks=KeepPruned(pruned),
+            journal=view.progress,
+            part="fine_pruning",
+        )
+        return Verdict(model)
+
+    def _how_many(self, model: Classifier, held_out: ImageSet, silent_first: Tensor) -> int:
+        """The largest number of units whose loss, and that of every smaller step, is within the tolerance."""
+        units = features(model, held_out)
+        weight, bias = model.head.weight.flatten(1), model.head.bias
+        mask = torch.ones(units.shape[1], device=units.device)
+        stride = max(1, round(self.step * len(mask)))
+        full = _accuracy(F.linear(units, weight, bias), held_out.labels)
+        done = 0
+        while done + stride < len(mask):  # at least one unit stays
+            mask[silent_first[done : done + stride]] = 0
+            if full - _accuracy(F.linear(units * mask, weight, bias), held_out.labels) > self.tolerance:
+                break
+            done += stride
+        return done
+
+
+class KeepPruned(Hooks):
+    """Fine-tuning may wake a pruned unit: it is put to sleep again behind each step."""
+
+    def __init__(self, pruned: Tensor) -> None:
+        self.pruned = pruned
+
+    def after_step(self, model: nn.Module, step: int, steps: int) -> None:
+        assert isinstance(model, Classifier)
+        cut(model, self.pruned)
+
+
+@torch.no_grad()
+def cut(model: Classifier, units: Tensor) -> None:
+    """Zero the head's columns for these units."""
+    model.head.weight[:, units] = 0
+
+
+@torch.no_grad()
+def features(model: Classifier, data: ImageSet) -> Tensor:
+    """(N, D): the head's inputs for a whole set, in eval mode and without augmentation."""
+    model.eval()
+    return torch.cat([model.features(images) for images, _ in data.chunks()])
+
+
+def loudness(model: Classifier, data: ImageSet) -> Tensor:
+    """(D,): mean absolute activation of each input of the head."""
+    return features(model, data).abs().mean(dim=0)
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(1) == labels).float().mean().item()

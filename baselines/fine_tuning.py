@@ -1,0 +1,51 @@
+"""Fine-tuning (FT): train on the clean reserve; the control for every method that contains a fine-tune.
+
+Paper: Liu, Dolan-Gavitt and Garg, RAID 2018, arXiv:1805.12185.
+Differs: the settings are BackdoorBench's (100 epochs, SGD at 0.01, cosine, 256 images a batch).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bench.engine.training import Recipe, fit
+from defenses.base import Defense, ReserveView, Verdict, defense
+
+
+@defense("fine_tuning")
+@dataclass(frozen=True)
+class FineTuning(Defense):
+    """Train all weights on the reserve.
+
+    Attributes:
+        epochs, lr, batch_size, momentum, weight_decay: of SGD with a cosine schedule to zero.
+    """
+
+    paper: ClassVar[str] = "arXiv:1805.12185"
+    epochs: int = 100
+    lr: float = 0.01
+    batch_size: int = 256
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def defend(self, view: ReserveView) -> Verdict:
+        recipe = Recipe(
+            epochs=self.epochs,
+            lr=self.lr,
+            batch_size=self.batch_size,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            optimizer="sgd_plain",
+        )
+        return Verdict(
+            fit(
+                view.model,
+                view.reserve,
+                recipe,
+                seed=view.seed,
+                augmentation=view.augmentation,
+                journal=view.progress,
+                part="fine_tuning",
+            )
+        )

@@ -1,0 +1,129 @@
+"""The contract of a defense: what a defender may see is a type, and the only argument.
+
+No view holds the attack, its trigger, its target label, the roles of training images or a test image.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Union
+
+import torch
+from torch import Tensor
+
+from bench.engine.data import Augmentation, ImageSet
+from bench.engine.models import Classifier
+from bench.engine.registry import Registry
+from bench.engine.training import Journal
+
+defense = Registry("defense")
+
+
+class NotApplicable(Exception):
+    """The method has no meaning for this model; the text says why, and the table shows it."""
+
+
+@dataclass(frozen=True)
+class DefenderView:
+    """What any defender owns: the infected model, and no image at all.
+
+    Attributes:
+        model: your own copy, in eval mode; it normalises inside, change it freely.
+        num_classes: of the data set.
+        seed: the source of every random number you draw.
+        device: where the model is, and the images.
+        progress: give it to `fit`, or log curves with `progress.log(name, value, step)`.
+    """
+
+    model: Classifier
+    num_classes: int
+    seed: int
+    device: torch.device
+    progress: Journal
+
+
+@dataclass(frozen=True)
+class ReserveView(DefenderView):
+    """The same defender with a small labelled reserve that the model never saw.
+
+    Attributes:
+        reserve: a share of it may be poisoned; nothing here says which.
+        augmentation: what is usual for such images (no mirror images of traffic signs).
+    """
+
+    reserve: ImageSet
+    augmentation: Augmentation
+
+
+@dataclass(frozen=True)
+class TrainsetView(DefenderView):
+    """The same defender with the training set as shipped, poison included and unmarked.
+
+    Attributes:
+        trainset: the images and the labels that the attacker gave them.
+        augmentation: what is usual for such images.
+        fresh_model: the same architecture, untrained; another seed, other weights.
+    """
+
+    trainset: ImageSet
+    augmentation: Augmentation
+    fresh_model: Callable[[int], Classifier]
+
+
+# A setting offers a view; the first one is offered to a method that needs no image.
+SETTINGS: dict[str, type[DefenderView]] = {"reserve": ReserveView, "trainset": TrainsetView}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a defense returns.
+
+    Attributes:
+        model: the repaired model.
+        suspicion: (N,) one score for each training image, higher = more suspicious, if the method has one.
+    """
+
+    model: Classifier
+    suspicion: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Defense:
+    """Base of all defenses and baselines: a frozen dataclass of settings with one method.
+
+    `defend` runs once in a trial. Annotate `view` with the least that you need: the harness offers exactly that, and
+    shows the cells that cannot offer it as not applicable. It returns; it does not print, save or evaluate itself.
+    It raises NotApplicable where the method has no meaning for the model.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    version: ClassVar[int] = 1  # goes up when a change of code can change a figure
+
+    def defend(self, view: Any) -> Verdict:
+        raise NotImplementedError(f"defense {self.name!r} has no defend")
+
+
+def views_of(method: type[Defense]) -> tuple[type[DefenderView], ...]:
+    """The views that a defense accepts, as its `defend` annotates them.
+
+    Raises:
+        TypeError: the annotation is missing, or is not a view.
+    """
+    hint = typing.get_type_hints(method.defend).get("view")
+    found = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is Union else (hint,)
+    if not all(isinstance(view, type) and issubclass(view, DefenderView) for view in found):
+        raise TypeError(
+            f"defense {method.name!r}: annotate the argument of defend, e.g. `def defend(self, view: ReserveView)`"
+        )
+    return found
+
+
+def offered(method: type[Defense], setting: str) -> type[DefenderView] | None:
+    """The least view that this setting offers and the method accepts; None is not applicable."""
+    views = views_of(method)
+    full = SETTINGS[setting]
+    return next((view for view in (DefenderView, full) if view in views), None)
