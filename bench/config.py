@@ -1,0 +1,217 @@
+"""From the command line to a checked configuration; everything that can be refused is refused here or in the plan."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from attacks.base import Attack, attack
+from bench.engine.registry import Registry, load_folders, load_plugins
+from bench.engine.training import Recipe
+from defenses.base import Defense, defense
+
+
+class UserError(Exception):
+    """A mistake of the user's: the front door prints its one line and exits with 2."""
+
+
+@dataclass
+class GridConfig:
+    """What is crossed with what."""
+
+    name: str = "custom"
+    purpose: str = ""
+    datasets: list[str] = field(default_factory=lambda: ["digits"])
+    models: list[str] = field(default_factory=lambda: ["test_resnet"])
+    attacks: list[str] = field(default_factory=lambda: ["none", "badnets", "blended"])
+    defenses: list[str] = field(default_factory=lambda: ["no_defense", "fine_tuning"])
+    settings: list[str] = field(default_factory=lambda: ["reserve"])
+    seeds: Any = 3  # a number n (seeds 0 to n - 1) or a list
+    exceptions: list[Any] = field(default_factory=list)  # {attack: sig, set: {attack.poison_rate: 0.05}, why: "..."}
+
+
+@dataclass
+class DatasetConfig:
+    """Where data sets lie, and how large their images are made."""
+
+    root: str = field(default_factory=lambda: os.environ.get("BENCH_DATA", "data"))
+    cache: str = "data/cache"
+    size: int | None = None  # pixels a side; null is the data set's own
+
+
+@dataclass
+class ModelConfig:
+    """How an architecture is fitted to small images."""
+
+    stem: str = "small"  # small | half | stock, see bench/engine/models.py
+
+
+@dataclass
+class ReserveConfig:
+    """The defender's clean images."""
+
+    pool: float = 0.05  # share of the training split cut off before poisoning; nobody trains on it
+    size: float = 0.05  # share of the training split that the defender gets, a part of the pool
+    contamination: float = 0.0  # share of the reserve that is poisoned
+
+
+@dataclass
+class MeasureConfig:
+    """What is measured of each repaired model."""
+
+    pgd_epsilon: float = 8 / 255
+    pgd_step_size: float = 2 / 255
+    pgd_steps: int = 20
+    pgd_images: int | None = None  # a fixed random part of the test set; null is all of it
+
+
+@dataclass
+class DispatchConfig:
+    """How the work is spread over this machine; none of it changes a figure."""
+
+    workers: int | None = None  # processes; null is one for each GPU or core, 0 runs in this one
+    threads: int = 1  # of each worker on a CPU
+    device: str = "auto"  # auto | cpu | cuda
+    checkpoint_s: float = 60.0  # seconds between checkpoints
+
+
+@dataclass
+class TrackingConfig:
+    """Where MLflow keeps its view of the results."""
+
+    uri: str | None = None  # null: a sqlite file under results/; any MLflow URI
+    enabled: bool = True
+
+
+@dataclass
+class Config:
+    """All settings; `attack.NAME` and `defense.NAME` hold those of each method, from its own dataclass."""
+
+    grid: GridConfig = field(default_factory=GridConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: Recipe = field(default_factory=Recipe)
+    reserve: ReserveConfig = field(default_factory=ReserveConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    attack: dict[str, Any] = field(default_factory=dict)
+    defense: dict[str, Any] = field(default_factory=dict)
+    plugins: list[str] = field(default_factory=list)
+    results: str = "results"
+    dry_run: bool = False
+
+
+def load_methods(plugins: list[str]) -> None:
+    """Fill the registries with our methods and everybody else's.
+
+    Raises:
+        UserError: a plug-in cannot be found, or takes a name that is taken.
+    """
+    load_folders("attacks", "defenses", "baselines")
+    try:
+        load_plugins(plugins)
+    except (LookupError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def plugins_in(arguments: list[str]) -> list[str]:
+    """The modules of `plugins=[...]`: imported before the configuration is composed, since they add to it."""
+    values = [argument.partition("=")[2] for argument in arguments if argument.startswith("plugins=")]
+    return [name.strip(" '\"") for value in values for name in value.strip("[]").split(",") if name.strip(" '\"")]
+
+
+def load(arguments: list[str]) -> DictConfig:
+    """Compose the configuration of these command-line overrides; methods are typed nodes.
+
+    Raises:
+        UserError: a key, a type or a grid is wrong; one line that names the near ones.
+    """
+    load_methods(plugins_in(arguments))
+    schema = _writable(OmegaConf.structured(Config))
+    for registry, group in ((attack, "attack"), (defense, "defense")):
+        schema[group] = _settings(registry)
+    ConfigStore.instance().store(name="schema", node=schema)
+    for argument in arguments:
+        if "=" not in argument:
+            raise UserError(f"{argument!r} is no setting; write key=value, e.g. grid=quick or grid.seeds=3")
+    with initialize_config_module("bench.conf", version_base="1.3"):
+        try:
+            return compose("config", overrides=arguments)
+        except (HydraException, OmegaConfBaseException, OSError) as error:
+            raise UserError(_one_line(error, arguments, schema)) from error
+
+
+def _settings(registry: Registry) -> DictConfig:
+    """Each registered class as a typed node: attack.badnets.patch_size and so on."""
+    return OmegaConf.create({name: _writable(OmegaConf.structured(cls)) for name, cls in registry.items()})
+
+
+def _writable(node: Any) -> DictConfig:
+    # A frozen dataclass arrives read-only, and would refuse every override.
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        value = node._get_node(key)
+        if isinstance(value, DictConfig):
+            _writable(value)
+    return node
+
+
+def _one_line(error: Exception, arguments: list[str], schema: DictConfig) -> str:
+    """What came, what was wanted, what to write instead."""
+    for argument in arguments:
+        path = argument.partition("=")[0].lstrip("+~")
+        if path in ("grid", "hydra.searchpath"):
+            continue
+        node: Any = schema
+        for part in path.split("."):
+            if not isinstance(node, DictConfig):
+                break
+            if part not in node:
+                near = get_close_matches(part, list(node), n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                return f"{path}: there is no setting {part!r}.{hint} Known: {', '.join(sorted(map(str, node)))}."
+            node = node[part]
+    text = " ".join(str(error.__cause__ or error).split())
+    chosen = [argument.partition("=")[2] for argument in arguments if argument.startswith("grid=")]
+    if chosen and "Could not find 'grid/" in text:
+        near = get_close_matches(chosen[0], grids(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return f"there is no grid {chosen[0]!r}.{hint} Known: {', '.join(grids())}."
+    return text.replace(" object_type=", ", in ").replace(" full_key: ", ": ")
+
+
+def grids() -> list[str]:
+    """The names of the grids that ship with the project."""
+    from importlib.resources import files
+
+    folder = files("bench.conf").joinpath("grid")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def attack_of(cfg: DictConfig, name: str) -> Attack:
+    """The settings of one attack as its dataclass; a wrong value is refused by the class itself."""
+    return _method(cfg, "attack", attack, name)
+
+
+def defense_of(cfg: DictConfig, name: str) -> Defense:
+    return _method(cfg, "defense", defense, name)
+
+
+def _method(cfg: DictConfig, group: str, registry: Registry, name: str) -> Any:
+    try:
+        cls = registry[name]  # first: an unknown name gets the list of known ones
+        found = OmegaConf.to_object(cfg[group][name])
+        if not isinstance(found, cls):  # a key was added with +, which typed nodes accept
+            raise UserError(f"{group}.{name} has keys that {cls.__name__} does not know: {found}")
+        return found
+    except (LookupError, ValueError, OmegaConfBaseException) as error:
+        raise UserError(" ".join(str(error).split())) from error

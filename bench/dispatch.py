@@ -1,0 +1,291 @@
+"""Local dispatch: a pool of worker processes on this machine, one for each GPU or core.
+
+Parallel trials with one thread each are the CPU mode: two threads on two busy cores were measured slower than one.
+A worker that dies costs its trial and nothing else; a driver that dies leaves its workers to finish what they hold.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+
+from bench.engine.datasets import DatasetInfo
+from bench.grid import Trial
+from bench.pipeline import Bench, Busy
+from bench.store import STAGES, Store
+
+IMPLANT, REPAIR = STAGES[:1], STAGES[1:]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Some stages of one trial; `title` is for people."""
+
+    trial: Trial
+    stages: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        trial = self.trial
+        if self.stages == IMPLANT:
+            return f"{trial.dataset}/{trial.model}/{trial.attack}/{trial.seed}: implant"
+        return trial.title
+
+
+@dataclass
+class Progress:
+    """What a display shows."""
+
+    total: int
+    done: int = 0
+    failed: int = 0
+    waiting: int = 0
+    running: tuple[str, ...] = ()
+    seconds_left: float | None = None
+
+
+def pending(trials: list[Trial], store: Store) -> list[Task]:
+    """What is still to be computed, each stage once: infected models first, then what is done to them."""
+    implants: dict[str, Task] = {}
+    repairs: dict[str, Task] = {}
+    for trial in trials:
+        implant, _, evaluate = trial.keys()
+        if not evaluate or evaluate in repairs or store.result("evaluate", evaluate) is not None:
+            continue
+        repairs[evaluate] = Task(trial, REPAIR)
+        if implant not in implants and store.result("implant", implant) is None:
+            implants[implant] = Task(trial, IMPLANT)
+    return [*implants.values(), *repairs.values()]
+
+
+def run(
+    tasks: list[Task],
+    store: Store,
+    infos: dict[str, DatasetInfo],
+    *,
+    device: torch.device,
+    workers: int,
+    threads: int,
+    checkpoint_s: float,
+    plugins: list[str],
+    show: Callable[[Progress], None],
+) -> None:
+    """Compute all tasks; a failed one is kept in the store and stops nobody else.
+
+    Args:
+        workers: processes; 0 computes in this one.
+        show: called when something changes, and about once a second.
+    """
+    if not tasks:
+        return
+    pool = _Pool(store, infos, device, threads, checkpoint_s, plugins)
+    schedule = _Schedule(tasks, store, max(1, workers), show)
+    if workers == 0:
+        bench = Bench(store, infos, device, checkpoint_s)
+        while (task := schedule.next()) is not None:
+            schedule.report()
+            schedule.finished(task, _attempt(bench, task))
+        return
+    try:
+        for index in range(min(workers, len(tasks))):
+            pool.start(index)
+        pool.drive(schedule)
+    finally:
+        pool.stop()
+
+
+class _Schedule:
+    """Which task may start: an infected model's repairs wait for it."""
+
+    def __init__(self, tasks: list[Task], store: Store, workers: int, show: Callable[[Progress], None]) -> None:
+        self.store, self.workers, self.show = store, workers, show
+        self.waiting = deque(tasks)
+        self.running: list[Task] = []
+        self.blocked = {task.trial.keys()[0] for task in tasks if task.stages == IMPLANT}
+        self.progress = Progress(total=len(tasks))
+        self.spent: dict[tuple[str, ...], list[float]] = {IMPLANT: [], REPAIR: []}
+        self.started: dict[int, float] = {}
+
+    def next(self) -> Task | None:
+        """A task that can start now; None if none can (or none is left)."""
+        for _ in range(len(self.waiting)):
+            task = self.waiting.popleft()
+            if task.stages == IMPLANT or task.trial.keys()[0] not in self.blocked:
+                self.running.append(task)
+                self.started[id(task)] = time.monotonic()
+                return task
+            self.waiting.append(task)
+        return None
+
+    @property
+    def over(self) -> bool:
+        return not self.waiting and not self.running
+
+    def finished(self, task: Task, outcome: str) -> None:
+        """Note what became of a task: `done`, `busy` (another driver has it) or `failed`."""
+        self.running.remove(task)
+        spent = time.monotonic() - self.started.pop(id(task))
+        if outcome == "busy":
+            self.waiting.append(task)
+            time.sleep(0.2)  # another driver computes it: look again soon, but not all the time
+            return
+        self.progress.done += outcome == "done"
+        self.progress.failed += outcome == "failed"
+        self.spent[task.stages].append(spent)
+        if task.stages == IMPLANT:
+            implant = task.trial.keys()[0]
+            self.blocked.discard(implant)
+            if outcome == "failed":
+                # Nothing can be repaired: those trials show the implant's failure, and are tried by the next run.
+                lost = [other for other in self.waiting if other.trial.keys()[0] == implant]
+                self.waiting = deque(other for other in self.waiting if other.trial.keys()[0] != implant)
+                self.progress.failed += len(lost)
+        self.report()
+
+    def report(self) -> None:
+        progress = self.progress
+        progress.waiting, progress.running = len(self.waiting), tuple(task.title for task in self.running)
+        every = [value for spent in self.spent.values() for value in spent]
+        left = 0.0
+        for task in (*self.waiting, *self.running):
+            known = self.spent[task.stages] or every
+            left += sum(known) / len(known) if known else 0.0
+        progress.seconds_left = left / self.workers if every else None
+        self.show(progress)
+
+
+class _Pool:
+    """The worker processes, each with a pipe of its own."""
+
+    def __init__(
+        self,
+        store: Store,
+        infos: dict[str, DatasetInfo],
+        device: torch.device,
+        threads: int,
+        checkpoint_s: float,
+        plugins: list[str],
+    ) -> None:
+        self.context = multiprocessing.get_context("spawn")
+        self.settings: dict[str, Any] = {
+            "store": str(store.root),
+            "infos": infos,
+            "device": device.type,
+            "threads": threads,
+            "checkpoint_s": checkpoint_s,
+            "plugins": plugins,
+        }
+        self.store = store
+        self.devices = torch.cuda.device_count() if device.type == "cuda" else 0
+        self.processes: dict[int, tuple[BaseProcess, Connection]] = {}
+        self.holds: dict[int, Task | None] = {}
+
+    def start(self, index: int) -> None:
+        ours, theirs = self.context.Pipe()
+        # Set before the process starts: OpenMP and CUDA read these once.
+        added = {"OMP_NUM_THREADS": str(self.settings["threads"])}
+        if self.devices:
+            added["CUDA_VISIBLE_DEVICES"] = _visible(index % self.devices)
+        before = {name: os.environ.get(name) for name in added}
+        os.environ.update(added)
+        try:
+            process = self.context.Process(target=_work, args=(theirs, self.settings), daemon=True)
+            process.start()
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+        theirs.close()
+        self.processes[index], self.holds[index] = (process, ours), None
+
+    def drive(self, schedule: _Schedule) -> None:
+        while not schedule.over:
+            for index, (_, pipe) in self.processes.items():
+                if self.holds[index] is None and (task := schedule.next()) is not None:
+                    with suppress(OSError):  # it died idle; noticed below
+                        pipe.send((task.trial, task.stages))
+                    self.holds[index] = task
+            schedule.report()
+            ready = wait([pipe for _, pipe in self.processes.values()], timeout=1.0)
+            for index, (process, pipe) in list(self.processes.items()):
+                if pipe not in ready:
+                    continue
+                task = self.holds[index]
+                try:
+                    outcome = pipe.recv()
+                except (EOFError, OSError):
+                    outcome = "failed"
+                    process.join()
+                    self._lost(task, process.exitcode)
+                    self.start(index)
+                self.holds[index] = None
+                if task is not None:
+                    schedule.finished(task, outcome)
+
+    def _lost(self, task: Task | None, code: int | None) -> None:
+        """A worker is gone: keep the reason with the stage that it was at."""
+        if task is None:
+            raise RuntimeError(f"a worker process could not start (exit code {code}); see its message above")
+        cause = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        for stage, key in zip(STAGES, task.trial.keys(), strict=True):
+            if stage in task.stages and self.store.result(stage, key) is None:
+                self.store.fail(stage, key, f"{stage}: the worker process died ({cause}); out of memory?", "")
+                return
+
+    def stop(self) -> None:
+        for process, pipe in self.processes.values():
+            pipe.close()
+            process.terminate()
+        for process, _ in self.processes.values():
+            process.join(5)
+
+
+def _visible(index: int) -> str:
+    """The GPU with this number among those that this process may use."""
+    allowed = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return allowed[index] if allowed else str(index)
+
+
+def _work(pipe: Connection, settings: dict[str, Any]) -> None:
+    """A worker's life: take a task, compute it, say how it went; end when the driver is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the driver decides
+    from bench.config import load_methods
+
+    torch.set_num_threads(settings["threads"])
+    load_methods(settings["plugins"])
+    bench = Bench(
+        Store(settings["store"]),
+        settings["infos"],
+        torch.device(settings["device"]),
+        settings["checkpoint_s"],
+    )
+    try:
+        while True:
+            trial, stages = pipe.recv()
+            pipe.send(_attempt(bench, Task(trial, stages)))
+    except (EOFError, OSError):
+        sys.exit(0)
+
+
+def _attempt(bench: Bench, task: Task) -> str:
+    try:
+        bench.run(task.trial, task.stages)
+    except Busy:
+        return "busy"
+    except Exception:
+        return "failed"  # the reason is in the store
+    return "done"

@@ -1,0 +1,148 @@
+"""What every door does: read the command line, plan the grid, and print a user's mistake in one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from omegaconf import DictConfig
+
+    from bench.engine.datasets import DatasetInfo
+    from bench.grid import Trial
+    from bench.store import Store
+
+
+@dataclass
+class Plan:
+    """A grid, worked out: its trials, and the store that knows which are finished."""
+
+    cfg: DictConfig
+    trials: list[Trial]
+    infos: dict[str, DatasetInfo]
+    store: Store
+    device: torch.device
+
+    @property
+    def folder(self) -> Path:
+        """Where the tables and plots of this grid go."""
+        return Path(self.cfg.results) / str(self.cfg.grid.name)
+
+    @property
+    def tracking_uri(self) -> str:
+        from bench.tracking import default_uri
+
+        return self.cfg.tracking.uri or default_uri(Path(self.cfg.results))
+
+    @property
+    def title(self) -> str:
+        return f"Grid {self.cfg.grid.name}" + (f": {self.cfg.grid.purpose}" if self.cfg.grid.purpose else "")
+
+
+def plan(arguments: list[str]) -> Plan:
+    """Everything that a grid will do, with every mistake found before compute is spent.
+
+    Raises:
+        UserError: something is wrong with the command line, the grid or the data.
+    """
+    from bench.config import UserError, load
+    from bench.grid import check, expand, names
+    from bench.store import Store
+
+    cfg = load(arguments)
+    check(cfg)
+    from bench.engine.datasets import prepare
+    from bench.pipeline import pick_device
+
+    dataset = cfg.dataset
+    try:
+        infos = {
+            name: prepare(name, Path(dataset.root), Path(dataset.cache), dataset.size)
+            for name in names(cfg)["datasets"]
+        }
+    except (LookupError, FileNotFoundError) as error:
+        raise UserError(str(error.args[0])) from error
+    device = pick_device(cfg.dispatch.device)
+    trials = expand(cfg, infos, "bfloat16" if device.type == "cuda" else "float32")
+    return Plan(cfg, trials, infos, Store(Path(cfg.results) / "store"), device)
+
+
+def protocol(cfg: DictConfig, infos: dict[str, DatasetInfo]) -> list[str]:
+    """The lines printed beneath every table: what the numbers mean."""
+    from bench.grid import seeds_of
+
+    measure, reserve = cfg.measure, cfg.reserve
+    images = "the whole test set" if measure.pgd_images is None else f"{measure.pgd_images} fixed test images"
+    sets = [
+        f"{info.title} ({sum(info.train_counts)} + {sum(info.test_counts)} images of {info.num_classes} classes)"
+        for info in infos.values()
+    ]
+    tainted = f"; {reserve.contamination:.1%} of it poisoned" if reserve.contamination else ""
+    lines = [
+        f"data: {', '.join(sets)}; seeds: {', '.join(map(str, seeds_of(cfg.grid.seeds)))}; "
+        "mean ± sample standard deviation over seeds, in percent",
+        f"reserve: {reserve.size:.1%} of the training split, cut off before poisoning, never trained on by the attacker"
+        + tainted,
+        "ACC: clean test accuracy. ASR: share of triggered test images of other classes sent to the target "
+        "(all-to-all: of all, to the next class). recovery: share of the same images given their true label",
+        f"robust: accuracy under PGD-{measure.pgd_steps}, L∞ {measure.pgd_epsilon * 255:.3g}/255, step "
+        f"{measure.pgd_step_size * 255:.3g}/255, one random start, on {images}",
+        "the last checkpoint is measured; nothing is chosen on test data or by ASR; settings are the methods' own "
+        "defaults unless the command or the grid names others",
+        "seconds and MiB: of the defense alone, mean seconds and largest peak memory over attacks",
+    ]
+    for exception in cfg.grid.exceptions:
+        lines.append(f"exception: {dict(exception['set'])}: {exception['why']}")
+    return lines
+
+
+def report(opened: Plan) -> Any:
+    """Write tables and plots of what is finished; returns the boards and the table of trials."""
+    from bench.reporting import plots, table
+
+    trials = table.trial_table([table.trial_row(trial, opened.store) for trial in opened.trials])
+    boards = table.write(trials, protocol(opened.cfg, opened.infos), opened.folder, opened.title)
+    plots.write(trials, opened.folder, f"grid {opened.cfg.grid.name}")
+    return boards, trials
+
+
+def show(boards: Any) -> None:
+    """Print leaderboards: a table on a terminal, Markdown elsewhere."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    for board in boards:
+        if not console.is_terminal:
+            print(board.markdown())
+            continue
+        table = Table(*[escape(name) for name in board.header], title=board.title, title_justify="left")
+        for row in board.rows:
+            table.add_row(*[Text(text, style="bold" if best or len(row) == 1 else "") for text, best in row])
+        console.print(table)
+        for note in board.notes:
+            console.print(Text(f"- {note}"))
+
+
+def enter(main: Callable[[list[str]], int], usage: str) -> None:
+    """Run a door as a program: `--help` prints its usage, a user's mistake is one line and exit status 2."""
+    arguments = sys.argv[1:]
+    if {"-h", "--help"} & set(arguments):
+        print(usage.strip())
+        sys.exit(0)
+    from bench.config import UserError
+
+    try:
+        sys.exit(main(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

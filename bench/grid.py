@@ -1,0 +1,239 @@
+"""From a configuration to the list of trials; pure, and computes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from attacks.base import attack
+from bench.config import UserError, attack_of, defense_of
+from bench.engine import ENGINE_VERSION
+from bench.engine.datasets import DatasetInfo
+from bench.engine.models import ModelSpec
+from bench.engine.registry import near
+from bench.store import Identity, key_of
+from defenses.base import SETTINGS, ReserveView, defense, offered
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One attack x defense x data set x architecture x setting x seed.
+
+    Attributes:
+        implant, defend, evaluate: the identities of its three stages. `defend` and `evaluate` are empty where the
+            defense is not applicable in the setting; `reason` says why.
+    """
+
+    dataset: str
+    model: str
+    attack: str
+    defense: str
+    setting: str
+    seed: int
+    implant: Identity
+    defend: Identity
+    evaluate: Identity
+    reason: str = ""
+
+    def keys(self) -> tuple[str, str, str]:
+        """The keys of the three stages."""
+        return self._key(self.implant), self._key(self.defend), self._key(self.evaluate)
+
+    @staticmethod
+    def _key(identity: Identity) -> str:
+        return key_of(identity) if identity else ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.dataset}/{self.model}/{self.attack}/{self.defense}/{self.setting}/{self.seed}"
+
+
+def seeds_of(value: Any) -> list[int]:
+    """A number n is seeds 0 to n - 1; a list is itself.
+
+    Raises:
+        UserError: neither, or none.
+    """
+    seeds = list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+    try:
+        found = [int(seed) for seed in seeds]
+    except (TypeError, ValueError):
+        found = []
+    if not found or [str(seed) for seed in seeds] != [str(seed) for seed in found] or len(set(found)) < len(found):
+        raise UserError(f"grid.seeds is {value!r}; write a number (3 is seeds 0, 1, 2) or a list of different ones")
+    return found
+
+
+def _distinct(values: Iterable[Any], key: str, known: Iterable[str] | None = None) -> list[str]:
+    found = [str(value) for value in values]
+    if not found or len(set(found)) < len(found):
+        raise UserError(f"{key} is {found}; write at least one name, each once")
+    for name in found:
+        if known is not None and name not in list(known):
+            raise UserError(
+                f"{key}: no {key.rsplit('.', 1)[-1].rstrip('s')} is named {name!r}.{near(name, list(known))}"
+            )
+    return found
+
+
+def names(cfg: DictConfig) -> dict[str, list[str]]:
+    """The names on each axis of the grid.
+
+    Raises:
+        UserError: one is not known; the message has the near ones.
+    """
+    grid = cfg.grid
+    return {
+        "datasets": _distinct(grid.datasets, "grid.datasets"),
+        "models": _distinct(grid.models, "grid.models"),
+        "attacks": _distinct(grid.attacks, "grid.attacks", attack),
+        "defenses": _distinct(grid.defenses, "grid.defenses", defense),
+        "settings": _distinct(grid.settings, "grid.settings", SETTINGS),
+    }
+
+
+def check(cfg: DictConfig) -> None:
+    """What can be refused without looking at any data."""
+    names(cfg), seeds_of(cfg.grid.seeds)
+    reserve = cfg.reserve
+    if not 0 < reserve.size <= reserve.pool < 1 or not 0 <= reserve.contamination <= 1:
+        raise UserError(
+            f"reserve.size is {reserve.size:g} and reserve.pool {reserve.pool:g}; both are shares of the training "
+            "split, 0 < size <= pool < 1, and reserve.contamination is a share of the reserve in [0, 1]"
+        )
+    axes = {"dataset", "model", "attack", "defense", "setting"}
+    for exception in cfg.grid.exceptions:
+        if not {"set", "why"} <= set(exception) or not set(exception) <= axes | {"set", "why"}:
+            raise UserError(
+                f"grid.exceptions: {dict(exception)} needs `set`, `why` and any of {', '.join(sorted(axes))} to match"
+            )
+
+
+def expand(cfg: DictConfig, infos: dict[str, DatasetInfo], precision: str) -> list[Trial]:
+    """All trials of a grid, in the order of its axes, each with the identities of its stages.
+
+    Args:
+        infos: what is known of each data set, by name.
+        precision: what `train.precision=auto` is on the devices that will train.
+
+    Raises:
+        UserError: a setting is wrong, or an attack or architecture is impossible on a data set.
+    """
+    check(cfg)
+    axes, seeds = names(cfg), seeds_of(cfg.grid.seeds)
+    trials: list[Trial] = []
+    for data in axes["datasets"]:
+        for model in axes["models"]:
+            _check_model(cfg, infos[data], model)
+            for attacker in axes["attacks"]:
+                for defender in axes["defenses"]:
+                    for setting in axes["settings"]:
+                        place = {
+                            "dataset": data,
+                            "model": model,
+                            "attack": attacker,
+                            "defense": defender,
+                            "setting": setting,
+                        }
+                        trials += _trials(_with_exceptions(cfg, place), infos[data], place, seeds, precision)
+    return trials
+
+
+def _trials(
+    cfg: DictConfig, info: DatasetInfo, place: dict[str, str], seeds: list[int], precision: str
+) -> Iterator[Trial]:
+    """The trials of one cell, one for each seed."""
+    attacker = attack_of(cfg, place["attack"])
+    # The pool is cut off before poisoning: what is left is what the attacker poisons.
+    left = [count - round(cfg.reserve.pool * count) for count in info.train_counts]
+    try:
+        attacker.check(left, info.shape)
+        recipe = asdict(attacker.recipe(OmegaConf.to_object(cfg.train)))  # type: ignore[arg-type]
+    except (ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"{place['dataset']}: {error}") from error
+    if recipe["precision"] == "auto":
+        recipe["precision"] = precision
+    implant = {
+        "stage": "implant",
+        "engine": ENGINE_VERSION,
+        "dataset": {"name": info.name, "digest": info.digest, "augmentation": asdict(info.augmentation)},
+        "model": {"name": place["model"], "stem": cfg.model.stem},
+        "attack": {"name": attacker.name, "version": attacker.version, **asdict(attacker)},
+        "train": recipe,
+        "pool": cfg.reserve.pool,
+    }
+    defender = defense_of(cfg, place["defense"])
+    view = offered(type(defender), place["setting"])
+    defend: Identity = {}
+    reason = ""
+    if view is None:
+        reason = f"{place['defense']} does not work in the setting {place['setting']!r}"
+    else:
+        defend = {
+            "stage": "defend",
+            "engine": ENGINE_VERSION,
+            "defense": {"name": defender.name, "version": defender.version, **asdict(defender)},
+            "view": view.__name__,
+        }
+        if issubclass(view, ReserveView):
+            defend["reserve"] = {"size": cfg.reserve.size, "contamination": cfg.reserve.contamination}
+    measure: Identity = {"stage": "evaluate", "engine": ENGINE_VERSION, **OmegaConf.to_container(cfg.measure)}  # type: ignore[dict-item]
+    for seed in seeds:
+        ours = {**implant, "seed": seed}
+        theirs = {**defend, "implant": key_of(ours)} if defend else {}
+        yield Trial(
+            **place,
+            seed=seed,
+            implant=ours,
+            defend=theirs,
+            evaluate={**measure, "defend": key_of(theirs)} if theirs else {},
+            reason=reason,
+        )
+
+
+def _with_exceptions(cfg: DictConfig, place: dict[str, str]) -> DictConfig:
+    """The configuration of one cell: every exception that matches is set, in order.
+
+    `attack.poison_rate` in an exception means this cell's attack, `defense.epochs` its defense.
+    """
+    fitting = [
+        exception
+        for exception in cfg.grid.exceptions
+        if all(place[axis] == value for axis, value in exception.items() if axis in place)
+    ]
+    if not fitting:
+        return cfg
+    cfg = cfg.copy()
+    for exception in fitting:
+        for key, value in exception["set"].items():
+            head, _, rest = str(key).partition(".")
+            path = f"{head}.{place[head]}.{rest}" if head in ("attack", "defense") else str(key)
+            try:
+                OmegaConf.update(cfg, path, value, force_add=False)
+            except OmegaConfBaseException as error:
+                raise UserError(f"grid.exceptions: {key}={value!r}: {' '.join(str(error).split())}") from error
+    return cfg
+
+
+def _check_model(cfg: DictConfig, info: DatasetInfo, model: str) -> None:
+    try:
+        spec_of(info, {"name": model, "stem": cfg.model.stem}).check()
+    except (LookupError, ValueError) as error:
+        raise UserError(str(error.args[0])) from error
+
+
+def spec_of(info: DatasetInfo, model: dict[str, str]) -> ModelSpec:
+    """The network of a trial on its data set."""
+    return ModelSpec(
+        name=model["name"],
+        stem=model["stem"],
+        num_classes=info.num_classes,
+        channels=info.shape[0],
+        image_size=info.shape[1],
+        mean=info.mean,
+        std=info.std,
+    )

@@ -1,0 +1,57 @@
+"""What there is to cross: attacks, defenses, data sets and grids, each with its paper and one line.
+
+python -m bench.list [plugins=[my_package.my_defense]]
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from bench.door import enter
+
+
+def main(arguments: list[str]) -> int:
+    from attacks.base import attack
+    from bench.config import grids, load_methods, plugins_in
+    from bench.engine.datasets import dataset
+    from defenses.base import SETTINGS, defense, offered
+
+    load_methods(plugins_in(arguments))
+    print("attacks")
+    for name, cls in sorted(attack.items()):
+        _line(name, cls.paper, _first(cls))
+    print("\ndefenses and baselines (with the settings they work in)")
+    for name, cls in sorted(defense.items()):
+        works = [setting for setting in SETTINGS if offered(cls, setting)]
+        _line(name, cls.paper, f"{_first(cls)} [{', '.join(works)}]")
+    print("\ndata sets (and folder:NAME for any image folder)")
+    for name, cls in sorted(dataset.items()):
+        _line(name, cls.title, _first(cls))
+    print("\ngrids")
+    for name in grids():
+        _line(name, "", _purpose(name))
+    return 0
+
+
+def _line(name: str, source: str, text: str) -> None:
+    print(f"  {name:<18} {source:<18} {text}")
+
+
+def _first(cls: type) -> str:
+    """The first line of a class's own docstring, or of its file's."""
+    own = cls.__dict__.get("__doc__") or ""
+    if not own or own.startswith(f"{cls.__name__}("):  # a dataclass without one gets its signature
+        own = inspect.getdoc(inspect.getmodule(cls)) or ""
+    return own.strip().splitlines()[0] if own.strip() else ""
+
+
+def _purpose(name: str) -> str:
+    from importlib.resources import files
+
+    text = files("bench.conf").joinpath("grid", f"{name}.yaml").read_text()
+    lines = [line.removeprefix("# Purpose: ") for line in text.splitlines() if line.startswith("# Purpose: ")]
+    return lines[0] if lines else ""
+
+
+if __name__ == "__main__":
+    enter(main, __doc__)

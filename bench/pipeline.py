@@ -1,0 +1,373 @@
+"""One trial: implant -> defend -> evaluate. Each stage is computed once, whoever asks for it first."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import resource
+import subprocess
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bench
+from attacks.base import POISON, Attack, Setup, attack
+from bench.engine.data import Augmentation, ImageSet, generator
+from bench.engine.datasets import DatasetInfo
+from bench.engine.metrics import accuracy, attack_success_rate, predict, recovery_accuracy, robust_accuracy
+from bench.engine.models import Classifier, ModelSpec
+from bench.engine.training import Diverged, Journal, Recipe, Tensors, fit
+from bench.grid import Trial, spec_of
+from bench.store import STAGES, Identity, Store, key_of
+from defenses.base import (
+    SETTINGS,
+    DefenderView,
+    Defense,
+    NotApplicable,
+    ReserveView,
+    TrainsetView,
+    defense,
+)
+
+
+class Busy(Exception):
+    """Another process computes this stage now."""
+
+
+@functools.cache
+def provenance() -> dict[str, Any]:
+    """Which code made a figure, and on what: commit, whether the tree was clean, versions, machine."""
+    here = Path(bench.__file__).parents[1]
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    # Results and notes may change while a sweep runs; the code may not.
+    changed = git("status", "--porcelain", "--", "bench", "attacks", "baselines", "defenses", "slurm", "pyproject.toml")
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "clean": not changed,
+        "bench": bench.__version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "timm", "numpy")},
+        "machine": platform.machine(),
+    }
+
+
+@dataclass
+class Bench:
+    """Where and on what the stages of trials are computed.
+
+    Attributes:
+        infos: the data sets, by name.
+        checkpoint_s: seconds between checkpoints of a training.
+    """
+
+    store: Store
+    infos: dict[str, DatasetInfo]
+    device: torch.device
+    checkpoint_s: float = 60.0
+    _sets: dict[tuple[str, str], ImageSet] = field(default_factory=dict)
+
+    def run(self, trial: Trial, stages: tuple[str, ...] = STAGES) -> None:
+        """Compute the named stages of a trial that are not finished, in order.
+
+        Raises:
+            Busy: another process computes one now.
+            Exception: whatever a method raised; it is kept as the reason of the failure.
+        """
+        for stage in stages:
+            identity: Identity = getattr(trial, stage)
+            key = key_of(identity)
+            if not identity or self.store.result(stage, key) is not None:
+                continue
+            with self.store.lock(stage, key) as ours:
+                if not ours:
+                    raise Busy(f"{stage} {key}")
+                if self.store.result(stage, key) is not None:
+                    continue  # finished while we came
+                try:
+                    result, tensors = self._computed(stage, trial)
+                except Exception as error:
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    self.store.fail(stage, key, f"{stage}: {reason}", traceback.format_exc())
+                    raise
+                self.store.finish(stage, identity, result, tensors)
+
+    def _computed(self, stage: str, trial: Trial) -> tuple[dict[str, Any], dict[str, Tensors]]:
+        """One stage with its price: seconds, memory, images, and what it ran on."""
+        compute = {"implant": self._implant, "defend": self._defend, "evaluate": self._evaluate}[stage]
+        journal = Journal(self.store.work(stage, key_of(getattr(trial, stage))), self.checkpoint_s)
+        memory = _PeakMemory(self.device)
+        started = time.perf_counter()
+        result, tensors = compute(trial, journal)
+        price = {
+            "status": "done",
+            "seconds": time.perf_counter() - started,
+            "peak_memory_mib": memory.mib(),
+            "images": journal.images,
+            "curves": journal.curves,
+            "provenance": {**provenance(), "device": _device_name(self.device)},
+        }
+        return {**price, **result}, tensors
+
+    # The three stages -----------------------------------------------------------------------------------------
+
+    def _implant(self, trial: Trial, journal: Journal) -> tuple[dict[str, Any], dict[str, Tensors]]:
+        """Train the infected model; keep its weights, the trigger's tensors and each image's role."""
+        identity, info = trial.implant, self.infos[trial.dataset]
+        attacker, seed = attack_from(identity), identity["seed"]
+        clean, _ = self._split(trial)
+        spec, recipe = spec_of(info, identity["model"]), Recipe(**identity["train"])
+        setup = Setup(
+            trainset=clean,
+            num_classes=info.num_classes,
+            seed=seed,
+            fresh_model=functools.partial(self._fresh, spec),
+            recipe=recipe,
+            augmentation=Augmentation(**identity["dataset"]["augmentation"]),
+            journal=journal,
+        )
+        tensors = attacker.prepare(setup)
+        model = self._fresh(spec, seed)
+        if attacker.regime == "per_batch":
+            hooks = attacker.hooks(setup, tensors)
+            shipped = clean
+        else:
+            hooks = None
+            shipped, roles = attacker.poison(clean, tensors, info.num_classes, seed)
+        fit(
+            model,
+            shipped,
+            recipe,
+            seed=seed,
+            augmentation=setup.augmentation,
+            hooks=hooks,
+            journal=journal,
+            part="implant",
+        )
+        if hooks is not None:
+            # The training set as a defender would find it is made with the trigger as it was learned.
+            tensors = {**tensors, **hooks.learned()}
+            _, roles = attacker.poison(clean, tensors, info.num_classes, seed)
+        return (
+            {"poisoned": int((roles == POISON).sum()), "trained_on": len(clean), "notes": list(model.notes)},
+            {"model": model.state_dict(), "trigger": {**tensors, "roles": roles}},
+        )
+
+    def _defend(self, trial: Trial, journal: Journal) -> tuple[dict[str, Any], dict[str, Tensors]]:
+        """Show the defender what is his, and keep what he returns."""
+        method = defense_from(trial.defend)
+        view = self._view(trial, method, journal)
+        try:
+            verdict = method.defend(view)
+        except NotApplicable as error:
+            return {"status": "not applicable", "reason": str(error)}, {}
+        except Diverged as error:
+            return {"status": "diverged", "reason": str(error)}, {}
+        tensors: dict[str, Tensors] = {"model": verdict.model.state_dict()}
+        if verdict.suspicion is not None:
+            if len(self._split(trial)[0]) != len(verdict.suspicion):
+                raise ValueError(
+                    f"{method.name} gave {len(verdict.suspicion)} scores; one for each training image is due"
+                )
+            tensors["suspicion"] = {"suspicion": verdict.suspicion}
+        return {}, tensors
+
+    def _evaluate(self, trial: Trial, journal: Journal) -> tuple[dict[str, Any], dict[str, Tensors]]:
+        """Measure the repaired model, loaded from the store as anybody would load it."""
+        defend_key = trial.evaluate["defend"]
+        found = self.store.result("defend", defend_key)
+        assert found is not None, "evaluate comes after defend"
+        if found["status"] != "done":
+            return {"status": found["status"], "reason": found["reason"]}, {}
+        info, identity, measure = self.infos[trial.dataset], trial.implant, trial.evaluate
+        attacker, trigger = attack_from(identity), self._trigger(trial)
+        model = self._fresh(spec_of(info, identity["model"]), 0)
+        model.load_state_dict(self.store.tensors("defend", defend_key, "model", str(self.device)))
+        test = self._images(info, "test")
+        figures: dict[str, float | None] = {"clean_accuracy": accuracy(predict(model, test), test.labels)}
+        common = max(info.test_counts) / sum(info.test_counts)
+        broken = not all(torch.isfinite(weight).all() for weight in model.state_dict().values())
+        if broken or figures["clean_accuracy"] <= common:  # type: ignore[operator]
+            reason = "weights are not finite" if broken else "no better than naming the most common class"
+            return {"status": "diverged", "reason": reason, "figures": figures}, {}
+        judged = attacker.judged(test.labels)
+        if judged.any():
+            predicted = _predict_triggered(model, test, attacker, trigger)
+            wanted = attacker.wanted(test.labels, info.num_classes)
+            figures["asr"] = attack_success_rate(predicted, wanted, judged)
+            figures["recovery_accuracy"] = recovery_accuracy(predicted, test.labels, judged)
+        if measure["pgd_images"] is not None:
+            # The same images for every model; files often lie in the order of their classes.
+            chosen = torch.randperm(len(test), generator=generator(0, "robust images"))[: measure["pgd_images"]]
+            test = test[chosen.to(self.device)]
+        figures["robust_accuracy"] = robust_accuracy(
+            model,
+            test,
+            epsilon=measure["pgd_epsilon"],
+            step_size=measure["pgd_step_size"],
+            steps=measure["pgd_steps"],
+            seed=identity["seed"],
+        )
+        if self.store.has("defend", defend_key, "suspicion"):
+            suspicion = self.store.tensors("defend", defend_key, "suspicion")["suspicion"]
+            figures["detection_auroc"] = _auroc(suspicion, trigger["roles"].cpu() == POISON)
+        return {"figures": figures}, {}
+
+    # What they are made of ------------------------------------------------------------------------------------
+
+    def _images(self, info: DatasetInfo, split: str) -> ImageSet:
+        place = (info.digest, split)
+        if place not in self._sets:
+            self._sets[place] = info.load(split).to(self.device)
+        return self._sets[place]
+
+    def _fresh(self, spec: ModelSpec, seed: int) -> Classifier:
+        return spec.build(generator(seed, "weights").initial_seed()).to(self.device)
+
+    def _trigger(self, trial: Trial) -> Tensors:
+        return self.store.tensors("implant", key_of(trial.implant), "trigger", str(self.device))
+
+    def _split(self, trial: Trial) -> tuple[ImageSet, ImageSet]:
+        """The training set before poisoning, and the pool that no model sees."""
+        train = self._images(self.infos[trial.dataset], "train")
+        rest, pool = split(train.labels, trial.implant["pool"], trial.implant["seed"])
+        return train[rest], train[pool]
+
+    def _view(self, trial: Trial, method: Defense, journal: Journal) -> DefenderView:
+        """Exactly what this defender could own. The attack is used here, and nothing of it goes along."""
+        info, identity = self.infos[trial.dataset], trial.implant
+        seed, attacker = identity["seed"], attack_from(identity)
+        model = self._fresh(spec_of(info, identity["model"]), 0)
+        model.load_state_dict(self.store.tensors("implant", key_of(identity), "model", str(self.device)))
+        own = DefenderView(
+            model=model.eval(),
+            num_classes=info.num_classes,
+            # Not the attacker's seed: with it, a defender could draw the poisoned indices again.
+            seed=generator(seed, "defender").initial_seed(),
+            device=self.device,
+            progress=journal,
+        )
+        if trial.defend["view"] == DefenderView.__name__:
+            return own
+        augmentation = Augmentation(**identity["dataset"]["augmentation"])
+        train, pool = self._split(trial)
+        if SETTINGS[trial.setting] is TrainsetView:
+            shipped, _ = attacker.poison(train, self._trigger(trial), info.num_classes, seed)
+            fresh = _Fresh(spec_of(info, identity["model"]), self.device)
+            return TrainsetView(**vars(own), trainset=shipped, augmentation=augmentation, fresh_model=fresh)
+        share = trial.defend["reserve"]
+        reserve = pool[: max(1, round(share["size"] * (len(train) + len(pool))))]
+        if share["contamination"]:
+            tainted = generator(seed, "reserve").initial_seed()
+            reserve, _ = attacker.poison(
+                reserve, self._trigger(trial), info.num_classes, tainted, share["contamination"]
+            )
+        return ReserveView(**vars(own), reserve=reserve, augmentation=augmentation)
+
+
+@dataclass(frozen=True)
+class _Fresh:
+    """Builds the untrained architecture; an object of two fields, so that nothing else hangs on it."""
+
+    spec: ModelSpec
+    device: torch.device
+
+    def __call__(self, seed: int) -> Classifier:
+        return self.spec.build(generator(seed, "defender's weights").initial_seed()).to(self.device)
+
+
+def split(labels: Tensor, pool: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the training images and of the pool, in random order, every class with its share.
+
+    Every prefix of the pool has the classes in their proportions too, so that a smaller reserve is a part of a larger.
+    """
+    source = generator(seed, "pool")
+    shuffled = torch.randperm(len(labels), generator=source)
+    by_class = labels.cpu()[shuffled]
+    share = torch.empty(len(labels), dtype=torch.float64)  # where an image stands in its class, in (0, 1)
+    taken = torch.zeros(len(labels), dtype=torch.bool)
+    for value in by_class.unique():
+        members = (by_class == value).nonzero().flatten()
+        share[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+        taken[members[: round(pool * len(members))]] = True
+    first = shuffled[taken][share[taken].argsort(stable=True)]
+    return shuffled[~taken].to(labels.device), first.to(labels.device)
+
+
+def attack_from(identity: Identity) -> Attack:
+    """The attack of an implant's identity."""
+    settings = dict(identity["attack"])
+    cls = attack[settings.pop("name")]
+    settings.pop("version")
+    found: Attack = cls(**settings)
+    return found
+
+
+def defense_from(identity: Identity) -> Defense:
+    settings = dict(identity["defense"])
+    cls = defense[settings.pop("name")]
+    settings.pop("version")
+    found: Defense = cls(**settings)
+    return found
+
+
+@torch.inference_mode()
+def _predict_triggered(model: Classifier, test: ImageSet, attacker: Attack, trigger: Tensors) -> Tensor:
+    model.eval()
+    return torch.cat([model(attacker.trigger(images, trigger)).argmax(1) for images, _ in test.chunks()])
+
+
+def _auroc(score: Tensor, is_poisoned: Tensor) -> float | None:
+    from sklearn.metrics import roc_auc_score
+
+    if is_poisoned.all() or not is_poisoned.any():
+        return None  # with one kind of image only there is nothing to tell apart
+    return float(roc_auc_score(is_poisoned.numpy(), score.cpu().double().numpy()))
+
+
+class _PeakMemory:
+    """The most memory in use since now: the device's on a GPU, the process's elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; Linux only
+
+    def mib(self) -> float:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        try:
+            status = Path("/proc/self/status").read_text()
+            return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+        except OSError:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "cpu"
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto` is a GPU if there is one."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)

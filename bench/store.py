@@ -1,0 +1,151 @@
+"""Finished stages on disk, found again by a hash of everything that can change their figures.
+
+A stage is a folder that appears by one rename: `config.json` (its identity), `result.json`, weights as safetensors.
+Nothing that is loaded is a pickle, and a half-written folder has another name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Identity = dict[str, Any]
+STAGES = ("implant", "defend", "evaluate")
+
+
+def key_of(identity: Identity) -> str:
+    """20 hexadecimal digits: the same for the same resolved inputs, whatever their order."""
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+class Store:
+    """Stages under one folder; any number of processes may share it.
+
+    `history.log` gets one line for each stage that was computed: time, stage, key, seconds, process.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+
+    def folder(self, stage: str, key: str) -> Path:
+        return self.root / stage / key[:2] / key
+
+    def result(self, stage: str, key: str) -> dict[str, Any] | None:
+        """What a finished stage left; None if it is not finished."""
+        try:
+            found: dict[str, Any] = json.loads((self.folder(stage, key) / "result.json").read_text())
+        except FileNotFoundError:
+            return None
+        return found
+
+    def tensors(self, stage: str, key: str, name: str, device: str = "cpu") -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        return load_file(self.folder(stage, key) / f"{name}.safetensors", device=device)
+
+    def has(self, stage: str, key: str, name: str) -> bool:
+        return (self.folder(stage, key) / f"{name}.safetensors").exists()
+
+    def finish(
+        self,
+        stage: str,
+        identity: Identity,
+        result: dict[str, Any],
+        tensors: dict[str, dict[str, Tensor]] | None = None,
+    ) -> None:
+        """Publish a stage by one rename, and forget its failure and its checkpoints."""
+        key = key_of(identity)
+        beside = self.root / "unfinished" / uuid.uuid4().hex
+        beside.mkdir(parents=True)
+        for name, named in (tensors or {}).items():
+            from safetensors.torch import save_file
+
+            # Channels-last weights are the same numbers in another order in memory; the format wants one order.
+            save_file(
+                {k: v.detach().cpu().contiguous().clone() for k, v in named.items()},
+                beside / f"{name}.safetensors",
+            )
+        _write(beside / "config.json", identity)
+        _write(beside / "result.json", result)
+        final = self.folder(stage, key)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.rename(beside, final)
+        except OSError:
+            shutil.rmtree(beside)
+            if self.result(stage, key) is None:
+                raise
+            return  # somebody was faster, with the same figures
+        line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {stage} {key} {result.get('seconds', 0):.1f}s {os.getpid()}\n"
+        with (self.root / "history.log").open("a") as log:
+            log.write(line)
+        self._failure(stage, key).unlink(missing_ok=True)
+        shutil.rmtree(self.work(stage, key), ignore_errors=True)
+
+    def work(self, stage: str, key: str) -> Path:
+        """Where a running stage keeps its checkpoints."""
+        return self.root / "work" / f"{stage}-{key}"
+
+    def fail(self, stage: str, key: str, error: str, details: str) -> None:
+        """Keep the reason why a stage failed; the next run tries it again."""
+        path = self._failure(stage, key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}")
+        _write(beside, {"error": error, "details": details, "time": time.time()})
+        os.replace(beside, path)
+
+    def failure(self, stage: str, key: str) -> str | None:
+        """One line: why the last try of this stage failed."""
+        try:
+            return str(json.loads(self._failure(stage, key).read_text())["error"])
+        except FileNotFoundError:
+            return None
+
+    def _failure(self, stage: str, key: str) -> Path:
+        return self.root / "failed" / f"{stage}-{key}.json"
+
+    def _lock(self, stage: str, key: str) -> Path:
+        return self.root / "locks" / f"{stage}-{key}"
+
+    @contextmanager
+    def lock(self, stage: str, key: str) -> Iterator[bool]:
+        """True if this process may compute the stage now. The kernel frees the lock of a killed process."""
+        path = self._lock(stage, key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            # The file stays: removing it would let a third process lock a new one beside a waiting second.
+            yield True
+
+    def is_running(self, stage: str, key: str) -> bool:
+        """Does some process compute this stage now?"""
+        try:
+            with self._lock(stage, key).open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+
+def _write(path: Path, value: Any) -> None:
+    # NaN is not JSON, and no figure: a measure that has no value is None.
+    path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False))

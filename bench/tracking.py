@@ -1,0 +1,178 @@
+"""MLflow as a view of the store: one run for each finished trial, mirrored by one process, in few calls.
+
+The store is the record. A tracking failure loses nothing: what is missing there is sent by the next run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bench.grid import Trial
+from bench.reporting.table import FIGURES, TEXTS, trial_row, trial_table
+from bench.store import STAGES, Store
+
+# Before any import of mlflow: it reports usage over the network unless told not to.
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "true")
+
+
+def default_uri(results: Path) -> str:
+    """A sqlite file under the results, by its absolute path: a relative one would depend on the folder of a process."""
+    return f"sqlite:///{(results / 'mlflow.db').resolve()}"
+
+
+def sync(trials: list[Trial], store: Store, uri: str, experiment: str, artifacts: Path) -> int:
+    """Send every trial that has an outcome and is not in MLflow yet; returns how many were sent.
+
+    Args:
+        experiment: its name, the grid's.
+        artifacts: folder of MLflow's artifacts, used when the experiment is new.
+    """
+    client, place = _open(uri, experiment, artifacts)
+    there = _sent(client, place)
+    sent = 0
+    for trial in trials:
+        if not trial.defend:
+            continue
+        row = trial_row(trial, store)
+        # A state that can still change is not sent: a run in MLflow is final.
+        if row["status"] not in ("done", "not applicable", "diverged") or row["trial"] == "" or row["trial"] in there:
+            continue
+        if store.result("evaluate", row["trial"]) is None:
+            continue
+        _send(client, place, trial, row, store)
+        there.add(row["trial"])
+        sent += 1
+    return sent
+
+
+def log_files(uri: str, experiment: str, artifacts: Path, files: list[Path]) -> None:
+    """Keep tables and plots with the experiment, in one run named after the grid."""
+    client, place = _open(uri, experiment, artifacts)
+    found = client.search_runs([place], filter_string="tags.kind = 'leaderboard'", max_results=1)
+    run = found[0] if found else client.create_run(place, tags={"mlflow.runName": "leaderboard", "kind": "leaderboard"})
+    for path in files:
+        client.log_artifact(run.info.run_id, str(path))
+    client.set_terminated(run.info.run_id)
+
+
+def read(uri: str, experiment: str) -> pd.DataFrame:
+    """The table of trials as MLflow has it; the same figures as from the store.
+
+    Raises:
+        LookupError: there is no such experiment.
+    """
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        raise LookupError(f"MLflow at {uri} has no experiment {experiment!r}; run the grid with tracking.enabled=true")
+    rows: list[dict[str, Any]] = []
+    for run in _runs(client, found.experiment_id):
+        row: dict[str, Any] = {name: run.data.tags.get(name, "") for name in (*TEXTS, "clean")}
+        row["seed"] = int(run.data.tags["seed"])
+        row |= {name: run.data.metrics.get(name) for name in FIGURES}
+        rows.append(row)
+    return trial_table(rows)
+
+
+def _open(uri: str, experiment: str, artifacts: Path) -> tuple[Any, str]:
+    """A client and the id of the experiment, both made if needed. Only one process makes a database at a time."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".lock").open("a") as lock:
+            # Two processes that create the tables at once break the file for good.
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            fresh = not path.exists()
+            client = _quiet_client(MlflowClient, uri)
+            if fresh:
+                with sqlite3.connect(path) as database:
+                    database.execute("pragma journal_mode=WAL")  # kept in the file; halves the time of writing
+    else:
+        client = _quiet_client(MlflowClient, uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is not None:
+        return client, found.experiment_id
+    # Artifacts of a server are the server's business.
+    location = None if uri.startswith("http") else str((artifacts / experiment).resolve())
+    try:
+        return client, client.create_experiment(experiment, artifact_location=location)
+    except MlflowException:  # another process was faster
+        return client, client.get_experiment_by_name(experiment).experiment_id
+
+
+def _quiet_client(kind: Any, uri: str) -> Any:
+    import logging
+
+    # Alembic prints a line for each of sixty tables.
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    client = kind(tracking_uri=uri)
+    client.search_experiments(max_results=1)  # opens the store, which makes the tables
+    return client
+
+
+def _runs(client: Any, place: str) -> list[Any]:
+    found: list[Any] = []
+    token = None
+    while True:
+        page = client.search_runs([place], filter_string="tags.kind = 'trial'", max_results=1000, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def _sent(client: Any, place: str) -> set[str]:
+    return {run.data.tags["trial"] for run in _runs(client, place) if run.info.status == "FINISHED"}
+
+
+def _send(client: Any, place: str, trial: Trial, row: dict[str, Any], store: Store) -> None:
+    """One trial: tags, params, final figures and curves in two calls."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    half = client.search_runs([place], filter_string=f"tags.trial = '{row['trial']}'", max_results=1)
+    if half:  # a run that was begun when the tracking broke
+        client.delete_run(half[0].info.run_id)
+    now = int(time.time() * 1000)
+    metrics = [
+        Metric(name, float(row[name]), now, 0) for name in FIGURES if row[name] is not None and math.isfinite(row[name])
+    ]
+    for stage, key in zip(STAGES, trial.keys(), strict=True):
+        result = store.result(stage, key) or {}
+        for name, curve in result.get("curves", {}).items():
+            # MLflow allows few signs in names.
+            metrics += [Metric(f"{stage}/{name}", float(value), now, int(step)) for step, value in curve]
+    params = [
+        Param(key, str(value)[:6000])
+        for stage in ("implant", "defend", "evaluate")
+        for key, value in _flat(getattr(trial, stage), stage)
+    ]
+    texts = {name: str(row[name]) for name in (*TEXTS, "clean", "seed")} | {"kind": "trial"}
+    texts["mlflow.runName"] = trial.title
+    if row["commit"]:
+        texts["mlflow.source.git.commit"] = row["commit"]
+    run = client.create_run(place, tags={"mlflow.runName": trial.title}).info.run_id
+    client.log_batch(run, metrics[:1000], params[:100], [RunTag(name, text[:8000]) for name, text in texts.items()])
+    for start in range(1000, len(metrics), 1000):
+        client.log_batch(run, metrics[start : start + 1000])
+    client.set_terminated(run)
+
+
+def _flat(value: Any, name: str) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [pair for key, inner in value.items() for pair in _flat(inner, f"{name}.{key}")]
+    return [(name, value)]
