@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.engine.data import Augmentation, ImageSet, generator, to_float, to_uint8
+from bench.engine.models import Classifier
 from bench.engine.registry import Registry
 from bench.engine.training import Hooks, Journal, Recipe, Tensors, fit
 
@@ -41,7 +42,7 @@ class Setup:
     trainset: ImageSet
     num_classes: int
     seed: int
-    fresh_model: Callable[[int], nn.Module]
+    fresh_model: Callable[[int], Classifier]
     recipe: Recipe
     augmentation: Augmentation
     journal: Journal
@@ -50,7 +51,7 @@ class Setup:
     def device(self) -> torch.device:
         return self.trainset.images.device
 
-    def surrogate(self) -> nn.Module:
+    def surrogate(self) -> Classifier:
         """A clean network trained by the victim's recipe from another seed, for attacks that optimise on one."""
         model = self.fresh_model(self.seed + 1_000_003)
         return fit(
@@ -129,13 +130,18 @@ class Attack:
             raise ValueError(
                 f"attack.{self.name}.target_label is {self.target_label}; the classes are 0 to {len(class_counts) - 1}"
             )
-        if self.label_mode == "clean_label":
-            total, own = sum(class_counts), class_counts[self.target_label]
-            if round(self.poison_rate * total) + round(self.cover_rate * total) > own:
-                raise ValueError(
-                    f"attack.{self.name}.poison_rate is {self.poison_rate:g}, but a clean-label attack poisons only "
-                    f"class {self.target_label}, {own} of {total} images; write at most {own / total:.4f}"
-                )
+        total, own = sum(class_counts), class_counts[self.target_label]
+        if self.poison_rate and not round(self.poison_rate * total):
+            raise ValueError(
+                f"attack.{self.name}.poison_rate is {self.poison_rate:g}, less than one of {total} images; "
+                f"write at least {1 / total:.2g}"
+            )
+        stamped = round(self.poison_rate * total) + round(self.cover_rate * total)
+        if self.label_mode == "clean_label" and stamped > own:
+            raise ValueError(
+                f"attack.{self.name}.poison_rate is {self.poison_rate:g}, but a clean-label attack poisons only "
+                f"class {self.target_label}, {own} of {total} images; write at most {own / total:.4f}"
+            )
 
     # What a subclass writes -----------------------------------------------------------------------------------
 
@@ -170,6 +176,7 @@ class Attack:
         """(N,) uint8: the role of each training image, CLEAN, POISON or COVER.
 
         Args:
+            source: on the CPU, so that the same images are chosen on every device.
             poison, cover: how many there are to be.
         """
         roles = torch.zeros(len(labels), dtype=torch.uint8, device=labels.device)
@@ -177,7 +184,7 @@ class Attack:
             allowed = (labels == self.target_label).nonzero().flatten()
         else:
             allowed = torch.arange(len(labels), device=labels.device)
-        order = allowed[torch.randperm(len(allowed), generator=source, device=labels.device)]
+        order = allowed[torch.randperm(len(allowed), generator=source).to(labels.device)]
         roles[order[:poison]] = POISON
         roles[order[poison : poison + cover]] = COVER
         return roles
@@ -217,16 +224,25 @@ class Attack:
     def poison(
         self, clean: ImageSet, tensors: Tensors, num_classes: int, seed: int, rate: float | None = None
     ) -> tuple[ImageSet, Tensor]:
-        """A poisoned copy of a set and the role of each image: the static training set, or a tainted reserve.
+        """A poisoned copy of a set and the role of each image.
 
         Args:
-            rate: poisoned share; None takes the attack's own, with its covers.
+            seed: that of `prepare` if the set is the training set.
+            rate: None poisons the training set, at the attack's own rate and with its covers; a number is the
+                poisoned share of another set (a tainted reserve).
         """
-        source = generator(seed, "poison", device=clean.images.device)
+        device = clean.images.device
         count = round((self.poison_rate if rate is None else rate) * len(clean))
         cover = round(self.cover_rate * len(clean)) if rate is None else 0
-        roles = self.choose(clean.labels, source, count, cover)
+        roles = self.choose(clean.labels, generator(seed, "poison"), count, cover)
+        possible = int((roles == POISON).sum())
+        if possible < count:
+            raise ValueError(
+                f"attack.{self.name}: {count} images were to be poisoned and only {possible} can be; "
+                "lower its poison_rate (or reserve.contamination)"
+            )
         images, labels = clean.images.clone(), clean.labels.clone()
+        source = generator(seed, "stamp", device=device)
         for role, stamp in ((POISON, self.stamp_poison), (COVER, self.stamp_cover)):
             for part in (roles == role).nonzero().flatten().split(1024):
                 before = to_float(images[part])

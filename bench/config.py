@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import FrozenInstanceError, dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
@@ -209,9 +209,8 @@ def defense_of(cfg: DictConfig, name: str) -> Defense:
 def _method(cfg: DictConfig, group: str, registry: Registry, name: str) -> Any:
     try:
         cls = registry[name]  # first: an unknown name gets the list of known ones
-        found = OmegaConf.to_object(cfg[group][name])
-        if not isinstance(found, cls):  # a key was added with +, which typed nodes accept
-            raise UserError(f"{group}.{name} has keys that {cls.__name__} does not know: {found}")
-        return found
+        return OmegaConf.to_object(cfg[group][name])
+    except FrozenInstanceError as error:  # a key was added with +, which typed nodes accept
+        raise UserError(f"{group}.{name}: {error}: {cls.__name__} has no such setting") from error
     except (LookupError, ValueError, OmegaConfBaseException) as error:
         raise UserError(" ".join(str(error).split())) from error

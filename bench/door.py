@@ -67,7 +67,8 @@ def plan(arguments: list[str]) -> Plan:
     except (LookupError, FileNotFoundError) as error:
         raise UserError(str(error.args[0])) from error
     device = pick_device(cfg.dispatch.device)
-    trials = expand(cfg, infos, "bfloat16" if device.type == "cuda" else "float32")
+    explicit = frozenset(argument.partition("=")[0].lstrip("+") for argument in arguments)
+    trials = expand(cfg, infos, "bfloat16" if device.type == "cuda" else "float32", explicit)
     return Plan(cfg, trials, infos, Store(Path(cfg.results) / "store"), device)
 
 

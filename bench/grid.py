@@ -113,12 +113,15 @@ def check(cfg: DictConfig) -> None:
             )
 
 
-def expand(cfg: DictConfig, infos: dict[str, DatasetInfo], precision: str) -> list[Trial]:
+def expand(
+    cfg: DictConfig, infos: dict[str, DatasetInfo], precision: str, explicit: frozenset[str] = frozenset()
+) -> list[Trial]:
     """All trials of a grid, in the order of its axes, each with the identities of its stages.
 
     Args:
         infos: what is known of each data set, by name.
         precision: what `train.precision=auto` is on the devices that will train.
+        explicit: keys set on the command line; no exception of the grid overrides them.
 
     Raises:
         UserError: a setting is wrong, or an attack or architecture is impossible on a data set.
@@ -139,7 +142,7 @@ def expand(cfg: DictConfig, infos: dict[str, DatasetInfo], precision: str) -> li
                             "defense": defender,
                             "setting": setting,
                         }
-                        trials += _trials(_with_exceptions(cfg, place), infos[data], place, seeds, precision)
+                        trials += _trials(_with_exceptions(cfg, place, explicit), infos[data], place, seeds, precision)
     return trials
 
 
@@ -195,8 +198,8 @@ def _trials(
         )
 
 
-def _with_exceptions(cfg: DictConfig, place: dict[str, str]) -> DictConfig:
-    """The configuration of one cell: every exception that matches is set, in order.
+def _with_exceptions(cfg: DictConfig, place: dict[str, str], explicit: frozenset[str]) -> DictConfig:
+    """The configuration of one cell: every exception that matches is set, in order; the command line wins.
 
     `attack.poison_rate` in an exception means this cell's attack, `defense.epochs` its defense.
     """
@@ -212,6 +215,8 @@ def _with_exceptions(cfg: DictConfig, place: dict[str, str]) -> DictConfig:
         for key, value in exception["set"].items():
             head, _, rest = str(key).partition(".")
             path = f"{head}.{place[head]}.{rest}" if head in ("attack", "defense") else str(key)
+            if path in explicit:
+                continue
             try:
                 OmegaConf.update(cfg, path, value, force_add=False)
             except OmegaConfBaseException as error:

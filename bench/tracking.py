@@ -37,7 +37,12 @@ def sync(trials: list[Trial], store: Store, uri: str, experiment: str, artifacts
         artifacts: folder of MLflow's artifacts, used when the experiment is new.
     """
     client, place = _open(uri, experiment, artifacts)
-    there = _sent(client, place)
+    there: set[str] = set()
+    for run in _runs(client, place):
+        if run.info.status == "FINISHED":
+            there.add(run.data.tags["trial"])
+        else:  # begun when the tracking broke
+            client.delete_run(run.info.run_id)
     sent = 0
     for trial in trials:
         if not trial.defend:
@@ -136,17 +141,10 @@ def _runs(client: Any, place: str) -> list[Any]:
             return found
 
 
-def _sent(client: Any, place: str) -> set[str]:
-    return {run.data.tags["trial"] for run in _runs(client, place) if run.info.status == "FINISHED"}
-
-
 def _send(client: Any, place: str, trial: Trial, row: dict[str, Any], store: Store) -> None:
     """One trial: tags, params, final figures and curves in two calls."""
-    from mlflow.entities import Metric, Param, RunTag
+    from mlflow.entities import Metric, Param
 
-    half = client.search_runs([place], filter_string=f"tags.trial = '{row['trial']}'", max_results=1)
-    if half:  # a run that was begun when the tracking broke
-        client.delete_run(half[0].info.run_id)
     now = int(time.time() * 1000)
     metrics = [
         Metric(name, float(row[name]), now, 0) for name in FIGURES if row[name] is not None and math.isfinite(row[name])
@@ -165,8 +163,9 @@ def _send(client: Any, place: str, trial: Trial, row: dict[str, Any], store: Sto
     texts["mlflow.runName"] = trial.title
     if row["commit"]:
         texts["mlflow.source.git.commit"] = row["commit"]
-    run = client.create_run(place, tags={"mlflow.runName": trial.title}).info.run_id
-    client.log_batch(run, metrics[:1000], params[:100], [RunTag(name, text[:8000]) for name, text in texts.items()])
+    # The tags come with the run: one that was begun and not ended can be told by them.
+    run = client.create_run(place, tags={name: text[:8000] for name, text in texts.items()}).info.run_id
+    client.log_batch(run, metrics[:1000], params[:100])
     for start in range(1000, len(metrics), 1000):
         client.log_batch(run, metrics[start : start + 1000])
     client.set_terminated(run)

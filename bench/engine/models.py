@@ -94,7 +94,7 @@ class ModelSpec:
         if self.stem not in STEMS:
             raise ValueError(f"model.stem is {self.stem!r}; write one of {', '.join(STEMS)}")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the GPU's source too
             net, notes = _fitted(self)
         for note in notes:
             log.debug("%s: %s", self.name, note)
@@ -115,7 +115,7 @@ class ModelSpec:
             except (RuntimeError, AssertionError) as error:
                 raise ValueError(
                     f"{self.name} (model.stem={self.stem}) cannot take {self.image_size}x{self.image_size} images: "
-                    f"{str(error).splitlines()[0]}. Set a larger dataset.image_size or another model.stem."
+                    f"{str(error).splitlines()[0]}. Set a larger dataset.size or another model.stem."
                 ) from error
 
 

@@ -1,0 +1,158 @@
+"""What every attack promises, and the exact triggers of BadNets and Blended."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from attacks.base import CLEAN, COVER, POISON, Attack, Setup, attack
+from bench.engine.data import Augmentation, ImageSet, generator
+from bench.engine.models import ModelSpec
+from bench.engine.training import Journal, Recipe
+
+LABELS = torch.arange(10).repeat(20)
+
+# Attacks that learn before they stamp have tests of their own, with budgets of their own.
+DRAWN = ["none", "badnets", "blended", *sorted({"sig", "ftrojan", "wanet", "bpp", "adaptive_blend"} & set(attack))]
+
+
+def setup_for(size: int = 32, channels: int = 3, seed: int = 0) -> Setup:
+    images = torch.randint(0, 256, (200, channels, size, size), dtype=torch.uint8, generator=generator(9, "images"))
+    spec = ModelSpec("test_resnet", 10, channels, size, (0.5,) * channels, (0.25,) * channels)
+    return Setup(ImageSet(images, LABELS), 10, seed, spec.build, Recipe(epochs=1), Augmentation(), Journal())
+
+
+def triggered(settings: Attack, setup: Setup) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float images without and with the trigger."""
+    images = setup.trainset.images[:8].float() / 255
+    return images, settings.trigger(images, settings.prepare(setup))
+
+
+@pytest.mark.parametrize("name", sorted(attack))
+def test_each_attack_states_its_paper_and_a_line(name):
+    assert attack[name].paper
+    assert attack[name].__module__.split(".")[-1] == name  # file name = registry name
+
+
+@pytest.mark.parametrize(("size", "channels"), [(28, 1), (32, 3), (64, 3)])
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_trigger_keeps_shape_range_and_its_input_and_sees_each_image_by_itself(name, size, channels):
+    setup, settings = setup_for(size, channels), attack[name]()
+    tensors = settings.prepare(setup)
+    images = setup.trainset.images[:8].float() / 255
+    before = images.clone()
+    whole = settings.trigger(images, tensors)
+    assert torch.equal(images, before)
+    assert whole.shape == images.shape
+    assert 0 <= whole.min()
+    assert whole.max() <= 1
+    assert torch.equal(torch.cat([settings.trigger(images[:3], tensors), settings.trigger(images[3:], tensors)]), whole)
+    assert torch.equal(whole, settings.trigger(images, settings.prepare(setup)))  # the seed says all
+
+
+@pytest.mark.parametrize("name", ["badnets", "blended"])
+def test_the_poisoned_set_holds_exactly_the_stated_share(name):
+    setup = setup_for()
+    settings = attack[name](poison_rate=0.15, cover_rate=0.05)
+    poisoned, roles = settings.poison(setup.trainset, settings.prepare(setup), 10, seed=3)
+    assert [int((roles == role).sum()) for role in (CLEAN, POISON, COVER)] == [160, 30, 10]
+    assert torch.equal(poisoned.images[roles == CLEAN], setup.trainset.images[roles == CLEAN])
+    assert torch.equal(poisoned.labels[roles != POISON], LABELS[roles != POISON])
+    assert (poisoned.labels[roles == POISON] == 0).all()
+    again = settings.poison(setup.trainset, settings.prepare(setup), 10, seed=3)
+    assert torch.equal(again[1], roles)
+    assert torch.equal(again[0].images, poisoned.images)
+    assert not torch.equal(settings.poison(setup.trainset, settings.prepare(setup), 10, seed=4)[1], roles)
+
+
+def test_all_to_all_sends_each_class_to_the_next_and_judges_every_image():
+    settings = attack["badnets"](label_mode="all_to_all")
+    assert settings.wanted(torch.tensor([0, 8, 9]), 10).tolist() == [1, 9, 0]
+    assert settings.judged(torch.tensor([0, 1])).tolist() == [True, True]
+
+
+def test_all_to_one_judges_only_images_of_other_classes():
+    assert attack["badnets"](target_label=2).judged(torch.tensor([1, 2, 3])).tolist() == [True, False, True]
+
+
+def test_clean_label_poisons_only_the_target_class_and_changes_no_label():
+    settings = attack["badnets"](label_mode="clean_label", target_label=4, poison_rate=0.05)
+    setup = setup_for()
+    poisoned, roles = settings.poison(setup.trainset, settings.prepare(setup), 10, seed=0)
+    assert (LABELS[roles == POISON] == 4).all()
+    assert int((roles == POISON).sum()) == 10
+    assert torch.equal(poisoned.labels, LABELS)
+    with pytest.raises(ValueError, match=r"write at most 0\.1000"):
+        attack["badnets"](label_mode="clean_label", poison_rate=0.11).check([20] * 10, (3, 32, 32))
+
+
+def test_a_per_batch_attack_poisons_its_share_of_every_batch_on_average():
+    setup = setup_for()
+    settings = attack["badnets"](regime="per_batch", poison_rate=0.1)
+    hooks = settings.hooks(setup, settings.prepare(setup))
+    source, images = generator(0, "test"), torch.zeros(45, 3, 32, 32)  # 4.5 images a batch
+    counts = []
+    for _ in range(400):
+        found, labels = hooks.augmented(None, images, torch.ones(45, dtype=torch.int64), 0, source)
+        stamped = found.flatten(1).any(1)
+        assert torch.equal(stamped, labels == 0)
+        counts.append(int(stamped.sum()))
+    assert set(counts) == {4, 5}
+    assert abs(np.mean(counts) - 4.5) < 0.1  # four standard errors
+
+
+def test_a_stamp_that_leaves_the_range_or_the_shape_is_refused_by_name():
+    class Wild(attack["badnets"]):
+        def stamp(self, images, tensors):
+            return self.damage(images)
+
+    wild, images = Wild(), torch.rand(2, 3, 8, 8)
+    for damage, words in ((lambda x: x + 1, "left"), (lambda x: x * torch.nan, "left"), (lambda x: x[:, :1], "turned")):
+        object.__setattr__(wild, "damage", damage)
+        with pytest.raises(ValueError, match=f"'badnets' {words}"):
+            wild.trigger(images, {})
+
+
+def test_the_badnets_checker_is_the_one_of_the_papers_at_32_pixels():
+    images, stamped = triggered(attack["badnets"](pattern="checker"), setup_for())
+    corner = np.array([[0, 0, 1], [0, 1, 0], [1, 0, 1]], dtype=np.float32)
+    assert (stamped[:, :, 29:, 29:].numpy() == corner).all()
+    assert corner.mean() == pytest.approx(4 / 9)
+    rest = torch.ones(32, 32, dtype=torch.bool)
+    rest[29:, 29:] = False
+    assert torch.equal(stamped[:, :, rest], images[:, :, rest])
+
+
+@pytest.mark.parametrize(("size", "side"), [(16, 2), (28, 3), (32, 3), (64, 6), (224, 21)])
+def test_the_badnets_patch_keeps_its_share_of_the_image(size, side):
+    settings = attack["badnets"]()
+    black = torch.zeros(1, 1, size, size)
+    stamped = settings.stamp(black, settings.prepare(setup_for(size, 1)))
+    assert int(stamped.sum()) == side * side
+    assert stamped[0, 0, size - side :, size - side :].all()
+    assert torch.equal(settings.stamp(stamped, settings.prepare(setup_for(size, 1))), stamped)  # twice is once
+
+
+def test_blended_mixes_by_its_opacity_and_nothing_else():
+    setup = setup_for()
+    picture = attack["blended"]().prepare(setup)["picture"]
+    images = torch.rand(4, 3, 32, 32)
+    for alpha in (0.0, 0.1, 0.2, 1.0):
+        settings = attack["blended"](alpha=alpha, quantise=False)
+        mixed = settings.trigger(images, {"picture": picture})
+        assert torch.allclose(mixed, (1 - alpha) * images + alpha * picture, atol=1e-6)
+        assert (mixed - images).abs().max() <= alpha + 1e-6
+    assert 0.4 < picture.mean() < 0.6
+
+
+def test_blended_may_train_with_another_opacity_than_it_attacks_with():
+    setup, settings = setup_for(), attack["blended"](alpha=0.2, alpha_train=0.1)
+    tensors, images = settings.prepare(setup), torch.zeros(1, 3, 32, 32)
+    weak = settings.stamp_poison(images, tensors, generator(0))
+    assert torch.allclose(2 * weak, settings.stamp(images, tensors))
+
+
+def test_triggered_test_images_are_rounded_as_a_file_would_be():
+    images, stamped = triggered(attack["blended"](), setup_for())
+    assert torch.equal((stamped * 255).round() / 255, stamped)
+    assert not torch.equal(stamped, images)

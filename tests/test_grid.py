@@ -1,0 +1,106 @@
+"""What can change a figure changes a stage's identity; what cannot does not."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+from attacks.base import attack
+from bench.door import plan
+from defenses.base import defense
+
+BASE = ["grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "grid.seeds=1"]
+
+
+@pytest.fixture
+def keys(cache):
+    def of(*more: str) -> tuple[str, str, str]:
+        return plan([*BASE, f"dataset.cache={cache}", *more]).trials[0].keys()
+
+    return of
+
+
+def test_a_plan_is_the_product_of_its_axes(cache):
+    opened = plan(["grid=quick", f"dataset.cache={cache}"])
+    assert len(opened.trials) == 3 * 4 * 3
+    assert len({trial.keys()[0] for trial in opened.trials}) == 3 * 3  # many defenses share one implant
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        ("attack.badnets.patch_size=4", "111"),
+        ("attack.badnets.poison_rate=0.05", "111"),
+        ("train.epochs=7", "111"),
+        ("train.lr=0.3", "111"),
+        ("train.precision=bfloat16", "111"),
+        ("model.stem=small", "111"),
+        ("grid.models=[test_vit]", "111"),
+        ("grid.seeds=[1]", "111"),
+        ("dataset.size=32", "111"),
+        ("reserve.pool=0.1", "111"),
+        ("defense.fine_tuning.epochs=7", "011"),
+        ("reserve.size=0.02", "011"),
+        ("reserve.contamination=0.1", "011"),
+        ("measure.pgd_steps=5", "001"),
+        ("measure.pgd_images=100", "001"),
+        ("dispatch.workers=7", "000"),
+        ("dispatch.threads=2", "000"),
+        ("dispatch.checkpoint_s=1", "000"),
+        ("tracking.enabled=false", "000"),
+        ("results=elsewhere", "000"),
+        ("grid.name=another", "000"),
+        ("attack.blended.alpha=0.5", "000"),  # another attack's setting
+        ("defense.aft.lr=0.5", "000"),
+    ],
+)
+def test_identity_changes_with_figures_and_with_nothing_else(keys, change, stages):
+    before, after = keys(), keys(change)
+    assert "".join(str(int(old != new)) for old, new in zip(before, after, strict=True)) == stages
+
+
+@pytest.mark.parametrize(("registry", "group"), [(attack, "attack"), (defense, "defense")])
+def test_every_setting_of_every_method_is_in_its_identity(registry, group, cache):
+    axis = f"{group}s"
+    for name, cls in registry.items():
+        trials = plan([f"grid.{axis}=[{name}]", "grid.settings=[reserve,trainset]", f"dataset.cache={cache}"]).trials
+        for trial in trials:
+            identity = trial.implant["attack"] if group == "attack" else (trial.defend or {}).get("defense")
+            if identity:
+                assert {field.name for field in fields(cls)} | {"name", "version"} == set(identity)
+
+
+def test_a_new_version_of_a_method_is_another_stage(keys, monkeypatch):
+    before = keys()
+    monkeypatch.setattr(attack["badnets"], "version", 99)
+    assert keys()[0] != before[0]
+
+
+def test_an_exception_sets_only_the_cells_that_match(cache):
+    opened = plan(
+        [
+            "grid=quick",
+            "grid.exceptions=[{attack: badnets, set: {attack.patch_size: 6}, why: larger}]",
+            f"dataset.cache={cache}",
+        ]
+    )
+    sizes = {trial.implant["attack"].get("patch_size") for trial in opened.trials if trial.attack == "badnets"}
+    assert sizes == {6}
+    assert opened.cfg.attack.badnets.patch_size == 3
+
+
+def test_the_command_line_wins_over_an_exception_of_the_grid(cache):
+    opened = plan(["grid=quick", "defense.aft.epsilon=0.5", f"dataset.cache={cache}"])
+    aft = next(trial for trial in opened.trials if trial.defense == "aft").defend["defense"]
+    assert (aft["epsilon"], aft["updates"]) == (0.5, 300)
+
+
+def test_a_setting_that_offers_too_little_is_not_applicable_with_the_reason(cache):
+    opened = plan(["grid.defenses=[fine_tuning]", "grid.settings=[trainset]", f"dataset.cache={cache}"])
+    assert all(not trial.defend and "trainset" in trial.reason for trial in opened.trials)
+
+
+def test_a_method_that_needs_no_image_is_repaired_once_for_all_settings(cache):
+    opened = plan(["grid.defenses=[no_defense]", "grid.settings=[reserve,trainset]", f"dataset.cache={cache}"])
+    both = {trial.setting: trial.keys() for trial in opened.trials if trial.seed == 0 and trial.attack == "badnets"}
+    assert both["reserve"] == both["trainset"]

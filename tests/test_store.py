@@ -1,0 +1,86 @@
+"""A stage is there or it is not, its name is its inputs, and two processes never compute it at once."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from bench.store import Store, key_of
+
+IDENTITY = {"stage": "implant", "seed": 0, "attack": {"name": "badnets", "poison_rate": 0.1}}
+
+
+def test_a_key_depends_on_values_and_not_on_their_order():
+    shuffled = dict(reversed(list(IDENTITY.items())))
+    assert key_of(shuffled) == key_of(IDENTITY)
+    assert key_of({**IDENTITY, "seed": 1}) != key_of(IDENTITY)
+    assert key_of({**IDENTITY, "attack": {"name": "badnets", "poison_rate": 0.2}}) != key_of(IDENTITY)
+
+
+def test_what_was_finished_comes_back_exactly(tmp_path):
+    store = Store(tmp_path)
+    weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    store.finish("implant", IDENTITY, {"status": "done", "seconds": 1.0}, {"model": {"weight": weight}})
+    key = key_of(IDENTITY)
+    assert store.result("implant", key) == {"status": "done", "seconds": 1.0}
+    assert torch.equal(store.tensors("implant", key, "model")["weight"], weight)
+    assert json.loads((store.folder("implant", key) / "config.json").read_text()) == IDENTITY
+
+
+def test_a_half_written_stage_is_no_stage(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        store.finish("implant", IDENTITY, {"status": "done"})
+    assert store.result("implant", key_of(IDENTITY)) is None
+
+
+def test_the_second_to_finish_leaves_the_first_result(tmp_path):
+    store = Store(tmp_path)
+    store.finish("implant", IDENTITY, {"status": "done", "who": 1})
+    store.finish("implant", IDENTITY, {"status": "done", "who": 2})
+    assert store.result("implant", key_of(IDENTITY))["who"] == 1
+    assert len((tmp_path / "history.log").read_text().splitlines()) == 1
+    assert not list((tmp_path / "unfinished").iterdir())
+
+
+def test_a_figure_that_is_no_number_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Store(tmp_path).finish("evaluate", IDENTITY, {"asr": float("nan")})
+
+
+def test_success_forgets_an_earlier_failure(tmp_path):
+    store = Store(tmp_path)
+    store.fail("implant", key_of(IDENTITY), "ValueError: no", "traceback")
+    assert store.failure("implant", key_of(IDENTITY)) == "ValueError: no"
+    store.finish("implant", IDENTITY, {"status": "done"})
+    assert store.failure("implant", key_of(IDENTITY)) is None
+
+
+def _hold(root: str, ready, end) -> None:
+    with Store(root).lock("implant", "k") as ours:
+        assert ours
+        ready.set()
+        end.wait(30)
+
+
+def test_a_lock_is_exclusive_and_dies_with_its_process(tmp_path: Path):
+    context = multiprocessing.get_context("spawn")
+    ready, end = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(str(tmp_path), ready, end))
+    process.start()
+    assert ready.wait(30)
+    store = Store(tmp_path)
+    assert store.is_running("implant", "k")
+    with store.lock("implant", "k") as ours:
+        assert not ours
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not store.is_running("implant", "k")
+    with store.lock("implant", "k") as ours:
+        assert ours

@@ -1,0 +1,173 @@
+"""The threat model is a type: nothing of the attack can be reached from what a defender is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from attacks.base import POISON, Attack
+from bench.door import plan
+from bench.engine.training import Journal
+from bench.pipeline import Bench, split
+from bench.store import Store
+from defenses.base import SETTINGS, DefenderView, ReserveView, TrainsetView, Verdict, defense, offered, views_of
+
+SMALL = {
+    "fine_tuning": {"epochs": 1},
+    "fine_pruning": {"epochs": 1},
+    "aft": {"updates": 2, "adversarial_updates": 1},
+}
+
+
+@pytest.fixture
+def infected(tiny):
+    """A bench with one infected model in its store, and the trials on it in both settings."""
+    opened = plan(
+        [*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]", "grid.settings=[reserve,trainset]"]
+    )
+    bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    bench.run(opened.trials[0], ("implant",))
+    return bench, opened.trials
+
+
+def view_of(bench: Bench, trial: Any, view: type[DefenderView], setting: str) -> DefenderView:
+    """The view that the harness would build for a defense that asks for this one."""
+    from dataclasses import replace
+
+    asked = replace(
+        trial, setting=setting, defend={"view": view.__name__, "reserve": {"size": 0.05, "contamination": 0.0}}
+    )
+    return bench._view(asked, defense["no_defense"](), Journal())
+
+
+def reachable(thing: Any) -> Iterator[Any]:
+    """Everything that hangs on an object: attributes, items, closures, bound arguments. Classes and modules do not
+    count: they are the library, the same for every trial."""
+    seen: set[int] = set()
+    queue = [thing]
+    while queue:
+        item = queue.pop()
+        if id(item) in seen or isinstance(item, (type, type(torch), str, bytes, int, float)):
+            continue
+        seen.add(id(item))
+        yield item
+        queue += list(getattr(item, "__dict__", {}).values())
+        if isinstance(item, dict):
+            queue += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            queue += list(item)
+        queue += [cell.cell_contents for cell in getattr(item, "__closure__", None) or ()]
+        queue += [getattr(item, name) for name in ("__self__", "func", "args", "keywords") if hasattr(item, name)]
+
+
+def test_the_fields_of_the_views_are_these_and_no_others():
+    own = {"model", "num_classes", "seed", "device", "progress"}
+    assert {field.name for field in fields(DefenderView)} == own
+    assert {field.name for field in fields(ReserveView)} == own | {"reserve", "augmentation"}
+    assert {field.name for field in fields(TrainsetView)} == own | {"trainset", "augmentation", "fresh_model"}
+
+
+@pytest.mark.parametrize(
+    ("view", "setting"), [(DefenderView, "reserve"), (ReserveView, "reserve"), (TrainsetView, "trainset")]
+)
+def test_nothing_of_the_attack_hangs_on_a_view(infected, view, setting):
+    bench, trials = infected
+    found = view_of(bench, trials[0], view, setting)
+    assert type(found) is view
+    trigger = bench._trigger(trials[0])
+    test = bench._images(bench.infos["digits"], "test")
+    secrets = {"patch": trigger["patch"], "roles": trigger["roles"], "test images": test.images}
+    for item in reachable(found):
+        assert not isinstance(item, (Attack, Bench, Store))
+        if isinstance(item, torch.Tensor):
+            for name, secret in secrets.items():
+                assert not (item.shape == secret.shape and torch.equal(item.to(secret.dtype), secret)), name
+    # What was drawn with the attacker's seed could be drawn again.
+    assert found.seed != trials[0].implant["seed"]
+
+
+def test_the_training_set_is_shipped_with_its_poison_and_without_a_mark(infected):
+    bench, trials = infected
+    found = view_of(bench, trials[0], TrainsetView, "trainset")
+    clean, pool = bench._split(trials[0])
+    roles = bench._trigger(trials[0])["roles"]
+    assert len(found.trainset) == len(clean) == 1438 - len(pool)
+    changed = (found.trainset.images != clean.images).flatten(1).any(1)
+    assert not changed[roles != POISON].any()
+    assert (found.trainset.labels[roles == POISON] == 0).all()
+    assert int((roles == POISON).sum()) == round(0.1 * len(clean))
+
+
+def test_the_reserve_is_clean_and_no_model_was_trained_on_it(infected):
+    bench, trials = infected
+    found = view_of(bench, trials[0], ReserveView, "reserve")
+    train = bench.infos["digits"].load("train")
+    rest, pool = split(train.labels, 0.05, trials[0].seed)
+    assert not set(rest.tolist()) & set(pool.tolist())
+    assert sorted(rest.tolist() + pool.tolist()) == list(range(len(train)))
+    assert torch.equal(found.reserve.images, train.images[pool][: len(found.reserve)])
+    assert torch.equal(found.reserve.labels, train.labels[pool][: len(found.reserve)])
+
+
+def test_a_pool_has_every_class_with_its_share_and_its_prefixes_too():
+    labels = torch.arange(10).repeat_interleave(100)
+    for seed in range(3):
+        _, pool = split(labels, 0.2, seed)
+        assert labels[pool].bincount().tolist() == [20] * 10
+        for size in (10, 50, 100):
+            assert labels[pool[:size]].bincount(minlength=10).tolist() == [size // 10] * 10
+    assert not torch.equal(split(labels, 0.2, 0)[1], split(labels, 0.2, 1)[1])
+
+
+def test_a_tainted_reserve_holds_the_stated_share_of_poison(tiny):
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "reserve.contamination=0.5"])
+    bench = Bench(opened.store, opened.infos, torch.device("cpu"))
+    trial = opened.trials[0]
+    bench.run(trial, ("implant",))
+    reserve = bench._view(trial, defense["fine_tuning"](), Journal()).reserve
+    stamped = (reserve.images[:, 0, -2:, -2:] == 255).flatten(1).all(1)
+    assert int(stamped.sum()) == round(0.5 * len(reserve))
+    assert (reserve.labels[stamped] == 0).all()
+
+
+@pytest.mark.parametrize("name", sorted(defense))
+def test_each_defense_states_its_paper_and_a_view(name):
+    cls = defense[name]
+    assert cls.paper
+    assert any(offered(cls, setting) for setting in SETTINGS)
+    assert all(issubclass(view, DefenderView) for view in views_of(cls))
+
+
+@pytest.mark.parametrize("name", sorted(defense))
+def test_each_defense_repeats_itself_and_leaves_the_global_random_state_and_its_images_alone(infected, name):
+    bench, trials = infected
+    method = defense[name](**SMALL.get(name, {}))
+    setting = next(setting for setting in SETTINGS if offered(defense[name], setting))
+    found = []
+    for repeat in range(2):
+        view = view_of(bench, trials[0], offered(defense[name], setting), setting)
+        images = getattr(view, "reserve", getattr(view, "trainset", None))
+        before = images.images.clone() if images is not None else None
+        torch.manual_seed(repeat)  # another global state must not matter
+        state = torch.get_rng_state()
+        verdict = method.defend(view)
+        assert isinstance(verdict, Verdict)
+        assert torch.equal(torch.get_rng_state(), state)
+        if before is not None:
+            assert torch.equal(images.images, before)
+        found.append(verdict.model.state_dict())
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+def test_a_defense_without_an_annotated_view_is_refused():
+    class Careless:
+        name = "careless"
+
+        def defend(self, view):
+            return None
+
+    with pytest.raises(TypeError, match="annotate the argument"):
+        views_of(Careless)
