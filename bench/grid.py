@@ -170,7 +170,10 @@ def _trials(
         "pool": cfg.reserve.pool,
     }
     defender = defense_of(cfg, place["defense"])
-    view = offered(type(defender), place["setting"])
+    try:
+        view = offered(type(defender), place["setting"])
+    except (TypeError, NameError) as error:  # a plug-in without a type, or with one that cannot be found
+        raise UserError(str(error)) from error
     defend: Identity = {}
     reason = ""
     if view is None:

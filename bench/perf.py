@@ -1,0 +1,128 @@
+"""A benchmark of the hot paths, each as a ratio against its own roofline in one run. Never a timed test.
+
+    python -m bench.perf [model=test_resnet] [size=32] [batch=256] [rounds=10] [threads=1] [stem=small]
+
+The roofline of a training step is the same model and optimizer fed one batch of synthetic tensors that is there
+already. Both are timed in turns, so that a busy machine slows both.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+from bench.door import enter
+
+DEFAULTS = {"model": "test_resnet", "size": "32", "batch": "256", "rounds": "10", "threads": "1", "stem": "small"}
+STEPS = 4  # of training in one timing: what happens once in a training is no part of a step
+
+
+def main(arguments: list[str]) -> int:
+    from bench.config import UserError
+
+    settings = dict(DEFAULTS)
+    for argument in arguments:
+        key, found, value = argument.partition("=")
+        if not found or key not in settings:
+            raise UserError(f"{argument!r}: write one of {', '.join(f'{k}=...' for k in settings)}")
+        settings[key] = value
+    try:
+        size, batch, rounds, threads = (int(settings[key]) for key in ("size", "batch", "rounds", "threads"))
+    except ValueError as error:
+        raise UserError(f"size, batch, rounds and threads are whole numbers: {error}") from error
+    import torch
+
+    from bench.pipeline import pick_device, provenance
+
+    torch.set_num_threads(threads)
+    device = pick_device("auto")
+    known = provenance()
+    print(f"{settings['model']}, stem {settings['stem']}, {size}x{size}, batch {batch}, {device}, {threads} threads")
+    print(f"commit {known['commit'][:10]}{'' if known['clean'] else ' (changed)'}, torch {known['torch']}\n")
+    print(f"{'path':<46} {'ms':>9} {'roofline ms':>12} {'ratio':>7}")
+    for name, path, roofline in _paths(settings["model"], settings["stem"], size, batch, device):
+        ours, ideal = _in_turns(path, roofline, rounds)
+        print(f"{name:<46} {1000 * ours:>9.2f} {1000 * ideal:>12.2f} {ours / ideal:>7.3f}")
+    return 0
+
+
+def _in_turns(first: Callable[[], None], second: Callable[[], None], rounds: int) -> tuple[float, float]:
+    """Median seconds of both, one after the other in each round, after two rounds of warming up."""
+    import torch
+
+    spent: tuple[list[float], list[float]] = ([], [])
+    for index in range(rounds + 2):
+        for function, kept in zip((first, second), spent, strict=True):
+            started = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if index >= 2:
+                kept.append(time.perf_counter() - started)
+    return median(spent[0]), median(spent[1])
+
+
+def _paths(
+    model_name: str, stem: str, size: int, batch: int, device: object
+) -> list[tuple[str, Callable[[], None], Callable[[], None]]]:
+    """(name, what we do, the least that has to be done)."""
+    import torch
+    import torch.nn.functional as F
+
+    from bench.engine.adversarial import pgd
+    from bench.engine.data import Augmentation, ImageSet, generator
+    from bench.engine.models import ModelSpec
+    from bench.engine.training import Recipe, autocast, fit, make_optimizer
+
+    spec = ModelSpec(model_name, 10, 3, size, (0.5,) * 3, (0.25,) * 3, stem)
+    images = torch.randint(0, 256, (8 * batch, 3, size, size), dtype=torch.uint8, device=device)  # type: ignore[call-overload]
+    labels = torch.randint(0, 10, (8 * batch,), device=device)  # type: ignore[call-overload]
+    data = ImageSet(images, labels)
+    recipe = Recipe(updates=STEPS, batch_size=batch)
+
+    ours = spec.build(0).to(device)  # type: ignore[call-overload]
+    theirs = spec.build(0).to(device)  # type: ignore[call-overload]
+    optimizer = make_optimizer(recipe, theirs)
+    synthetic = torch.rand(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    target = labels[:batch]
+
+    def train_step() -> None:
+        fit(ours, data, recipe, seed=0, augmentation=Augmentation(crop=1 / 8, flip=True))
+
+    def synthetic_step() -> None:
+        theirs.train()
+        for _ in range(STEPS):
+            optimizer.zero_grad(set_to_none=True)
+            with autocast(recipe.precision, synthetic.device):
+                loss = F.cross_entropy(theirs(synthetic), target)
+            loss.backward()
+            optimizer.step()
+
+    def attack() -> None:
+        pgd(theirs, synthetic, target, epsilon=8 / 255, step_size=2 / 255, steps=7)
+
+    def seven_passes() -> None:
+        theirs.eval().requires_grad_(False)
+        for _ in range(7):
+            leaf = synthetic.detach().clone().requires_grad_(True)
+            torch.autograd.grad(F.cross_entropy(theirs(leaf), target), leaf)
+        theirs.requires_grad_(True)
+
+    source = generator(0, "perf", device=synthetic.device)
+    augmentation = Augmentation(crop=1 / 8, flip=True)
+    chosen = torch.randperm(len(data))[:batch].to(synthetic.device)
+
+    def load() -> None:
+        for _ in range(STEPS):
+            augmentation(data.images[chosen], source)
+
+    return [
+        ("training steps with data and augmentation", train_step, synthetic_step),
+        ("data and augmentation alone, against steps", load, synthetic_step),
+        ("PGD-7, against seven forward/backward passes", attack, seven_passes),
+    ]
+
+
+if __name__ == "__main__":
+    enter(main, __doc__)

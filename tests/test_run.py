@@ -1,0 +1,289 @@
+"""The front door end to end, on digits: a leaderboard out, nothing computed twice, failures shown and survived."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from bench import list as listing
+from bench import report, status
+from bench.door import plan
+
+FIRST = ["grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"]
+
+PLUGIN = '''
+"""A defense in a file of its own."""
+from dataclasses import dataclass
+from typing import ClassVar
+import torch
+from defenses.base import Defense, DefenderView, NotApplicable, ReserveView, Verdict, defense
+
+
+@defense("shrink_head")
+@dataclass(frozen=True)
+class ShrinkHead(Defense):
+    """Halve the head's weights."""
+    paper: ClassVar[str] = "none"
+    factor: float = 0.5
+
+    def defend(self, view: ReserveView) -> Verdict:
+        with torch.no_grad():
+            view.model.head.weight.mul_(self.factor)
+        return Verdict(view.model)
+
+
+@defense("broken")
+@dataclass(frozen=True)
+class Broken(Defense):
+    """Raises until it is mended."""
+    paper: ClassVar[str] = "none"
+
+    def defend(self, view: DefenderView) -> Verdict:
+        import os
+        if "MENDED" in os.environ:
+            return Verdict(view.model)
+        raise RuntimeError("no | table <b>breaks</b>")
+
+
+@defense("suicide")
+@dataclass(frozen=True)
+class Suicide(Defense):
+    """Kills its process, as the kernel does when memory is short."""
+    paper: ClassVar[str] = "none"
+
+    def defend(self, view: DefenderView) -> Verdict:
+        import os, signal
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@defense("never")
+@dataclass(frozen=True)
+class Never(Defense):
+    """Has no meaning for any model."""
+    paper: ClassVar[str] = "none"
+
+    def defend(self, view: DefenderView) -> Verdict:
+        raise NotApplicable("the model has no crystal ball")
+
+
+@defense("zero")
+@dataclass(frozen=True)
+class Zero(Defense):
+    """Ends at chance."""
+    paper: ClassVar[str] = "none"
+
+    def defend(self, view: DefenderView) -> Verdict:
+        with torch.no_grad():
+            view.model.head.weight.zero_()
+        return Verdict(view.model)
+'''
+
+
+@pytest.fixture(scope="session")
+def plugin(tmp_path_factory):
+    """A module outside the repository, found by PYTHONPATH and imported by its name."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "outside_defense.py").write_text(PLUGIN)
+    sys.path.insert(0, str(folder))
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = f"{folder}{os.pathsep}{before}"
+    from defenses.base import defense
+
+    known = set(defense)
+    yield "plugins=[outside_defense]"
+    for name in set(defense) - known:
+        del defense[name]
+    sys.modules.pop("outside_defense", None)
+    sys.path.remove(str(folder))
+    os.environ["PYTHONPATH"] = before
+
+
+def history(results: Path) -> list[str]:
+    """The stages that were computed, one line each: stage and key."""
+    return [" ".join(line.split()[1:3]) for line in (results / "store" / "history.log").read_text().splitlines()]
+
+
+def test_a_grid_ends_in_a_leaderboard_with_tables_and_plots(run_grid, tmp_path, capsys):
+    code, trials = run_grid(*FIRST)
+    assert code == 0
+    assert (trials.status == "done").all()
+    folder = tmp_path / "results" / "quick"
+    assert {path.name for path in folder.iterdir()} == {
+        "leaderboard.md",
+        "leaderboard.csv",
+        "trials.csv",
+        "asr_heatmap.png",
+        "accuracy_against_asr.png",
+    }
+    assert (folder / "asr_heatmap.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert (folder / "leaderboard.md").read_text().split("\n", 2)[2].strip() in printed
+    assert "robust: accuracy under PGD-1" in printed  # the protocol stands beneath
+
+
+def test_a_second_run_computes_nothing_and_more_seeds_compute_only_the_new(run_grid, tmp_path, tiny):
+    run_grid(*FIRST)
+    first = history(tmp_path / "results")
+    run_grid(*FIRST)
+    assert history(tmp_path / "results") == first
+    run_grid(*FIRST, "grid.seeds=2")
+    later = history(tmp_path / "results")
+    assert later[: len(first)] == first
+    assert len(later) == 2 * len(first)
+    assert len(set(later)) == len(later)
+
+
+def test_the_same_seed_gives_bit_identical_weights_and_figures(run_grid, tmp_path, tiny):
+    _, first = run_grid(*FIRST)
+    other = f"results={tmp_path / 'other'}"
+    _, second = run_grid(*FIRST, other)
+    figures = ["clean_accuracy", "asr", "recovery_accuracy", "robust_accuracy"]
+    pd.testing.assert_frame_equal(first[figures], second[figures], check_exact=True)
+    one, two = plan([*tiny, *FIRST]), plan([*tiny, *FIRST, other])
+    for trial in one.trials:
+        for stage, key in zip(("implant", "defend"), trial.keys(), strict=False):
+            a, b = one.store.tensors(stage, key, "model"), two.store.tensors(stage, key, "model")
+            assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_dry_run_prints_the_plan_and_computes_nothing(run_grid, tmp_path, capsys):
+    code, _ = run_grid(*FIRST, "dry_run=true")
+    assert code == 0
+    assert "to compute: 2 infected models, 4 repairs" in capsys.readouterr().out
+    assert not (tmp_path / "results" / "store").exists()
+
+
+def test_a_defense_in_a_file_outside_joins_the_leaderboard(run_grid, plugin, tmp_path):
+    code, trials = run_grid(
+        "grid.attacks=[badnets]", "grid.defenses=[no_defense,shrink_head]", plugin, "defense.shrink_head.factor=0.25"
+    )
+    assert code == 0
+    assert list(trials.defense) == ["no_defense", "shrink_head"]
+    # Scaling all weights of a head keeps each prediction but for the bias, so the row is a real one.
+    assert trials.clean_accuracy.notna().all()
+    assert "| shrink_head |" in (tmp_path / "results" / "quick" / "leaderboard.md").read_text()
+
+
+def test_outcomes_have_five_names_and_each_is_shown_with_its_reason(run_grid, plugin, tmp_path, capsys):
+    code, trials = run_grid(
+        "grid.attacks=[badnets]", "grid.defenses=[no_defense,broken,never,zero]", "grid.settings=[reserve]", plugin
+    )
+    assert code == 1
+    assert dict(zip(trials.defense, trials.status, strict=True)) == {
+        "no_defense": "done",
+        "broken": "failed",
+        "never": "not applicable",
+        "zero": "diverged",
+    }
+    text = (tmp_path / "results" / "quick" / "leaderboard.md").read_text()
+    assert "| broken | failed |" in text
+    assert "| never | n/a |" in text
+    assert "| zero | diverged |" in text
+    assert "the model has no crystal ball" in text
+    assert "no \\| table &lt;b>breaks&lt;/b>" in text  # shown literally, and the table is whole
+    assert "RuntimeError" in capsys.readouterr().out
+
+
+def test_a_failed_cell_is_tried_again_by_the_next_run(run_grid, plugin, monkeypatch):
+    arguments = ["grid.attacks=[badnets]", "grid.defenses=[broken]", plugin]
+    assert run_grid(*arguments)[0] == 1
+    monkeypatch.setenv("MENDED", "1")
+    code, trials = run_grid(*arguments)
+    assert code == 0
+    assert list(trials.status) == ["done"]
+
+
+def test_two_workers_give_the_figures_of_one(run_grid, tmp_path):
+    _, alone = run_grid(*FIRST)
+    _, pooled = run_grid(*FIRST, "dispatch.workers=2", f"results={tmp_path / 'pooled'}")
+    figures = ["clean_accuracy", "asr", "recovery_accuracy", "robust_accuracy"]
+    pd.testing.assert_frame_equal(alone[figures], pooled[figures], check_exact=True)
+    lines = history(tmp_path / "pooled")
+    assert len(lines) == len(set(lines)) == 2 + 4 + 4
+
+
+def test_a_worker_that_dies_costs_its_trial_and_nothing_else(run_grid, plugin):
+    code, trials = run_grid(
+        "grid.attacks=[badnets]", "grid.defenses=[suicide,no_defense]", plugin, "dispatch.workers=1"
+    )
+    assert code == 1
+    assert list(trials.status) == ["failed", "done"]
+    assert "SIGKILL" in trials.reason[0]
+
+
+def test_an_implant_that_fails_is_the_reason_of_all_its_trials(run_grid, monkeypatch):
+    from attacks.base import attack
+
+    def fail(*_):
+        raise ValueError("no picture")
+
+    monkeypatch.setattr(attack["badnets"], "prepare", fail)
+    code, trials = run_grid(*FIRST)
+    assert code == 1
+    assert set(trials[trials.attack == "badnets"].reason) == {"implant: ValueError: no picture"}
+    assert set(trials[trials.attack == "none"].status) == {"done"}
+
+
+def test_report_and_status_compute_nothing(run_grid, tiny, tmp_path, capsys):
+    run_grid(*FIRST)
+    before = history(tmp_path / "results")
+    (tmp_path / "results" / "quick" / "leaderboard.md").unlink()
+    assert report.main([*tiny, *FIRST]) == 0
+    assert (tmp_path / "results" / "quick" / "leaderboard.md").exists()
+    capsys.readouterr()
+    assert status.main([*tiny, *FIRST, "grid.seeds=2"]) == 0
+    assert "4 done, 4 missing" in capsys.readouterr().out
+    assert history(tmp_path / "results") == before
+
+
+def test_list_names_every_method_with_its_paper(capsys):
+    from attacks.base import attack
+    from defenses.base import defense
+
+    listing.main([])
+    printed = capsys.readouterr().out
+    for registry in (attack, defense):
+        for name, cls in registry.items():
+            assert any(name in line and cls.paper in line for line in printed.splitlines())
+
+
+def test_every_figure_can_be_traced_to_a_config_a_seed_and_a_commit(run_grid, tiny):
+    run_grid(*FIRST)
+    opened = plan([*tiny, *FIRST])
+    trial = opened.trials[-1]
+    found = opened.store.result("evaluate", trial.keys()[2])["provenance"]
+    assert {"commit", "clean", "torch", "timm", "device", "python"} <= set(found)
+    config = json.loads((opened.store.folder("implant", trial.keys()[0]) / "config.json").read_text())
+    assert config["seed"] == trial.seed
+    assert config["attack"]["patch_size"] == 3
+
+
+@pytest.mark.parametrize("door", ["run", "report", "status", "list", "data", "perf"])
+def test_help_answers_without_loading_torch(door):
+    code = f"""if True:
+        import runpy, sys
+        sys.argv = ["x", "--help"]
+        try:
+            runpy.run_module("bench.{door}", run_name="__main__")
+        except SystemExit as end:
+            assert end.code == 0
+        assert "torch" not in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert f"python -m bench.{door}" in done.stdout
+
+
+def test_a_users_mistake_is_one_line_and_exit_status_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.run", "grid.attacks=[badnet]"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "Did you mean 'badnets'?" in done.stderr

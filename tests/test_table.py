@@ -1,0 +1,107 @@
+"""A leaderboard's figures are worked out by hand here, and compared."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from bench.reporting.table import boards, cells, trial_table
+
+
+def row(defense: str, attack: str, seed: int, accuracy: float | None, asr: float | None, **more):
+    base = {
+        "dataset": "digits",
+        "model": "m",
+        "setting": "reserve",
+        "attack": attack,
+        "defense": defense,
+        "seed": seed,
+        "poison_rate": 0.0 if attack == "none" else 0.1,
+        "status": "done",
+        "reason": "",
+        "clean_accuracy": accuracy,
+        "asr": asr,
+        "commit": "c0ffee",
+        "clean": True,
+        "trial": "t",
+    }
+    return base | more
+
+
+def text_of(trials) -> dict[str, list[str]]:
+    (board,) = boards(trials, ["a line of protocol"])
+    lines = [line.strip("|").split(" | ") for line in board.markdown().splitlines() if line.startswith("| ")]
+    return {cells[0].strip(" *"): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
+def test_a_cell_is_the_mean_and_the_sample_deviation_of_its_seeds():
+    table = cells(trial_table([row("aft", "badnets", 0, 0.90, 0.02), row("aft", "badnets", 1, 0.94, 0.06)]))
+    (cell,) = table.itertuples()
+    assert cell.clean_accuracy_mean == pytest.approx(0.92)
+    assert cell.clean_accuracy_std == pytest.approx(math.sqrt(((0.02) ** 2 * 2) / 1))
+    assert cell.seeds == cell.done == 2
+    assert (
+        text_of(trial_table([row("aft", "badnets", 0, 0.90, 0.02), row("aft", "badnets", 1, 0.94, 0.06)]))["aft"][
+            0
+        ].strip("*")
+        == "92.0±2.8 / 4.0±2.8"
+    )
+
+
+def test_one_seed_has_no_deviation():
+    assert text_of(trial_table([row("aft", "badnets", 0, 0.9, 0.02)]))["aft"][0].strip("*") == "90.0 / 2.0"
+
+
+def test_the_undefended_model_comes_first_and_is_never_best():
+    lines = text_of(
+        trial_table(
+            [
+                row("good", "badnets", 0, 0.8, 0.1),
+                row("bad", "badnets", 0, 0.9, 0.5),
+                row("no_defense", "badnets", 0, 0.95, 0.01),
+            ]
+        )
+    )
+    assert list(lines) == ["defense", "---", "setting: reserve", "no_defense", "good", "bad"]
+    assert lines["good"][0] == "**80.0 / 10.0**"
+    assert lines["no_defense"][0] == "95.0 / 1.0"
+    assert lines["bad"][1] == "**90.0**"  # the best mean accuracy among rivals
+
+
+def test_a_diverged_trial_is_never_averaged_and_its_row_is_not_ranked():
+    lines = text_of(
+        trial_table(
+            [
+                row("collapsed", "badnets", 0, 0.1, 0.0, status="diverged", reason="chance"),
+                row("collapsed", "badnets", 1, 0.9, 0.2),
+                row("plain", "badnets", 0, 0.9, 0.3),
+                row("plain", "badnets", 1, 0.9, 0.3),
+            ]
+        )
+    )
+    assert list(lines)[3:] == ["plain", "collapsed"]
+    assert lines["collapsed"][0] == "90.0 / 20.0 (1 diverged)"
+    assert lines["plain"][0] == "**90.0±0.0 / 30.0±0.0**"
+    assert lines["collapsed"][2] == "20.0†"
+
+
+def test_the_mean_asr_is_over_attacks_and_leaves_out_the_clean_model():
+    lines = text_of(
+        trial_table([row("d", "none", 0, 1.0, None), row("d", "a", 0, 0.9, 0.2), row("d", "b", 0, 0.8, 0.4)])
+    )
+    assert lines["defense"][:3] == ["none ACC", "a ACC / ASR", "b ACC / ASR"]
+    assert [cell.strip("*") for cell in lines["d"][3:5]] == ["90.0", "30.0"]
+
+
+def test_settings_are_ranked_apart():
+    trials = trial_table([row("rich", "badnets", 0, 0.9, 0.0), row("poor", "badnets", 0, 0.9, 0.9, setting="trainset")])
+    lines = text_of(trials)
+    assert lines["rich"][0].startswith("**")
+    assert lines["poor"][0].startswith("**")  # the best of its own setting
+
+
+def test_names_with_marks_of_markdown_stay_text():
+    lines = boards(trial_table([row("a|b*<i>", "badnets", 0, 0.9, 0.1)]), ["x|y"])[0].markdown()
+    assert "| a\\|b\\*&lt;i> |" in lines
+    assert "- x\\|y" in lines
