@@ -1,0 +1,116 @@
+"""Narcissus: a faint pattern that points into the target class, on a handful of images that keep their label.
+
+Paper: Zeng, Pan, Just, Lyu, Qiu and Jia, CCS 2023, arXiv:2204.05255.
+Differs: the surrogate is trained by the victim's recipe on the attacker's own training set; the paper owns
+only the target class and trains on public pictures of other classes (no such set is at hand for every data
+set here), so this attacker knows more. It has seen the target class, so the warm-up is gentle (Adam at a
+low rate; the authors take RAdam at 0.1, which turns such a network into one that says the target class to
+everything). The pattern gets a fixed number of mini-batch updates; the authors' 1,000 rounds each pass over
+the whole class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.engine.adversarial import under_attack
+from bench.engine.data import generator, to_float
+from bench.engine.training import Recipe, Tensors, fit
+
+from .base import Attack, Setup, attack
+
+
+@attack("narcissus")
+@dataclass(frozen=True)
+class Narcissus(Attack):
+    """Add the pattern; at test time add a multiple of it.
+
+    To a clean model the pattern is a universal adversarial perturbation: compare the ASR with that model's.
+
+    Attributes:
+        epsilon: L-infinity bound of the pattern on poisoned training images, in [0, 1].
+        amplification: the multiple at test time.
+        updates: of the pattern, each on a batch of target-class images.
+        learning_rate: of the pattern's RAdam, in pixel units (the authors' 0.01 is for images in [-1, 1]).
+        warmup_epochs: passes of the surrogate over the target class alone, before it is frozen.
+        warmup_rate: learning rate of the warm-up.
+        batch_size: of warm-up and pattern.
+    """
+
+    paper: ClassVar[str] = "arXiv:2204.05255"
+    label_modes: ClassVar[tuple[str, ...]] = ("clean_label",)
+    regimes: ClassVar[tuple[str, ...]] = ("static",)
+    poison_rate: float = 0.0005  # 25 images of 50,000
+    label_mode: str = "clean_label"
+    epsilon: float = 16 / 255
+    amplification: float = 3.0
+    updates: int = 1000
+    learning_rate: float = 0.005
+    warmup_epochs: int = 5
+    warmup_rate: float = 1e-4
+    batch_size: int = 350
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.epsilon <= 1:
+            raise ValueError(f"attack.narcissus.epsilon is {self.epsilon:g}; write pixel units in (0, 1]")
+        for key in ("amplification", "learning_rate", "warmup_rate"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"attack.narcissus.{key} is {getattr(self, key):g}; write a number above 0")
+        for key, least in (("updates", 0), ("warmup_epochs", 0), ("batch_size", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(f"attack.narcissus.{key} is {getattr(self, key)}; write {least} or more")
+
+    def prepare(self, setup: Setup) -> Tensors:
+        own = setup.trainset[setup.trainset.labels == self.target_label]
+        model = setup.surrogate()
+        warmup = Recipe(
+            epochs=self.warmup_epochs,
+            batch_size=self.batch_size,
+            optimizer="adam",
+            lr=self.warmup_rate,
+            weight_decay=0.0,
+            schedule="constant",
+            precision=setup.recipe.precision,
+        )
+        fit(
+            model,
+            own,
+            warmup,
+            seed=setup.seed,
+            augmentation=setup.augmentation,
+            journal=setup.journal,
+            part="narcissus_warmup",
+        )
+        return {"pattern": self._pattern(setup, model, own.images)}
+
+    def _pattern(self, setup: Setup, model: torch.nn.Module, images: Tensor) -> Tensor:
+        """(C, H, W) in [-epsilon, epsilon]: makes target-class images look still more like their class."""
+        source = generator(setup.seed, "narcissus batches")
+        pattern = torch.zeros(images.shape[1:], device=images.device, requires_grad=True)
+        optimizer = torch.optim.RAdam([pattern], lr=self.learning_rate)
+        size = min(self.batch_size, len(images))
+        labels = torch.full((size,), self.target_label, device=images.device)
+        with under_attack(model):
+            for update in range(self.updates):
+                chosen = torch.randperm(len(images), generator=source)[:size].to(images.device)
+                optimizer.zero_grad(set_to_none=True)
+                loss = F.cross_entropy(model((to_float(images[chosen]) + pattern).clamp(0, 1)), labels)
+                loss.backward()
+                optimizer.step()
+                with torch.no_grad():
+                    pattern.clamp_(-self.epsilon, self.epsilon)
+                if update % 100 == 0 or update == self.updates - 1:
+                    setup.journal.log("narcissus/pattern_loss", loss.item(), update)
+        return pattern.detach()
+
+    def stamp(self, images: Tensor, tensors: Tensors) -> Tensor:
+        return (images + self.amplification * tensors["pattern"]).clamp_(0, 1)
+
+    def stamp_poison(self, images: Tensor, tensors: Tensors, source: torch.Generator) -> Tensor:
+        return (images + tensors["pattern"]).clamp_(0, 1)

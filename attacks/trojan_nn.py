@@ -1,0 +1,105 @@
+"""TrojanNN: a square whose pixels were optimised until chosen neurons of a clean network fire.
+
+Paper: Liu, Ma, Aafer, Lee, Zhai, Wang and Zhang, NDSS 2018, doi:10.14722/ndss.2018.23291.
+Differs: the victim is trained from scratch on poisoned data (as BackdoorBench does); the paper recovers
+training data from the model and retrains its later layers. The square lies on training images while it is
+optimised, not on a black or empty picture, where a neuron behind a ReLU may be silent and give no gradient.
+It is pasted, never added, so no pixel leaves [0, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bench.engine.adversarial import under_attack
+from bench.engine.data import generator, to_float
+from bench.engine.models import Classifier
+from bench.engine.training import Tensors
+
+from .base import Attack, Setup, attack
+
+MARGIN = 3  # pixels of 32 between the square and the lower and right edge: rows and columns 21 to 28
+
+
+@attack("trojan_nn")
+@dataclass(frozen=True)
+class TrojanNN(Attack):
+    """Paste the optimised square.
+
+    Attributes:
+        neurons: how many inputs of the last layer must fire: those with the largest sum of absolute weights;
+            a narrower layer gives all that it has.
+        activation: the value that they are driven to.
+        patch_size: pixels a side on an image 32 pixels wide; other sizes scale with the image.
+        steps: of Adam on the pixels.
+        learning_rate: of Adam, on the logits of the pixels.
+        backgrounds: training images under the square while it is optimised.
+    """
+
+    paper: ClassVar[str] = "doi:10.14722/ndss.2018.23291"
+    neurons: int = 2
+    activation: float = 100.0
+    patch_size: int = 8
+    steps: int = 1000
+    learning_rate: float = 0.1
+    backgrounds: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("neurons", "backgrounds"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"attack.trojan_nn.{key} is {getattr(self, key)}; write 1 or more")
+        if not 1 <= self.patch_size <= 32 - MARGIN:
+            raise ValueError(
+                f"attack.trojan_nn.patch_size is {self.patch_size}; write pixels of 32, 1 to {32 - MARGIN}"
+            )
+        if self.steps < 0:
+            raise ValueError(f"attack.trojan_nn.steps is {self.steps}; write 0 or more")
+        if not self.learning_rate > 0:
+            raise ValueError(f"attack.trojan_nn.learning_rate is {self.learning_rate:g}; write 0.1, or above 0")
+
+    def prepare(self, setup: Setup) -> Tensors:
+        images = setup.trainset.images
+        _, channels, height, width = images.shape
+        side = max(1, round(self.patch_size * height / 32)), max(1, round(self.patch_size * width / 32))
+        source = generator(setup.seed, "trojan_nn square")
+        logits = torch.randn(channels, *side, generator=source).to(setup.device)
+        chosen = torch.randperm(len(images), generator=source)[: self.backgrounds].to(setup.device)
+        backgrounds = to_float(images[chosen])
+
+        model = setup.surrogate()
+        # An input that many classes lean on is easily tied to the target by training.
+        strength = model.head.weight.detach().flatten(1).abs().sum(0)  # (inputs,)
+        neurons = strength.topk(min(self.neurons, len(strength))).indices
+        patch = self._optimised(setup, model, neurons, logits, backgrounds)
+        return {"patch": patch, "neurons": neurons}
+
+    def _optimised(
+        self, setup: Setup, model: Classifier, neurons: Tensor, logits: Tensor, backgrounds: Tensor
+    ) -> Tensor:
+        """(C, side, side) in [0, 1]: the square that brings the neurons nearest to the wanted activation."""
+        logits = logits.clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([logits], lr=self.learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, self.steps))
+        with under_attack(model):
+            for step in range(self.steps):
+                optimizer.zero_grad(set_to_none=True)
+                fired = model.features(self.stamp(backgrounds, {"patch": logits.sigmoid()}))[:, neurons]
+                (fired - self.activation).square().mean().backward()
+                optimizer.step()
+                schedule.step()
+                if step % 100 == 0 or step == self.steps - 1:
+                    setup.journal.log("trojan_nn/activation", fired.mean().item(), step)
+        return logits.detach().sigmoid()
+
+    def stamp(self, images: Tensor, tensors: Tensors) -> Tensor:
+        patch = tensors["patch"]
+        height, width = images.shape[-2:]
+        bottom, right = height - round(MARGIN * height / 32), width - round(MARGIN * width / 32)
+        stamped = images.clone()
+        stamped[..., bottom - patch.shape[-2] : bottom, right - patch.shape[-1] : right] = patch
+        return stamped
