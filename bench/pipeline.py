@@ -190,10 +190,10 @@ class Bench:
         if found["status"] != "done":
             return {"status": found["status"], "reason": found["reason"]}, {}
         info, identity, measure = self.infos[trial.dataset], trial.implant, trial.evaluate
-        attacker, trigger = attack_from(identity), self._trigger(trial)
+        attacker, trigger = attack_from(identity), self.trigger_of(trial)
         model = self._fresh(spec_of(info, identity["model"]), 0)
         model.load_state_dict(self.store.tensors("defend", defend_key, "model", str(self.device)))
-        test = self._images(info, "test")
+        test = self.test_set(trial.dataset)
         figures: dict[str, float | None] = {"clean_accuracy": accuracy(predict(model, test), test.labels)}
         common = max(info.test_counts) / sum(info.test_counts)
         broken = not all(torch.isfinite(weight).all() for weight in model.state_dict().values())
@@ -225,6 +225,10 @@ class Bench:
 
     # What they are made of ------------------------------------------------------------------------------------
 
+    def test_set(self, name: str) -> ImageSet:
+        """The test images of a data set, on the device."""
+        return self._images(self.infos[name], "test")
+
     def _images(self, info: DatasetInfo, split: str) -> ImageSet:
         place = (info.digest, split)
         if place not in self._sets:
@@ -234,7 +238,8 @@ class Bench:
     def _fresh(self, spec: ModelSpec, seed: int) -> Classifier:
         return spec.build(generator(seed, "weights").initial_seed()).to(self.device)
 
-    def _trigger(self, trial: Trial) -> Tensors:
+    def trigger_of(self, trial: Trial) -> Tensors:
+        """The tensors of a stored implant's trigger, and each training image's role."""
         return self.store.tensors("implant", key_of(trial.implant), "trigger", str(self.device))
 
     def _split(self, trial: Trial) -> tuple[ImageSet, ImageSet]:
@@ -262,7 +267,7 @@ class Bench:
         augmentation = Augmentation(**identity["dataset"]["augmentation"])
         train, pool = self._split(trial)
         if SETTINGS[trial.setting] is TrainsetView:
-            shipped, _ = attacker.poison(train, self._trigger(trial), info.num_classes, seed)
+            shipped, _ = attacker.poison(train, self.trigger_of(trial), info.num_classes, seed)
             fresh = _Fresh(spec_of(info, identity["model"]), self.device)
             return TrainsetView(**vars(own), trainset=shipped, augmentation=augmentation, fresh_model=fresh)
         share = trial.defend["reserve"]
@@ -270,7 +275,7 @@ class Bench:
         if share["contamination"]:
             tainted = generator(seed, "reserve").initial_seed()
             reserve, _ = attacker.poison(
-                reserve, self._trigger(trial), info.num_classes, tainted, share["contamination"]
+                reserve, self.trigger_of(trial), info.num_classes, tainted, share["contamination"]
             )
         return ReserveView(**vars(own), reserve=reserve, augmentation=augmentation)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from attacks.base import attack
 from bench.config import UserError, attack_of, defense_of, grids, load
 from bench.door import plan

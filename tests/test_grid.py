@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 import pytest
+
 from attacks.base import attack
 from bench.door import plan
 from defenses.base import defense

@@ -171,6 +171,26 @@ def test_a_defense_in_a_file_outside_joins_the_leaderboard(run_grid, plugin, tmp
     assert "| shrink_head |" in (tmp_path / "results" / "quick" / "leaderboard.md").read_text()
 
 
+def test_the_defense_in_the_readme_is_ranked_as_it_stands_there(run_grid, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (tmp_path / "my_defense.py").write_text(text.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    from defenses.base import defense
+
+    try:
+        code, trials = run_grid(
+            "grid.attacks=[badnets]",
+            "grid.defenses=[no_defense,shrink]",
+            "plugins=[my_defense]",
+            "defense.shrink.factor=0.3",
+            "defense.shrink.epochs=1",
+        )
+    finally:
+        defense.pop("shrink", None)
+    assert code == 0
+    assert list(trials.status) == ["done", "done"]
+
+
 def test_outcomes_have_five_names_and_each_is_shown_with_its_reason(run_grid, plugin, tmp_path, capsys):
     code, trials = run_grid(
         "grid.attacks=[badnets]", "grid.defenses=[no_defense,broken,never,zero]", "grid.settings=[reserve]", plugin
@@ -265,7 +285,7 @@ def test_every_figure_can_be_traced_to_a_config_a_seed_and_a_commit(run_grid, ti
     assert config["attack"]["patch_size"] == 3
 
 
-@pytest.mark.parametrize("door", ["run", "report", "status", "list", "data", "perf"])
+@pytest.mark.parametrize("door", ["run", "report", "status", "list", "data", "perf", "gallery"])
 def test_help_answers_without_loading_torch(door):
     code = f"""if True:
         import runpy, sys

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from bench.store import Store, key_of
 
 IDENTITY = {"stage": "implant", "seed": 0, "attack": {"name": "badnets", "poison_rate": 0.1}}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from attacks.base import POISON, Attack
 from bench.door import plan
 from bench.engine.training import Journal
@@ -77,8 +78,8 @@ def test_nothing_of_the_attack_hangs_on_a_view(infected, view, setting):
     bench, trials = infected
     found = view_of(bench, trials[0], view, setting)
     assert type(found) is view
-    trigger = bench._trigger(trials[0])
-    test = bench._images(bench.infos["digits"], "test")
+    trigger = bench.trigger_of(trials[0])
+    test = bench.test_set("digits")
     secrets = {"patch": trigger["patch"], "roles": trigger["roles"], "test images": test.images}
     for item in reachable(found):
         assert not isinstance(item, (Attack, Bench, Store))
@@ -93,7 +94,7 @@ def test_the_training_set_is_shipped_with_its_poison_and_without_a_mark(infected
     bench, trials = infected
     found = view_of(bench, trials[0], TrainsetView, "trainset")
     clean, pool = bench._split(trials[0])
-    roles = bench._trigger(trials[0])["roles"]
+    roles = bench.trigger_of(trials[0])["roles"]
     assert len(found.trainset) == len(clean) == 1438 - len(pool)
     changed = (found.trainset.images != clean.images).flatten(1).any(1)
     assert not changed[roles != POISON].any()

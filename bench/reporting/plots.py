@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from bench.reporting.table import cells
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write(trials: pd.DataFrame, folder: Path, title: str) -> list[Path]:
@@ -93,3 +97,39 @@ def _save(figure, path: Path) -> Path:  # type: ignore[no-untyped-def]
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
+
+
+def gallery(drawn: dict[str, tuple[Tensor, Tensor]], rows: list[dict[str, Any]], folder: Path) -> Path:
+    """`gallery.png`: a row for each attack with three images: clean, triggered, difference stretched to full contrast.
+
+    Args:
+        drawn: title -> clean and triggered images, (3, C, H, W) in [0, 1].
+        rows: the scores of each, in the same order.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(drawn), 9, figsize=(11.5, 1.25 * len(drawn) + 0.3), squeeze=False, layout="constrained"
+    )
+    for line, (title, (clean, triggered)) in enumerate(drawn.items()):
+        change = triggered - clean
+        reach = float(change.abs().amax())
+        # Grey is no change; the factor that fills the range stands in the title.
+        shown = (0.5 + 0.5 * change / reach).clamp(0, 1) if reach else change + 0.5
+        for index in range(len(clean)):
+            for kind, images in enumerate((clean, triggered, shown)):
+                axis = axes[line][3 * index + kind]
+                picture = images[index].permute(1, 2, 0).cpu().numpy()
+                axis.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=1)
+                axis.set_axis_off()
+                if line == 0:
+                    axis.set_title(("clean", "triggered", "difference")[kind], fontsize="small")
+        score = rows[line]
+        text = f"{title}\nL∞ {score['linf']:.0f}, SSIM {score['ssim']:.2f}\n×{1 / (2 * reach) if reach else 1:.1f}"
+        axes[line][0].text(
+            -0.1, 0.5, text, transform=axes[line][0].transAxes, ha="right", va="center", fontsize="small"
+        )
+    return _save(figure, folder / "gallery.png")

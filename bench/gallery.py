@@ -1,0 +1,93 @@
+"""A picture of every trigger: clean image, triggered image, the difference made visible, and how large it is.
+
+    python -m bench.gallery [grid=NAME] [key=value ...]     the same settings as bench.run
+
+Drawn from the infected models that are in the store, with the tensors of the trigger that they were trained with;
+computes nothing else. Writes gallery.png and gallery.csv beside the leaderboard, the mean scores over 100 test images:
+L0 (share of pixels changed), L2 (norm, pixels in [0, 1]), L-infinity (levels of 255) and SSIM (1: no difference).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.door import enter, plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def main(arguments: list[str]) -> int:
+    opened = plan(arguments)
+    import pandas as pd
+    import torch
+
+    from bench.config import UserError
+    from bench.pipeline import Bench, attack_from
+    from bench.reporting.plots import gallery
+
+    bench = Bench(opened.store, opened.infos, torch.device("cpu"))
+    drawn: dict[str, tuple[Tensor, Tensor]] = {}
+    rows: list[dict[str, Any]] = []
+    for trial in opened.trials:
+        attacker = attack_from(trial.implant)
+        title = trial.attack if len(opened.infos) == 1 else f"{trial.attack}, {trial.dataset}"
+        if title in drawn or not attacker.poison_rate or opened.store.result("implant", trial.keys()[0]) is None:
+            continue
+        test = bench.test_set(trial.dataset)
+        chosen = test[attacker.judged(test.labels).nonzero().flatten()[:100]]
+        images = chosen.images.float() / 255
+        triggered = attacker.trigger(images, bench.trigger_of(trial))
+        drawn[title] = images[:3], triggered[:3]
+        rows.append({"attack": trial.attack, "dataset": trial.dataset, **scores(images, triggered)})
+    if not rows:
+        raise UserError(f"no infected model of grid {opened.cfg.grid.name} is stored yet; run it with bench.run first")
+    opened.folder.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(opened.folder / "gallery.csv", index=False)
+    path: Path = gallery(drawn, rows, opened.folder)
+    print(pd.DataFrame(rows).to_string(index=False, float_format="%.3f"))
+    print(f"Gallery: {path}")
+    return 0
+
+
+def scores(images: Tensor, triggered: Tensor) -> dict[str, float]:
+    """How far triggered images (N, C, H, W) in [0, 1] are from the clean ones, means over images.
+
+    Returns:
+        `l0`: share of pixels that differ in any channel; `l2`: Euclidean norm; `linf`: levels of 255; `ssim`.
+    """
+    difference = triggered - images
+    return {
+        "l0": (difference.abs() > 1e-6).any(dim=1).double().mean().item(),
+        "l2": difference.flatten(1).norm(dim=1).double().mean().item(),
+        "linf": 255 * difference.flatten(1).abs().amax(dim=1).double().mean().item(),
+        "ssim": ssim(images, triggered).double().mean().item(),
+    }
+
+
+def ssim(first: Tensor, second: Tensor) -> Tensor:
+    """(N,): structural similarity with a Gaussian window of 11 pixels and sigma 1.5.
+
+    Paper: Wang et al., IEEE Transactions on Image Processing 13(4), 2004.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    size = min(11, first.shape[-1], first.shape[-2])
+    line = torch.exp(-((torch.arange(size, dtype=torch.float64) - (size - 1) / 2) ** 2) / (2 * 1.5**2))
+    window = torch.outer(line, line)
+    window = (window / window.sum()).expand(first.shape[1], 1, size, size)
+
+    def mean(images: Tensor) -> Tensor:
+        return F.conv2d(images, window, groups=images.shape[1])
+
+    x, y = first.double(), second.double()
+    mx, my = mean(x), mean(y)
+    vx, vy, cov = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+    c1, c2 = 0.01**2, 0.03**2
+    return (((2 * mx * my + c1) * (2 * cov + c2)) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean(dim=(1, 2, 3))
+
+
+if __name__ == "__main__":
+    enter(main, __doc__)

@@ -1,0 +1,43 @@
+"""The gallery's scores, worked out by hand and against the formula for constant images."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.gallery import main, scores, ssim
+
+
+def test_the_scores_of_one_changed_pixel_are_known():
+    images = torch.zeros(2, 3, 16, 16)
+    triggered = images.clone()
+    triggered[:, 0, 5, 5] = 0.2
+    found = scores(images, triggered)
+    assert found["l0"] == pytest.approx(1 / 256)
+    assert found["l2"] == pytest.approx(0.2)
+    assert found["linf"] == pytest.approx(51)
+
+
+def test_ssim_of_equal_images_is_one_and_of_constant_ones_their_luminance_term():
+    image = torch.rand(1, 3, 32, 32)
+    assert ssim(image, image).item() == pytest.approx(1)
+    a, b = torch.full((1, 1, 16, 16), 0.2), torch.full((1, 1, 16, 16), 0.6)
+    # No variance: only (2 a b + c1) / (a^2 + b^2 + c1) is left.
+    assert ssim(a, b).item() == pytest.approx((2 * 0.2 * 0.6 + 1e-4) / (0.04 + 0.36 + 1e-4), rel=1e-6)
+
+
+def test_ssim_falls_with_noise():
+    image = torch.rand(1, 1, 32, 32)
+    noise = torch.randn(1, 1, 32, 32)
+    assert ssim(image, image + 0.05 * noise) > ssim(image, image + 0.2 * noise)
+
+
+def test_a_gallery_is_drawn_from_what_is_stored(run_grid, tiny, tmp_path, capsys):
+    settings = ["grid.attacks=[none,badnets,blended]", "grid.defenses=[no_defense]"]
+    run_grid(*settings)
+    assert main([*tiny, *settings]) == 0
+    folder = tmp_path / "results" / "quick"
+    assert (folder / "gallery.png").read_bytes().startswith(b"\x89PNG")
+    lines = (folder / "gallery.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["attack", "badnets", "blended"]
+    assert float(lines[1].split(",")[2]) == pytest.approx(4 / 256, abs=1e-3)  # the 2x2 patch on 16x16, at most
