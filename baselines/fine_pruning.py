@@ -49,6 +49,8 @@ class FinePruning(Defense):
                 raise ValueError(f"defense.fine_pruning.{key} is {getattr(self, key):g}; it is a share in [0, 1)")
 
     def defend(self, view: ReserveView) -> Verdict:
+        if len(view.reserve) < 2:
+            raise ValueError("fine_pruning needs a reserve of two images: one to train on, one to judge by")
         order = torch.randperm(len(view.reserve), generator=generator(view.seed, "held out")).to(view.device)
         judges = max(1, round(self.held_out * len(view.reserve)))
         held_out, kept = view.reserve[order[:judges]], view.reserve[order[judges:]]
@@ -75,11 +77,13 @@ class FinePruning(Defense):
         weight, bias = model.head.weight.flatten(1), model.head.bias
         mask = torch.ones(units.shape[1], device=units.device)
         stride = max(1, round(self.step * len(mask)))
-        full = _accuracy(F.linear(units, weight, bias), held_out.labels)
+        # Whole images are counted: as a share, a loss of exactly the tolerance would exceed it by rounding.
+        allowed = int(self.tolerance * len(held_out) + 1e-6)
+        full = _right(F.linear(units, weight, bias), held_out.labels)
         done = 0
         while done + stride < len(mask):  # at least one unit stays
             mask[silent_first[done : done + stride]] = 0
-            if full - _accuracy(F.linear(units * mask, weight, bias), held_out.labels) > self.tolerance:
+            if full - _right(F.linear(units * mask, weight, bias), held_out.labels) > allowed:
                 break
             done += stride
         return done
@@ -114,5 +118,5 @@ def loudness(model: Classifier, data: ImageSet) -> Tensor:
     return features(model, data).abs().mean(dim=0)
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return (logits.argmax(1) == labels).float().mean().item()
+def _right(logits: Tensor, labels: Tensor) -> int:
+    return int((logits.argmax(1) == labels).sum())

@@ -1,6 +1,8 @@
 """Fetch a data set if it can be fetched, and decode it once into the cache.
 
 python -m bench.data NAME [...] [dataset.root=DIR] [dataset.cache=DIR] [dataset.size=PIXELS]
+
+Files that change later are not noticed: delete the data set's folder in the cache to decode it again.
 """
 
 from __future__ import annotations

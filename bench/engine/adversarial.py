@@ -60,7 +60,7 @@ def pgd(
     if random_start is not None:
         noise = torch.rand(images.shape, generator=random_start, device=images.device, dtype=images.dtype)
         current = current.add_(noise.mul_(2).sub_(1).mul_(epsilon)).clamp_(0, 1)
-    with under_attack(model):
+    with under_attack(model), torch.enable_grad():
         for _ in range(steps):
             current.requires_grad_(True)
             loss = F.cross_entropy(model(current), labels, reduction="sum")

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -126,14 +127,14 @@ def prepare(name: str, root: Path, cache: Path, size: int | None = None, downloa
     """
     kind = source(name)
     size = size or kind.size
-    folder = cache / f"{name.replace(':', '-').replace('/', '-')}-{size}px-v{CACHE_VERSION}"
+    folder = cache / f"{quote(name, safe='')}-{size}px-v{CACHE_VERSION}"
     if not (folder / "meta.json").exists():
         try:
             splits = kind.read(root, size, download)
         except (FileNotFoundError, RuntimeError) as error:
             fetch = f"run `python -m bench.data {name}`" if kind.download else kind.how
             raise FileNotFoundError(
-                f"data set {name} is not under {root} ({str(error).splitlines()[0]}): {fetch}, "
+                f"data set {name} is not under {root} ({' '.join(str(error).split())}): {fetch}, "
                 "or set dataset.root (or $BENCH_DATA) to the folder that holds it"
             ) from error
         _store(folder, splits, size)
@@ -169,6 +170,10 @@ def _store(folder: Path, splits: Splits, size: int) -> None:
             facts |= {"shape": list(images.shape[1:]), "mean": mean.round(6).tolist()}
             # A constant channel would divide by zero.
             facts["std"] = np.sqrt(np.maximum(square / count - mean**2, 1e-6)).round(6).tolist()
+    # A temporary folder is its owner's alone; a cache is for everybody whom the umask lets in.
+    mask = os.umask(0)
+    os.umask(mask)
+    beside.chmod(0o777 & ~mask)
     facts["digest"] = digest.hexdigest()[:16]
     (beside / "meta.json").write_text(json.dumps(facts))
     try:
@@ -208,12 +213,12 @@ def _unpacked(root: Path, name: str, read: Callable[[Path], Splits]) -> Splits:
     """Read the folder `root/name`, or the archive `root/name.tar.*` unpacked for the moment."""
     if (root / name).is_dir():
         return read(root / name)
-    archives = sorted(root.glob(f"{name}.tar.*")) + sorted(root.glob(f"{name}.tgz"))
+    archives = [path for ending in ("tar", "tar.*", "tgz") for path in sorted(root.glob(f"{name}.{ending}"))]
     if not archives:
-        raise FileNotFoundError(f"neither {root / name}/ nor {root / name}.tar.* exists")
-    with tempfile.TemporaryDirectory() as folder, tarfile.open(archives[0]) as archive:
-        archive.extractall(folder, filter="data")
-        return read(Path(folder))
+        raise FileNotFoundError(f"neither {root / name}/ nor {root / name}.tar* exists")
+    with tempfile.TemporaryDirectory() as unpacked, tarfile.open(archives[0]) as archive:
+        archive.extractall(unpacked, filter="data")
+        return read(Path(unpacked))
 
 
 @dataset("digits")
@@ -362,9 +367,14 @@ class ImageFolder(DataSource):
 
     def _read(self, folder: Path, size: int) -> Splits:
         found: list[Any] = []
+        if (folder / self.folder / "train").is_dir():
+            folder = folder / self.folder  # many archives hold the folder itself, not what is in it
         classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
         test = "test" if (folder / "test").is_dir() else "val"
         for split in ("train", test):
+            strangers = sorted({path.name for path in (folder / split).iterdir() if path.is_dir()} ^ set(classes))
+            if strangers:
+                raise FileNotFoundError(f"the classes of train/ and {split}/ differ: {', '.join(strangers[:5])}")
             files = [(path, label) for label, name in enumerate(classes) for path in _files(folder / split / name)]
             if not files:
                 raise FileNotFoundError(f"no image under {folder / split}/<class>/")

@@ -9,11 +9,10 @@ from .adversarial import pgd
 from .data import ImageSet, generator
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: a method may train on what it predicted
 def predict(model: nn.Module, data: ImageSet, batch_size: int = 1024) -> Tensor:
     """(N,) int64: the model's classes for a whole set, in eval mode and without augmentation."""
     model.eval()
-    # A reserve can be smaller than a class list: no batch, no prediction.
     found = [model(images).argmax(dim=1) for images, _ in data.chunks(batch_size)]
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
 

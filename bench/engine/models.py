@@ -34,8 +34,8 @@ class Classifier(nn.Module):
         self.notes = tuple(notes)
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) float in [0, 1] -> (B, classes) logits."""
@@ -112,10 +112,10 @@ class ModelSpec:
         with torch.device("meta"):
             try:
                 self.build(0)(torch.empty(2, self.channels, self.image_size, self.image_size))
-            except (RuntimeError, AssertionError) as error:
+            except (RuntimeError, AssertionError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{self.name} (model.stem={self.stem}) cannot take {self.image_size}x{self.image_size} images: "
-                    f"{str(error).splitlines()[0]}. Set a larger dataset.size or another model.stem."
+                    f"{str(error).splitlines()[0].rstrip('.')}. Set a larger dataset.size or another model.stem."
                 ) from error
 
 
@@ -140,7 +140,7 @@ def _fitted(spec: ModelSpec) -> tuple[nn.Module, list[str]]:
     config = timm.get_pretrained_cfg(spec.name)
     fixed = bool(config and config.fixed_input_size)
 
-    if "swin" in spec.name:
+    if "swin" in spec.name and spec.stem != "stock":
         patch, window = max(1, size // (2 * patches)), max(1, patches // 2)
         fit: dict[str, Any] = {"img_size": size, "patch_size": patch, "window_size": window}
         return timm.create_model(spec.name, **basic, **fit), [f"{key}={value}" for key, value in fit.items()]

@@ -222,7 +222,7 @@ def fit(
         mean = total.item() / this_epoch  # the one wait for the device in an epoch
         if not math.isfinite(mean):
             raise Diverged(f"the loss became {mean} in epoch {epoch} of {part}; try a lower lr than {recipe.lr}")
-        journal.log(f"{part}/loss", mean, epoch * per_epoch)
+        journal.log(f"{part}/loss", mean, min(epoch * per_epoch, steps))
         journal.images += this_epoch * size
         if after_epoch:
             after_epoch(model, epoch)

@@ -1,0 +1,465 @@
+import csv
+import gzip
+import io
+import json
+import os
+import struct
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from bench.engine import datasets
+from bench.engine.datasets import Digits, Splits, dataset, prepare, source
+
+
+def noise(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def animals(folder: Path, test: str = "test") -> dict[str, np.ndarray]:
+    """Two classes: files of noise at 32x32, one of them grey."""
+    files = {
+        f"train/cat/{name}.png": noise(seed, *shape)
+        for seed, (name, shape) in enumerate([("a", (32, 32, 3)), ("b", (32, 32))])
+    }
+    files |= {"train/ant/z.png": noise(5, 32, 32, 3), f"{test}/cat/q.png": noise(6, 32, 32, 3)}
+    files |= {f"{test}/ant/{name}.png": noise(7 + seed, 32, 32, 3) for seed, name in enumerate("qr")}
+    for name, pixels in files.items():
+        save(folder / name, pixels)
+    return files
+
+
+def pack(folder: Path, archive: Path, mode: str) -> None:
+    with tarfile.open(archive, mode) as file:
+        for path in sorted(folder.iterdir()):
+            file.add(path, arcname=path.name)
+
+
+# Digits -----------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_the_1797_of_scikit_learn_each_in_exactly_one_split(tmp_path):
+    info = prepare("digits", tmp_path, tmp_path / "cache", size=8)
+    train, test = info.load("train"), info.load("test")
+    found = sorted(
+        (*image.flatten().tolist(), int(label))
+        for part in (train, test)
+        for image, label in zip(part.images, part.labels, strict=True)
+    )
+    known = load_digits()
+    # 17 levels, 0 to 16, spread over 0 to 255.
+    expected = sorted(
+        (*(int(level * 255 / 16 + 0.5) for level in image.flatten()), int(label))
+        for image, label in zip(known.images, known.target, strict=True)
+    )
+    # Half levels: the package's rounding and the one above may differ by one.
+    assert np.abs(np.array(found) - np.array(expected)).max() <= 1
+    assert (len(train), len(test)) == (1438, 359)
+    assert np.array_equal(np.array(info.train_counts) + np.array(info.test_counts), np.bincount(known.target))
+
+
+def test_digits_are_scaled_to_16_pixels_as_bilinear_interpolation_does(tmp_path):
+    own = prepare("digits", tmp_path, tmp_path / "cache", size=8).load("train").images
+    info = prepare("digits", tmp_path, tmp_path / "cache")
+    scaled = F.interpolate(own.double(), scale_factor=2, mode="bilinear", align_corners=False)
+    assert info.shape == (1, 16, 16)
+    assert (info.load("train").images.double() - scaled).abs().max() <= 1
+
+
+def test_facts_of_a_data_set_are_those_of_its_arrays(tmp_path):
+    info = prepare("digits", tmp_path, tmp_path / "cache")
+    train, test = info.load("train"), info.load("test")
+    pixels = train.images.numpy() / 255
+    assert info.num_classes == 10
+    assert info.title == "digits"
+    assert info.train_counts == tuple(np.bincount(train.labels))
+    assert info.test_counts == tuple(np.bincount(test.labels))
+    assert info.mean == pytest.approx([pixels.mean()], abs=1e-6)
+    assert info.std == pytest.approx([pixels.std()], abs=1e-6)
+    assert train.images.dtype == torch.uint8
+    assert train.labels.dtype == torch.int64
+
+
+def test_mirrored_digits_and_signs_and_house_numbers_are_not_trained_on():
+    assert not any(source(name).augmentation.flip for name in ("digits", "gtsrb", "svhn"))
+    assert source("cifar10").augmentation.flip
+
+
+def test_the_digest_follows_the_pixels(tmp_path):
+    first = prepare("digits", tmp_path, tmp_path / "one")
+    assert first.digest == prepare("digits", tmp_path, tmp_path / "two").digest
+    assert first.digest != prepare("digits", tmp_path, tmp_path / "one", size=8).digest
+
+
+# The cache --------------------------------------------------------------------------------------------------
+
+
+def test_a_data_set_is_decoded_once(tmp_path, monkeypatch):
+    first = prepare("digits", tmp_path, tmp_path / "cache")
+
+    def read_again(*_: object) -> Splits:
+        raise AssertionError("decoded twice")
+
+    monkeypatch.setattr(Digits, "read", read_again)
+    assert prepare("digits", tmp_path / "moved", tmp_path / "cache") == first
+    with pytest.raises(AssertionError, match="decoded twice"):
+        prepare("digits", tmp_path, tmp_path / "other")
+
+
+def test_changed_decoding_does_not_use_old_caches(tmp_path, monkeypatch):
+    old = prepare("digits", tmp_path, tmp_path / "cache")
+    monkeypatch.setattr(datasets, "CACHE_VERSION", datasets.CACHE_VERSION + 1)
+    assert prepare("digits", tmp_path, tmp_path / "cache").folder != old.folder
+
+
+def test_an_aborted_decoding_is_no_cache(tmp_path, monkeypatch):
+    save_array = np.save
+
+    def full_disk(path: Path, array: np.ndarray) -> None:
+        if "test" in Path(path).name:
+            raise OSError("No space left on device")
+        save_array(path, array)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            prepare("digits", tmp_path, tmp_path / "cache")
+    assert len(prepare("digits", tmp_path, tmp_path / "cache").load("test")) == 359
+
+
+def test_two_at_once_get_the_same_arrays_and_leave_one_folder(tmp_path, monkeypatch):
+    both_have_read, read = threading.Barrier(2, timeout=20), Digits.read
+
+    def read_together(self: Digits, root: Path, size: int, download: bool) -> Splits:
+        splits = read(self, root, size, download)
+        both_have_read.wait()  # neither sees the other's cache
+        return splits
+
+    monkeypatch.setattr(Digits, "read", read_together)
+    found: list[object] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(prepare("digits", tmp_path, tmp_path / "cache"))) for _ in "ab"
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2
+    assert found[0] == found[1]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [found[0].folder.name]
+
+
+def test_a_cache_can_be_read_by_whom_the_umask_allows(tmp_path):
+    # One cache serves a group on a cluster.
+    before = os.umask(0o027)
+    try:
+        folder = prepare("digits", tmp_path, tmp_path / "cache").folder
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
+
+
+def test_caches_of_other_names_are_other_folders(tmp_path):
+    for name in ("a/b", "a-b"):
+        animals(tmp_path / name)
+    (tmp_path / "a-b" / "train" / "ant" / "z.png").unlink()
+    save(tmp_path / "a-b" / "train" / "ant" / "other.png", noise(99, 32, 32, 3))
+    one, other = (prepare(f"folder:{name}", tmp_path, tmp_path / "cache") for name in ("a/b", "a-b"))
+    assert one.digest != other.digest
+
+
+def test_channels_have_means_of_their_own_also_over_many_images(tmp_path, monkeypatch):
+    level = np.array([10, 100, 200])
+
+    class Bands(datasets.DataSource):
+        title, size = "bands", 2
+
+        def read(self, root: Path, size: int, download: bool) -> Splits:
+            images = np.broadcast_to(level, (12_001, 2, 2, 3)).astype(np.uint8).copy()
+            images[::2, ..., 0] += 20  # the only channel that is not constant
+            return Splits(images, np.arange(12_001) % 3, images[:7], np.arange(7) % 3)
+
+    monkeypatch.setitem(dataset, "bands", Bands)
+    info = prepare("bands", tmp_path, tmp_path / "cache")
+    red = np.where(np.arange(12_001) % 2 == 0, 30, 10) / 255
+    assert info.mean == pytest.approx([red.mean(), 100 / 255, 200 / 255], abs=1e-6)
+    assert info.std[0] == pytest.approx(red.std(), abs=1e-6)
+    assert info.std[1] > 0  # dividing by it gives numbers
+    assert info.shape == (3, 2, 2)
+
+
+def test_classes_without_a_test_image_are_counted(tmp_path, monkeypatch):
+    class Gaps(datasets.DataSource):
+        title, size = "gaps", 2
+
+        def read(self, root: Path, size: int, download: bool) -> Splits:
+            return Splits(noise(0, 6, 2, 2), np.array([0, 1, 2, 3, 3, 1]), noise(1, 2, 2, 2), np.array([1, 1]))
+
+    monkeypatch.setitem(dataset, "gaps", Gaps)
+    info = prepare("gaps", tmp_path, tmp_path / "cache")
+    assert info.train_counts == (1, 2, 1, 2)
+    assert info.test_counts == (0, 2, 0, 0)
+
+
+# Image folders ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("test", ["test", "val"])
+def test_an_image_folder_has_its_classes_in_alphabetical_order_and_its_pixels_unchanged(tmp_path, test):
+    files = animals(tmp_path / "animals", test)
+    info = prepare("folder:animals", tmp_path, tmp_path / "cache")
+    assert info.shape == (3, 32, 32)
+    assert info.title == "animals"
+    for split, order in {"train": ["ant/z", "cat/a", "cat/b"], "test": ["ant/q", "ant/r", "cat/q"]}.items():
+        data = info.load(split)
+        assert data.labels.tolist() == [["ant", "cat"].index(name[:3]) for name in order]
+        for image, name in zip(data.images, order, strict=True):
+            pixels = files[f"{test if split == 'test' else split}/{name}.png"]
+            pixels = pixels if pixels.ndim == 3 else np.stack([pixels] * 3, axis=-1)  # grey: three equal channels
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
+
+
+def test_images_of_any_size_and_format_are_scaled(tmp_path):
+    colours = {"red": (200, 30, 40), "teal": (10, 120, 130)}
+    for split in ("train", "test"):
+        for name, colour in colours.items():
+            for number, (suffix, shape) in enumerate([("jpg", (48, 64)), ("JPEG", (20, 20)), ("png", (7, 31))]):
+                pixels = np.broadcast_to(np.array(colour, dtype=np.uint8), (*shape, 3))
+                save(tmp_path / "plain" / split / name / f"{number}.{suffix}", np.ascontiguousarray(pixels))
+    (tmp_path / "plain" / "train" / "red" / "notes.txt").write_text("no image")
+    info = prepare("folder:plain", tmp_path, tmp_path / "cache", size=24)
+    data = info.load("train")
+    assert info.shape == (3, 24, 24)
+    assert info.train_counts == (3, 3)
+    expected = torch.tensor([colours["red"], colours["teal"]])[data.labels][:, :, None, None]
+    assert (data.images.int() - expected).abs().max() <= 3  # JPEG rounds
+
+
+def test_a_shrunk_checkerboard_is_grey_and_not_a_random_pick_of_pixels(tmp_path):
+    board = ((np.indices((64, 64)).sum(0) % 2) * 255).astype(np.uint8)
+    for split in ("train", "test"):
+        save(tmp_path / "board" / split / "only" / "a.png", board)
+    image = prepare("folder:board", tmp_path, tmp_path / "cache", size=16).load("train").images.float()
+    assert (image[:, :, 2:-2, 2:-2] - 127.5).abs().max() < 2
+
+
+@pytest.mark.parametrize("suffix", ["tar.gz", "tar.xz", "tgz", "tar"])
+def test_an_archive_is_the_same_data_set_as_its_folder(tmp_path, suffix):
+    animals(tmp_path / "a" / "animals")
+    expected = prepare("folder:animals", tmp_path / "a", tmp_path / "cache_a")
+    (tmp_path / "b").mkdir()
+    mode = {"tar.gz": "w:gz", "tgz": "w:gz", "tar.xz": "w:xz", "tar": "w"}[suffix]
+    pack(tmp_path / "a" / "animals", tmp_path / "b" / f"animals.{suffix}", mode)
+    assert prepare("folder:animals", tmp_path / "b", tmp_path / "cache_b").digest == expected.digest
+    assert [path.name for path in (tmp_path / "b").iterdir()] == [f"animals.{suffix}"]  # nothing stays unpacked
+
+
+def test_an_archive_cannot_write_outside_its_folder(tmp_path):
+    with tarfile.open(tmp_path / "evil.tar.gz", "w:gz") as file:
+        entry = tarfile.TarInfo("../../escaped.txt")
+        entry.size = 4
+        file.addfile(entry, io.BytesIO(b"evil"))
+    with pytest.raises(tarfile.OutsideDestinationError):
+        prepare("folder:evil", tmp_path, tmp_path / "cache")
+
+
+def test_jpeg_cifar_is_an_image_folder_with_a_title(tmp_path):
+    animals(tmp_path / "cifar10_jpeg")
+    info = prepare("cifar10_jpeg", tmp_path, tmp_path / "cache")
+    assert info.title == "CIFAR-10 (JPEG)"
+    assert info.train_counts == (1, 2)
+    assert info.augmentation.flip
+
+
+# Published layouts ------------------------------------------------------------------------------------------
+
+
+def signs(folder: Path) -> tuple[list[np.ndarray], np.ndarray]:
+    """GTSRB as published: training folders by class, test images in one folder with a list."""
+    rng = np.random.default_rng(0)
+    train, test = [], []
+    for label in range(3):
+        for number in range(2):
+            shape = (32, 32, 3) if number == 0 else (int(rng.integers(15, 60)), int(rng.integers(15, 60)), 3)
+            pixels = np.full(shape, 60 * label + 20 + number, dtype=np.uint8)
+            save(folder / "gtsrb" / "GTSRB" / "Training" / f"{label:05}" / f"00000_{number:05}.ppm", pixels)
+            train.append(pixels)
+    (folder / "gtsrb" / "GTSRB" / "Training" / "00000" / "GT-00000.csv").write_text("Filename;Width\n")
+    labels = [2, 0, 1, 1]
+    for number, label in enumerate(labels):
+        pixels = noise(number, 32, 32, 3)
+        save(folder / "gtsrb" / "GTSRB" / "Final_Test" / "Images" / f"{number:05}.ppm", pixels)
+        test.append((f"{number:05}.ppm", label, pixels))
+    with open(folder / "gtsrb" / "GT-final_test.csv", "w", newline="") as file:
+        rows = csv.writer(file, delimiter=";")
+        rows.writerow(["Filename", "Width", "Height", "Roi.X1", "Roi.Y1", "Roi.X2", "Roi.Y2", "ClassId"])
+        rows.writerows([name, 32, 32, 5, 5, 27, 27, label] for name, label, _ in test)
+    return train, np.stack([pixels for _, _, pixels in test])
+
+
+def test_traffic_signs_are_read_as_published_and_scaled(tmp_path):
+    train, test = signs(tmp_path)
+    info = prepare("gtsrb", tmp_path, tmp_path / "cache")
+    assert info.train_counts == (2, 2, 2)
+    assert info.load("test").labels.tolist() == [2, 0, 1, 1]
+    assert np.array_equal(info.load("test").images.permute(0, 2, 3, 1).numpy(), test)
+    expected = np.array([pixels.flat[0] for pixels in train])
+    assert np.array_equal(info.load("train").images[:, 1].flatten(1).double().mean(1).numpy(), expected)
+
+
+@pytest.mark.parametrize("name", ["gtsrb.tar.gz", "gtsrb32.tar.gz"])
+def test_traffic_signs_are_read_from_an_archive(tmp_path, name):
+    signs(tmp_path / "plain")
+    expected = prepare("gtsrb", tmp_path / "plain", tmp_path / "cache_a")
+    (tmp_path / "packed").mkdir()
+    pack(tmp_path / "plain", tmp_path / "packed" / name, "w:gz")
+    assert prepare("gtsrb", tmp_path / "packed", tmp_path / "cache_b").digest == expected.digest
+
+
+def test_an_archive_of_32_pixels_is_not_used_for_64(tmp_path):
+    signs(tmp_path / "plain")
+    (tmp_path / "packed").mkdir()
+    pack(tmp_path / "plain", tmp_path / "packed" / "gtsrb32.tar.gz", "w:gz")
+    with pytest.raises(FileNotFoundError, match=r"bench\.data gtsrb"):
+        prepare("gtsrb", tmp_path / "packed", tmp_path / "cache", size=64)
+
+
+def test_tiny_imagenet_takes_its_classes_from_wnids_and_its_test_set_from_the_list(tmp_path):
+    folder = tmp_path / "tiny-imagenet-200"
+    classes = ["n03", "n01", "n02"]  # the order of the file, not of the alphabet
+    pixels = {}
+    for name in classes:
+        for number in range(2):
+            pixels[name, number] = noise(len(pixels), 64, 64, 3)
+            path = folder / "train" / name / "images" / f"{name}_{number}.png"
+            save(path, pixels[name, number])
+        (folder / "train" / name / f"{name}_boxes.txt").write_text("")
+    (folder / "wnids.txt").write_text("\n".join(classes) + "\n")
+    wanted = ["n02", "n02", "n03"]
+    for number in range(3):
+        save(folder / "val" / "images" / f"val_{number}.png", noise(50 + number, 64, 64, 3))
+    (folder / "val" / "val_annotations.txt").write_text(
+        "".join(f"val_{number}.png\t{name}\t0\t32\t44\t62\n" for number, name in enumerate(wanted))
+    )
+    info = prepare("tiny_imagenet", tmp_path, tmp_path / "cache")
+    train, test = info.load("train"), info.load("test")
+    assert info.shape == (3, 64, 64)
+    assert train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert test.labels.tolist() == [2, 2, 0]
+    assert np.array_equal(train.images[2].permute(1, 2, 0).numpy(), pixels["n01", 0])
+    assert np.array_equal(test.images[1].permute(1, 2, 0).numpy(), noise(51, 64, 64, 3))
+
+
+def test_fashion_mnist_is_read_from_packed_idx_files(tmp_path):
+    folder = tmp_path / "fashion-mnist"
+    folder.mkdir()
+    arrays = {
+        "train-images-idx3": noise(0, 30, 28, 28),
+        "train-labels-idx1": (np.arange(30) % 10).astype(np.uint8),
+        "t10k-images-idx3": noise(1, 11, 28, 28),
+        "t10k-labels-idx1": (np.arange(11)[::-1] % 10).astype(np.uint8),
+    }
+    for name, array in arrays.items():
+        # Two zero bytes, 8 for unsigned byte, the rank, the sizes as big-endian words, the bytes.
+        head = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+        (folder / f"{name}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
+    info = prepare("fashion_mnist", tmp_path, tmp_path / "cache")
+    assert info.shape == (1, 28, 28)
+    assert np.array_equal(info.load("train").images[:, 0].numpy(), arrays["train-images-idx3"])
+    assert np.array_equal(info.load("test").images[:, 0].numpy(), arrays["t10k-images-idx3"])
+    assert info.load("test").labels.tolist() == arrays["t10k-labels-idx1"].tolist()
+
+
+class FakeTorchvision:
+    """Stands for the CIFAR and SVHN classes, which check the md5 sums of the real files."""
+
+    def __init__(self, channels_first: bool) -> None:
+        self.channels_first = channels_first
+
+    def __call__(self, root: str, download: bool, train: bool | None = None, split: str | None = None) -> object:
+        first = train if train is not None else split == "train"
+        images, labels = noise(int(first), 20 if first else 9, 32, 32, 3), np.arange(20 if first else 9) % 10
+        images = images.transpose(0, 3, 1, 2) if self.channels_first else images
+        return type("Part", (), {"data": images, ("labels" if self.channels_first else "targets"): labels.tolist()})()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100"), ("svhn", "SVHN")])
+def test_torchvision_sets_keep_their_splits_and_pixels_whatever_the_order_of_axes(tmp_path, monkeypatch, name, kind):
+    import torchvision.datasets
+
+    monkeypatch.setattr(torchvision.datasets, kind, FakeTorchvision(channels_first=kind == "SVHN"))
+    info = prepare(name, tmp_path, tmp_path / "cache")
+    assert np.array_equal(info.load("train").images.permute(0, 2, 3, 1).numpy(), noise(1, 20, 32, 32, 3))
+    assert np.array_equal(info.load("test").images.permute(0, 2, 3, 1).numpy(), noise(0, 9, 32, 32, 3))
+    assert info.train_counts == (2,) * 10
+
+
+# Mistakes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "fashion_mnist", "gtsrb"])
+def test_missing_data_that_can_be_fetched_names_the_command_and_the_setting(tmp_path, name):
+    with pytest.raises(FileNotFoundError) as caught:
+        prepare(name, tmp_path, tmp_path / "cache")
+    message = str(caught.value)
+    assert message.startswith(f"data set {name} is not under {tmp_path} (")
+    assert f"`python -m bench.data {name}`" in message
+    assert "dataset.root (or $BENCH_DATA)" in message
+    assert "\n" not in message
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("tiny_imagenet", "unpack tiny-imagenet-200.zip there"),
+        ("folder:mine", "mine/train/<class>/* and mine/test/<class>/*"),
+        ("cifar10_jpeg", "cifar10_jpeg/train/<class>/*"),
+    ],
+)
+def test_missing_data_that_cannot_be_fetched_says_where_to_put_it(tmp_path, name, advice):
+    with pytest.raises(FileNotFoundError) as caught:
+        prepare(name, tmp_path, tmp_path / "cache")
+    message = str(caught.value)
+    assert advice in message
+    assert "dataset.root (or $BENCH_DATA)" in message
+    assert "bench.data" not in message
+
+
+def test_a_folder_without_images_is_missing_data(tmp_path):
+    (tmp_path / "empty" / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "empty" / "test" / "cat").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"no image under .*train/<class>/"):
+        prepare("folder:empty", tmp_path, tmp_path / "cache")
+
+
+def test_missing_data_is_not_remembered(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        prepare("folder:late", tmp_path, tmp_path / "cache")
+    animals(tmp_path / "late")
+    assert prepare("folder:late", tmp_path, tmp_path / "cache").num_classes == 2
+
+
+def test_an_unknown_data_set_is_answered_with_the_nearest(tmp_path):
+    with pytest.raises(LookupError, match=r"no data set is named 'cifar-10'\. Did you mean 'cifar10'"):
+        prepare("cifar-10", tmp_path, tmp_path / "cache")
+
+
+def test_the_cache_holds_no_pickle(tmp_path):
+    folder = prepare("digits", tmp_path, tmp_path / "cache").folder
+    for path in folder.glob("*.npy"):
+        np.load(path, allow_pickle=False)
+    assert json.loads((folder / "meta.json").read_text())["shape"] == [1, 16, 16]

@@ -1,0 +1,161 @@
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn, tensor
+
+from bench.engine.data import ImageSet, generator
+from bench.engine.metrics import accuracy, attack_success_rate, predict, recovery_accuracy, robust_accuracy
+from bench.engine.models import ModelSpec
+
+
+def noise(count: int, channels: int = 3, size: int = 16, classes: int = 4) -> ImageSet:
+    images = torch.randint(0, 256, (count, channels, size, size), generator=generator(0, "noise"), dtype=torch.uint8)
+    return ImageSet(images, torch.arange(count) % classes)
+
+
+class Linear(nn.Module):
+    """Class 1 if w x + b > 0, for pixels in [0, 1]."""
+
+    def __init__(self, weight: Tensor, bias: float) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), bias
+
+    def forward(self, images: Tensor) -> Tensor:
+        score = images.flatten(1) @ self.weight + self.bias
+        return torch.stack([torch.zeros_like(score), score], dim=1)
+
+
+def test_accuracy_is_the_share_of_equal_labels():
+    assert accuracy(tensor([0, 1, 2, 2]), tensor([0, 1, 1, 2])) == 0.75
+    assert accuracy(tensor([5]), tensor([5])) == 1.0
+    assert accuracy(tensor([1, 1]), tensor([0, 0])) == 0.0
+
+
+def test_accuracy_of_a_third_is_exact_to_double_precision():
+    assert accuracy(tensor([1, 0, 0]), tensor([1, 1, 1])) == 1 / 3
+
+
+def test_success_rate_leaves_out_images_already_of_the_target_class():
+    predicted, true = tensor([0, 0, 1, 2]), tensor([0, 1, 1, 2])
+    assert attack_success_rate(predicted, torch.zeros(4, dtype=torch.int64), true != 0) == 1 / 3
+
+
+def test_a_model_that_says_target_always_has_success_rate_one_and_recovery_zero():
+    true = torch.arange(100) % 10
+    predicted, wanted = torch.full((100,), 3), torch.full((100,), 3)
+    assert attack_success_rate(predicted, wanted, true != 3) == 1.0
+    assert recovery_accuracy(predicted, true, true != 3) == 0.0
+
+
+def test_a_perfect_model_has_success_rate_zero_and_recovery_one():
+    true = torch.arange(100) % 10
+    assert attack_success_rate(true, torch.full((100,), 3), true != 3) == 0.0
+    assert recovery_accuracy(true, true, true != 3) == 1.0
+
+
+def test_all_to_all_judges_every_image_by_its_next_class():
+    true = torch.arange(8) % 4
+    wanted, judged = (true + 1) % 4, torch.ones(8, dtype=torch.bool)
+    assert attack_success_rate(wanted, wanted, judged) == 1.0
+    assert attack_success_rate(tensor([1, 1, 1, 1, 1, 1, 1, 1]), wanted, judged) == 0.25
+    assert recovery_accuracy(tensor([1, 1, 1, 1, 1, 1, 1, 1]), true, judged) == 0.25
+
+
+def test_success_and_recovery_together_are_at_most_one():
+    source = generator(0, "random models")
+    for _ in range(50):
+        true = torch.randint(0, 5, (40,), generator=source)
+        predicted = torch.randint(0, 5, (40,), generator=source)
+        judged = true != 2
+        wanted = torch.full((40,), 2)
+        success, recovery = attack_success_rate(predicted, wanted, judged), recovery_accuracy(predicted, true, judged)
+        counts = [(int(p), int(t)) for p, t in zip(predicted, true, strict=True) if t != 2]
+        assert success == sum(p == 2 for p, _ in counts) / len(counts)
+        assert recovery == sum(p == t for p, t in counts) / len(counts)
+        assert success + recovery <= 1
+
+
+def test_a_share_of_nothing_is_an_error_and_not_zero():
+    nothing = torch.empty(0, dtype=torch.int64)
+    with pytest.raises(ValueError, match="no image"):
+        accuracy(nothing, nothing)
+    with pytest.raises(ValueError, match="none of 0 images"):
+        attack_success_rate(nothing, nothing, nothing.bool())
+    with pytest.raises(ValueError, match="robust accuracy of no image"):
+        robust_accuracy(Linear(torch.ones(4), 0.0), noise(0, 1, 2), epsilon=0.1, step_size=0.1, steps=1, seed=0)
+
+
+def test_a_test_set_of_the_target_class_alone_cannot_be_judged():
+    true = torch.full((6,), 2)
+    for measure in (attack_success_rate, recovery_accuracy):
+        with pytest.raises(ValueError, match="none of 6 images can be judged: all are of the target class"):
+            measure(true, true, true != 2)
+
+
+def test_predictions_do_not_depend_on_the_batch_size_or_on_the_mode_and_change_no_buffer():
+    model, data = ModelSpec("test_efficientnet", 4, 3, 16, (0.5,) * 3, (0.25,) * 3).build(0), noise(50)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model.eval()(data.images.float() / 255).argmax(1)
+    for batch_size in (7, 50, 1024):
+        found = predict(model.train(), data, batch_size)
+        assert found.dtype == torch.int64
+        assert torch.equal(found, expected)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_predictions_can_be_trained_on():
+    data, model = noise(6, 1, 2), Linear(torch.ones(4), -2.0)
+    torch.nn.functional.cross_entropy(model(data.images / 255), predict(model, data)).backward()
+    assert model.weight.grad is not None
+
+
+def test_there_are_no_predictions_for_no_image():
+    assert predict(Linear(torch.ones(4), 0.0), noise(0, 1, 2)).tolist() == []
+
+
+def test_robust_accuracy_at_radius_zero_is_accuracy():
+    model, data = ModelSpec("test_efficientnet", 4, 3, 16, (0.5,) * 3, (0.25,) * 3).build(0), noise(60)
+    plain = accuracy(predict(model, data), data.labels)
+    assert 0 < plain < 1
+    assert robust_accuracy(model, data, epsilon=0.0, step_size=2 / 255, steps=3, seed=0) == plain
+
+
+@pytest.mark.parametrize("epsilon", [1 / 255, 4 / 255, 16 / 255])
+def test_on_a_linear_classifier_an_image_survives_if_its_margin_is_larger_than_epsilon_times_the_weights(epsilon):
+    source = generator(0, "linear")
+    # Far from black and white: nothing but the ball limits the attack.
+    images = torch.randint(64, 192, (300, 1, 4, 4), generator=source, dtype=torch.uint8)
+    weight = torch.randn(16, generator=source)
+    score = (images.flatten(1).double() / 255 @ weight.double()).numpy()
+    bias = -float(np.median(score))
+    score = score + bias
+    labels = np.where(np.random.default_rng(0).random(300) < 0.9, score > 0, score <= 0).astype(np.int64)
+    margin = np.where(labels == 1, score, -score)
+    expected = float(np.mean(margin > epsilon * weight.abs().sum().item()))
+    found = robust_accuracy(
+        Linear(weight, bias),
+        ImageSet(images, torch.from_numpy(labels)),
+        epsilon=epsilon,
+        step_size=epsilon / 4,
+        steps=9,
+        seed=0,
+        batch_size=128,
+    )
+    assert 0 < expected < 0.9
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+def test_an_image_that_noise_happens_to_put_right_still_counts_as_wrong():
+    # All scores are just below 0 and all labels are 1: noise alone puts about half of the images right.
+    data = ImageSet(torch.full((200, 1, 2, 2), 127, dtype=torch.uint8), torch.ones(200, dtype=torch.int64))
+    model = Linear(torch.ones(4), -2.0)
+    assert accuracy(predict(model, data), data.labels) == 0.0
+    assert robust_accuracy(model, data, epsilon=0.3, step_size=0.1, steps=0, seed=0) == 0.0
+
+
+def test_robust_accuracy_repeats_under_a_seed_and_leaves_weights_trainable():
+    model, data = ModelSpec("test_efficientnet", 4, 3, 16, (0.5,) * 3, (0.25,) * 3).build(0), noise(40)
+    found = {robust_accuracy(model, data, epsilon=4 / 255, step_size=1 / 255, steps=2, seed=3) for _ in range(2)}
+    assert len(found) == 1
+    assert all(weight.requires_grad for weight in model.parameters())

@@ -1,0 +1,271 @@
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.engine.data import generator
+from bench.engine.models import Classifier, ModelSpec, check_name
+
+MEAN, STD = (0.2, 0.45, 0.7), (0.15, 0.25, 0.35)
+
+# With the small stem at 32x32: weights in millions (10 classes, 3 channels), and what the family's feature extractor
+# returns: maps as (C, H, W), tokens as (T, C), Swin's as (H, W, C).
+FAMILIES = {
+    "resnet18": (11.17, (512, 4, 4)),
+    "resnetv2_18": (11.17, (512, 4, 4)),
+    "vgg16_bn": (14.73, (512, 1, 1)),
+    "densenet121": (6.96, (1024, 4, 4)),
+    "mobilenetv3_small_100": (1.53, (576, 2, 2)),
+    "efficientnet_b0": (4.02, (1280, 2, 2)),
+    "convnext_atto": (3.38, (320, 4, 4)),
+    "vit_tiny_patch16_224": (5.36, (65, 192)),
+    "swin_tiny_patch4_window7_224": (27.5, (2, 2, 768)),
+    "test_resnet": (0.37, (96, 4, 4)),
+    "test_efficientnet": (0.10, (256, 2, 2)),
+    "test_convnext": (0.21, (64, 4, 4)),
+    "test_vit": (0.26, (65, 64)),
+}
+# The last stage as (C, H, W), where it is not what the extractor returns.
+LAST_STAGE = {
+    "efficientnet_b0": (320, 2, 2),  # before its last convolution
+    "test_efficientnet": (64, 2, 2),
+    "vit_tiny_patch16_224": (192, 8, 8),  # no class token
+    "test_vit": (64, 8, 8),
+    "swin_tiny_patch4_window7_224": (768, 2, 2),
+}
+# Creating timm's own 120 M weight head of a VGG takes seconds.
+BOTH = [
+    pytest.param(name, channels, marks=[pytest.mark.slow] if name == "vgg16_bn" and channels == 1 else [])
+    for name in FAMILIES
+    for channels in (1, 3)
+]
+LIGHT = ["test_resnet", "test_efficientnet", "test_convnext", "test_vit", "resnetv2_18", "mobilenetv3_small_100"]
+
+
+def spec(name: str, channels: int = 3, size: int = 32, stem: str = "small", classes: int = 10) -> ModelSpec:
+    return ModelSpec(name, classes, channels, size, MEAN[:channels], STD[:channels], stem)
+
+
+@functools.cache
+def built(name: str, channels: int = 3) -> Classifier:
+    return spec(name, channels).build(0).eval()
+
+
+def images(channels: int = 3, size: int = 32, count: int = 2) -> Tensor:
+    return torch.rand(count, channels, size, size, generator=generator(0, channels, size))
+
+
+def head_by_hand(model: Classifier, features: Tensor) -> Tensor:
+    weight = model.head.weight.detach().double().flatten(1)
+    return features.double() @ weight.T + model.head.bias.detach().double()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "channels"), BOTH)
+def test_every_family_gives_logits_for_grey_and_colour(name, channels):
+    logits = built(name, channels)(images(channels))
+    assert logits.shape == (2, 10)
+    assert logits.isfinite().all()
+    assert not torch.equal(logits[0], logits[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "channels"), BOTH)
+def test_the_head_applied_to_the_features_is_the_logits(name, channels):
+    model = built(name, channels)
+    features = model.features(images(channels))
+    assert features.ndim == 2
+    torch.testing.assert_close(head_by_hand(model, features), model(images(channels)).double(), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "channels"), BOTH)
+def test_normalising_inside_equals_normalising_outside_each_channel_by_its_own(name, channels):
+    model, pictures = built(name, channels), images(channels)
+    outside = np.stack([(pictures[:, c].numpy() - MEAN[c]) / STD[c] for c in range(channels)], axis=1)
+    torch.testing.assert_close(model(pictures), model.net(torch.from_numpy(outside).float()), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "channels"), BOTH)
+def test_stages_are_maps_with_channels_first_that_do_not_grow(name, channels):
+    maps = built(name, channels).stages(images(channels))
+    assert len(maps) >= 4
+    assert all(stage.ndim == 4 and len(stage) == 2 and stage.shape[2] == stage.shape[3] for stage in maps)
+    sides = [stage.shape[-1] for stage in maps]
+    assert sides == sorted(sides, reverse=True)
+    assert tuple(maps[-1].shape[1:]) == LAST_STAGE.get(name, FAMILIES[name][1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_small_stem_keeps_maps_of_the_documented_size(name):
+    million, shape = FAMILIES[name]
+    model = built(name)
+    assert tuple(model.net.forward_features(images()).shape[1:]) == shape
+    assert sum(weight.numel() for weight in model.parameters()) / 1e6 == pytest.approx(million, abs=0.04)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("size", "stem", "side"),
+    [(32, "small", 4), (32, "half", 2), (32, "stock", 1), (64, "small", 4), (16, "small", 2)],
+)
+@pytest.mark.parametrize("name", ["resnet18", "resnetv2_18"])
+def test_the_last_map_of_a_residual_network_is_as_large_as_its_strides_say(name, size, stem, side):
+    # Three stages halve; a stock stem halves twice, without its pooling once, and the small one not (up to 48 pixels).
+    model = spec(name, 3, size, stem).build(0).eval()
+    assert model.net.forward_features(images(3, size)).shape == (2, 512, side, side)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit"])
+@pytest.mark.parametrize(("channels", "size"), [(1, 16), (1, 28), (3, 64)])
+def test_the_small_stem_takes_other_image_sizes(name, channels, size):
+    assert spec(name, channels, size).build(0).eval()(images(channels, size)).isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stem", ["half", "stock"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit"])
+@pytest.mark.parametrize("size", [8, 28, 64])
+def test_the_check_refuses_exactly_what_cannot_run(name, size, stem):
+    try:
+        spec(name, 1, size, stem).build(0).eval()(images(1, size))
+        runs = True
+    except (RuntimeError, AssertionError):
+        runs = False
+    try:
+        spec(name, 1, size, stem).check()
+        passes = True
+    except ValueError:
+        passes = False
+    assert passes == runs
+
+
+def test_the_stock_stem_is_as_timm_has_it():
+    with torch.device("meta"):
+        swin = spec("swin_tiny_patch4_window7_224", 3, 224, "stock").build(0)
+        vit = spec("vit_tiny_patch16_224", 3, 224, "stock").build(0)
+        resnet = spec("resnet18", 3, 224, "stock").build(0)
+    assert tuple(resnet.net.conv1.weight.shape) == (64, 3, 7, 7)
+    assert tuple(vit.net.patch_embed.proj.weight.shape) == (192, 3, 16, 16)
+    assert tuple(swin.net.patch_embed.proj.weight.shape) == (96, 3, 4, 4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("size", "stem"), [(16, "small"), (28, "half"), (64, "small")])
+def test_swin_fits_its_windows_to_the_image(size, stem):
+    model = spec("swin_tiny_patch4_window7_224", 3, size, stem).build(0).eval()
+    assert model(images(3, size)).shape == (2, 10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("stem", "side"), [("small", 8), ("half", 4)])
+@pytest.mark.parametrize("size", [32, 64])
+def test_a_transformer_cuts_every_image_size_into_as_many_patches(size, stem, side):
+    maps = spec("test_vit", 3, size, stem).build(0).eval().stages(images(3, size))
+    assert {tuple(stage.shape[-2:]) for stage in maps} == {(side, side)}
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("vgg16_bn", "resnet18")])
+def test_every_weight_takes_part_in_the_logits(name):
+    # A layer that surgery left behind would be carried along, counted, pruned and never trained.
+    model = spec(name).build(1).train()
+    model(images(count=4)).square().sum().backward()
+    assert [key for key, weight in model.named_parameters() if weight.grad is None] == []
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_a_seed_gives_the_same_weights_and_another_seed_others(name):
+    first, again, other = (spec(name).build(seed).state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(value, again[key]) for key, value in first.items())
+    drawn = [key for key, value in first.items() if value.ndim >= 2 and key.startswith("net.") and value.std() > 0]
+    assert len(drawn) > 5
+    assert not any(torch.equal(first[key], other[key]) for key in drawn)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_building_and_checking_leave_the_global_random_state_alone(name):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    spec(name).build(0)
+    spec(name).check()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_global_random_state_does_not_reach_the_weights():
+    torch.manual_seed(1)
+    first = spec("test_resnet").build(0).state_dict()
+    torch.manual_seed(2)
+    assert all(torch.equal(value, first[key]) for key, value in spec("test_resnet").build(0).state_dict().items())
+
+
+def test_a_stored_state_brings_back_the_network_with_its_normalisation():
+    first, other = (
+        spec("test_efficientnet").build(0).eval(),
+        ModelSpec("test_efficientnet", 10, 3, 32, (0.0,) * 3, (1.0,) * 3),
+    )
+    second = other.build(1).eval()
+    second.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        assert torch.equal(first(images()), second(images()))
+
+
+def test_features_leave_no_hook_behind_and_keep_gradients():
+    model, pictures = built("test_resnet"), images().requires_grad_(True)
+    model.features(pictures).sum().backward()
+    assert pictures.grad is not None
+    assert not model.head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_head_is_the_layer_that_makes_the_classes(name):
+    head = built(name).head
+    assert isinstance(head, nn.Linear | nn.Conv2d)
+    assert head.weight.shape[0] == 10
+    assert any(module is head for module in built(name).modules())
+
+
+@pytest.mark.parametrize("classes", [2, 43, 200])
+def test_the_number_of_classes_is_that_of_the_data_set(classes):
+    assert spec("resnetv2_18", classes=classes).build(0).eval()(images()).shape == (2, classes)
+    assert spec("test_vit", classes=classes).build(0).eval()(images()).shape == (2, classes)
+
+
+def test_notes_say_how_the_network_was_fitted():
+    assert built("resnet18").notes == ("conv1 3x3 stride 1 in place of 7x7", "maxpool removed")
+    assert built("vit_tiny_patch16_224").notes == ("img_size=32", "patch_size=4")
+    assert spec("resnet18", stem="stock").build(0).notes == ()
+
+
+def test_an_unknown_architecture_is_answered_with_near_ones():
+    for ask in (check_name, lambda name: spec(name).build(0), lambda name: spec(name).check()):
+        with pytest.raises(LookupError, match=r"timm has no architecture named 'resnet1'\. Did you mean '.*resnet1"):
+            ask("resnet1")
+
+
+def test_an_unknown_stem_is_answered_with_the_three():
+    with pytest.raises(ValueError, match=r"model\.stem is 'tiny'; write one of small, half, stock"):
+        spec("test_resnet", stem="tiny").build(0)
+
+
+@pytest.mark.parametrize(("name", "size"), [("vgg16_bn", 16), ("vgg16_bn", 28)])
+def test_images_that_would_shrink_to_nothing_are_refused_before_any_compute(name, size):
+    # Five poolings halve 31 pixels to less than one.
+    with pytest.raises(ValueError, match=rf"{name}.*cannot take {size}x{size} images.*dataset\.size") as caught:
+        spec(name, 3, size).check()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_that_can_take_32_pixels_pass_the_check(name):
+    spec(name).check()
+
+
+@pytest.mark.parametrize("name", ["mixer_s32_224", "test_coatnet"])
+def test_an_architecture_that_cannot_be_fitted_is_refused_in_one_line(name):
+    with pytest.raises(ValueError, match=f"{name}.*cannot take 32x32 images"):
+        spec(name).check()
