@@ -266,17 +266,19 @@ class PerBatch(AttackHooks):
     def __init__(self, attack: Attack, tensors: Tensors, num_classes: int) -> None:
         self.attack, self.stamps, self.num_classes = attack, tensors, num_classes
 
-    def batch(self, images: Tensor, labels: Tensor, source: torch.Generator) -> tuple[Tensor, Tensor]:
-        return self._mixed(to_float(images), labels, source) if self.attack.before_augmentation else (images, labels)
+    def batch(self, images: Tensor, labels: Tensor, step: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+        before = self.attack.before_augmentation
+        return self._mixed(to_float(images), labels, step, source) if before else (images, labels)
 
     def augmented(
         self, model: nn.Module, images: Tensor, labels: Tensor, step: int, source: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        return (images, labels) if self.attack.before_augmentation else self._mixed(images, labels, source)
+        before = self.attack.before_augmentation
+        return (images, labels) if before else self._mixed(images, labels, step, source)
 
-    def _mixed(self, images: Tensor, labels: Tensor, source: torch.Generator) -> tuple[Tensor, Tensor]:
-        poison = _count(self.attack.poison_rate * len(images), source)
-        cover = min(_count(self.attack.cover_rate * len(images), source), len(images) - poison)
+    def _mixed(self, images: Tensor, labels: Tensor, step: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+        poison = count_in_step(self.attack.poison_rate * len(images), step)
+        cover = min(count_in_step(self.attack.cover_rate * len(images), step), len(images) - poison)
         images, labels = images.clone(), labels.clone()
         if self.attack.label_mode == "clean_label":
             # Only images of the target class, up to the share; the rest of the batch is left as it is.
@@ -292,11 +294,9 @@ class PerBatch(AttackHooks):
         return images, labels
 
 
-def _count(expected: float, source: torch.Generator) -> int:
-    """A whole number whose mean is `expected`: at a low rate some batches get an image, others none."""
-    whole = int(expected)
-    rest = expected - whole
-    # No draw where the number is whole: the stream of random numbers stays that of a plain batch.
-    if rest < 1e-9:
-        return whole
-    return whole + int(torch.rand((), generator=source, device=source.device).item() < rest)
+def count_in_step(expected: float, step: int) -> int:
+    """A whole number for this step whose mean over the steps is `expected`: at a low rate some batches get none.
+
+    Without a draw, for which the host would wait in every step.
+    """
+    return int(expected * (step + 1) + 1e-6) - int(expected * step + 1e-6)

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.engine.data import equal_batches, generator
-from bench.engine.training import Tensors
+from bench.engine.training import Tensors, named, optimizer_tensors, part_of, restore_optimizer
 
-from .base import Attack, AttackHooks, Setup, attack
+from .base import Attack, AttackHooks, Setup, attack, count_in_step
 
 USUAL_MASK_UPDATES = 9_775  # 25 epochs of CIFAR-10 at batch size 128
 BETAS = (0.5, 0.9)
@@ -158,7 +158,7 @@ class PatternHooks(AttackHooks):
     def __init__(self, attack: InputAware, setup: Setup, tensors: Tensors) -> None:
         self.attack, self.num_classes = attack, setup.num_classes
         self.frozen = {name: value for name, value in tensors.items() if not name.startswith("pattern.")}
-        weights = _part("pattern", tensors)
+        weights = part_of("pattern", tensors)
         channels = setup.trainset.images.shape[1]
         self.pattern = _seeded(setup, "pattern", channels, channels, _levels(weights)).train()
         self.pattern.load_state_dict(weights)
@@ -169,8 +169,8 @@ class PatternHooks(AttackHooks):
         self, model: nn.Module, images: Tensor, labels: Tensor, step: int, source: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         attack, size = self.attack, len(images)
-        poison = _share(attack.poison_rate * size, step)
-        cover = min(_share(attack.cover_rate * size, step), size - poison)
+        poison = count_in_step(attack.poison_rate * size, step)
+        cover = min(count_in_step(attack.cover_rate * size, step), size - poison)
         stop = poison + cover
         if not stop:
             return images, labels
@@ -209,19 +209,11 @@ class PatternHooks(AttackHooks):
         }
 
     def tensors(self) -> Tensors:
-        kept = _stored("pattern", self.pattern)
-        for index, state in self.adam.state_dict()["state"].items():
-            kept |= {f"adam.{index}.{name}": value for name, value in state.items()}
-        return kept
+        return _stored("pattern", self.pattern) | named("adam", optimizer_tensors(self.adam))
 
     def restore(self, tensors: Tensors) -> None:
-        self.pattern.load_state_dict(_part("pattern", tensors))
-        state: dict[int, Tensors] = {}
-        for name, value in _part("adam", tensors).items():
-            index, _, key = name.partition(".")
-            # Adam counts its steps in a tensor that must stay on the CPU.
-            state.setdefault(int(index), {})[key] = value.cpu() if key == "step" else value
-        self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
+        self.pattern.load_state_dict(part_of("pattern", tensors))
+        restore_optimizer(self.adam, part_of("adam", tensors))
 
 
 class Generator(nn.Module):
@@ -263,14 +255,6 @@ def distance(one: Tensor, other: Tensor) -> Tensor:
     return (one - other).square().mean(dim=(1, 2, 3)).clamp_min(1e-12).sqrt()
 
 
-def _share(expected: float, step: int) -> int:
-    """A whole number for this step whose mean over the steps is `expected`, without a draw.
-
-    A draw on the device would make the host wait for it in every step.
-    """
-    return int(expected * (step + 1) + 1e-6) - int(expected * step + 1e-6)
-
-
 def _seeded(setup: Setup, name: str, channels: int, outputs: int, levels: int) -> Generator:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(setup.seed, "input_aware", name).initial_seed())
@@ -278,16 +262,12 @@ def _seeded(setup: Setup, name: str, channels: int, outputs: int, levels: int) -
 
 
 def _stored(name: str, network: nn.Module) -> Tensors:
-    return {f"{name}.{key}": value.detach().clone() for key, value in network.state_dict().items()}
-
-
-def _part(name: str, tensors: Tensors) -> Tensors:
-    return {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    return {key: value.clone() for key, value in named(name, network.state_dict()).items()}
 
 
 def _applied(name: str, tensors: Tensors, images: Tensor) -> Tensor:
     """The generator `pattern` or `mask` with its stored weights, in eval mode."""
-    weights, channels = _part(name, tensors), images.shape[1]
+    weights, channels = part_of(name, tensors), images.shape[1]
     shell = _shell(channels, 1 if name == "mask" else channels, _levels(weights))
     return torch.func.functional_call(shell, weights, (images,))
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bench.engine.adversarial import under_attack
 from bench.engine.data import generator
-from bench.engine.training import Tensors, autocast
+from bench.engine.training import Tensors, autocast, named, optimizer_tensors, part_of, restore_optimizer
 
 from .base import Attack, AttackHooks, PerBatch, Setup, attack
 
@@ -69,7 +69,7 @@ class LIRA(Attack):
         return _stored("generator", _seeded(self, setup))
 
     def stamp(self, images: Tensor, tensors: Tensors) -> Tensor:
-        weights = _part("generator", tensors)
+        weights = part_of("generator", tensors)
         network = _shell(images.shape[1], len(weights["down.0.0.weight"]))
         # The widest maps have the full size: parts keep the memory of large images bounded.
         parts = images.split(max(1, 2**20 // (images.shape[-2] * images.shape[-1])))
@@ -89,7 +89,7 @@ class TwoStages(PerBatch):
         super().__init__(attack, {name: value.clone() for name, value in tensors.items()}, setup.num_classes)
         self.lira, self.precision = attack, setup.recipe.precision
         self.copy = _seeded(attack, setup).train()
-        self.copy.load_state_dict(_part("generator", tensors))
+        self.copy.load_state_dict(part_of("generator", tensors))
         self.adam = torch.optim.Adam(self.copy.parameters(), lr=attack.learning_rate)
         self.learning = True
 
@@ -122,20 +122,13 @@ class TwoStages(PerBatch):
         return {name: value.clone() for name, value in self.stamps.items()}
 
     def tensors(self) -> Tensors:
-        kept = self.learned() | _stored("copy", self.copy)
-        for index, state in self.adam.state_dict()["state"].items():
-            kept |= {f"adam.{index}.{name}": value for name, value in state.items()}
-        return kept | {"learning": torch.tensor(self.learning)}
+        state = named("adam", optimizer_tensors(self.adam)) | {"learning": torch.tensor(self.learning)}
+        return self.learned() | _stored("copy", self.copy) | state
 
     def restore(self, tensors: Tensors) -> None:
         self.stamps = {name: value for name, value in tensors.items() if name.startswith("generator.")}
-        self.copy.load_state_dict(_part("copy", tensors))
-        state: dict[int, Tensors] = {}
-        for name, value in _part("adam", tensors).items():
-            index, _, key = name.partition(".")
-            # Adam counts its steps in a tensor that must stay on the CPU.
-            state.setdefault(int(index), {})[key] = value.cpu() if key == "step" else value
-        self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
+        self.copy.load_state_dict(part_of("copy", tensors))
+        restore_optimizer(self.adam, part_of("adam", tensors))
         self.learning = bool(tensors["learning"])
 
 
@@ -186,11 +179,7 @@ def _seeded(attack: LIRA, setup: Setup) -> UNet:
 
 
 def _stored(name: str, network: nn.Module) -> Tensors:
-    return {f"{name}.{key}": value.detach().clone() for key, value in network.state_dict().items()}
-
-
-def _part(name: str, tensors: Tensors) -> Tensors:
-    return {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    return {key: value.clone() for key, value in named(name, network.state_dict()).items()}
 
 
 @lru_cache

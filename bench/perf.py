@@ -1,20 +1,32 @@
 """A benchmark of the hot paths, each as a ratio against its own roofline in one run. Never a timed test.
 
-    python -m bench.perf [model=test_resnet] [size=32] [batch=256] [rounds=10] [threads=1] [stem=small]
+    python -m bench.perf [model=test_resnet] [size=32] [batch=256] [rounds=10] [threads=1] [stem=small] \
+        [attacks=wanet,bpp,input_aware] [triggers=badnets,blended,sig,ftrojan,bpp,wanet]
 
 The roofline of a training step is the same model and optimizer fed one batch of synthetic tensors that is there
-already. Both are timed in turns, so that a busy machine slows both.
+already; that of an attack's step is the plain step. Both are timed in turns, so that a busy machine slows both.
+Triggers are also shown as seconds for 50,000 images. `attacks=` and `triggers=` (empty) leave these out.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
+from typing import TYPE_CHECKING
 
 from bench.door import enter
 
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from attacks.base import Attack
+    from bench.engine.training import Tensors
+
 DEFAULTS = {"model": "test_resnet", "size": "32", "batch": "256", "rounds": "10", "threads": "1", "stem": "small"}
+DEFAULTS |= {"attacks": "wanet,bpp,input_aware", "triggers": "badnets,blended,sig,ftrojan,bpp,wanet"}
 STEPS = 4  # of training in one timing: what happens once in a training is no part of a step
 
 
@@ -43,8 +55,59 @@ def main(arguments: list[str]) -> int:
     print(f"{'path':<46} {'ms':>9} {'roofline ms':>12} {'ratio':>7}")
     for name, path, roofline in _paths(settings["model"], settings["stem"], size, batch, device):
         ours, ideal = _in_turns(path, roofline, rounds)
-        print(f"{name:<46} {1000 * ours:>9.2f} {1000 * ideal:>12.2f} {ours / ideal:>7.3f}")
+        print(_line(name, ours, ideal))
+    for line in _attacks(settings, size, batch, rounds, device):
+        print(line)
     return 0
+
+
+def _attacks(settings: dict[str, str], size: int, batch: int, rounds: int, device: torch.device) -> Iterator[str]:
+    """A line for each attack that owns the training, and one for each trigger."""
+    import torch
+
+    from attacks.base import Setup, attack
+    from bench.config import UserError, load_methods
+    from bench.engine.data import Augmentation, ImageSet
+    from bench.engine.models import ModelSpec
+    from bench.engine.training import Hooks, Journal, Recipe, fit
+
+    load_methods([])
+    spec = ModelSpec(settings["model"], 10, 3, size, (0.5,) * 3, (0.25,) * 3, settings["stem"])
+    images = torch.randint(0, 256, (8 * batch, 3, size, size), dtype=torch.uint8, device=device)
+    data = ImageSet(images, torch.arange(8 * batch, device=device) % 10)
+    recipe, augmentation = Recipe(updates=STEPS, batch_size=batch), Augmentation(crop=1 / 8, flip=True)
+    setup = Setup(data, 10, 0, lambda seed: spec.build(seed).to(device), recipe, augmentation, Journal())
+    names = {key: [name for name in settings[key].split(",") if name] for key in ("attacks", "triggers")}
+    for name in (*names["attacks"], *names["triggers"]):
+        try:
+            attack[name]
+        except LookupError as error:
+            raise UserError(str(error)) from error
+    for name in names["attacks"]:
+        attacker = attack[name](regime="per_batch")
+        hooks = attacker.hooks(setup, attacker.prepare(setup))
+        model = spec.build(0).to(device)
+
+        def steps(with_hooks: Hooks | None, model: nn.Module = model) -> None:
+            fit(model, data, recipe, seed=0, augmentation=augmentation, hooks=with_hooks)
+
+        yield _line(f"training steps under {name}", *_in_turns(partial(steps, hooks), partial(steps, None), rounds))
+    if names["triggers"]:
+        yield f"\n{'trigger':<46} {'s for 50,000 images':>22}"
+    for name in names["triggers"]:
+        attacker = attack[name]()
+        tensors = attacker.prepare(setup)
+
+        def stamp(attacker: Attack = attacker, tensors: Tensors = tensors) -> None:
+            for start in range(0, 8 * batch, 1024):
+                attacker.trigger(images[start : start + 1024].float() / 255, tensors)
+
+        seconds, _ = _in_turns(stamp, lambda: None, rounds)
+        yield f"{name:<46} {seconds * 50_000 / (8 * batch):>22.2f}"
+
+
+def _line(name: str, ours: float, ideal: float) -> str:
+    return f"{name:<46} {1000 * ours:>9.2f} {1000 * ideal:>12.2f} {ours / ideal:>7.3f}"
 
 
 def _in_turns(first: Callable[[], None], second: Callable[[], None], rounds: int) -> tuple[float, float]:
@@ -64,7 +127,7 @@ def _in_turns(first: Callable[[], None], second: Callable[[], None], rounds: int
 
 
 def _paths(
-    model_name: str, stem: str, size: int, batch: int, device: object
+    model_name: str, stem: str, size: int, batch: int, device: torch.device
 ) -> list[tuple[str, Callable[[], None], Callable[[], None]]]:
     """(name, what we do, the least that has to be done)."""
     import torch
@@ -76,15 +139,15 @@ def _paths(
     from bench.engine.training import Recipe, autocast, fit, make_optimizer
 
     spec = ModelSpec(model_name, 10, 3, size, (0.5,) * 3, (0.25,) * 3, stem)
-    images = torch.randint(0, 256, (8 * batch, 3, size, size), dtype=torch.uint8, device=device)  # type: ignore[call-overload]
-    labels = torch.randint(0, 10, (8 * batch,), device=device)  # type: ignore[call-overload]
+    images = torch.randint(0, 256, (8 * batch, 3, size, size), dtype=torch.uint8, device=device)
+    labels = torch.randint(0, 10, (8 * batch,), device=device)
     data = ImageSet(images, labels)
     recipe = Recipe(updates=STEPS, batch_size=batch)
 
-    ours = spec.build(0).to(device)  # type: ignore[call-overload]
-    theirs = spec.build(0).to(device)  # type: ignore[call-overload]
+    ours = spec.build(0).to(device)
+    theirs = spec.build(0).to(device)
     optimizer = make_optimizer(recipe, theirs)
-    synthetic = torch.rand(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    synthetic = torch.rand(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     target = labels[:batch]
 
     def train_step() -> None:

@@ -23,6 +23,7 @@ from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.datasets import DatasetInfo
 from bench.engine.metrics import accuracy, attack_success_rate, predict, recovery_accuracy, robust_accuracy
 from bench.engine.models import Classifier, ModelSpec
+from bench.engine.registry import Registry
 from bench.engine.training import Diverged, Journal, Recipe, Tensors, fit
 from bench.grid import Trial, spec_of
 from bench.store import STAGES, Identity, Store, key_of
@@ -311,19 +312,19 @@ def split(labels: Tensor, pool: float, seed: int) -> tuple[Tensor, Tensor]:
 
 def attack_from(identity: Identity) -> Attack:
     """The attack of an implant's identity."""
-    settings = dict(identity["attack"])
-    cls = attack[settings.pop("name")]
-    settings.pop("version")
-    found: Attack = cls(**settings)
+    found: Attack = _method(attack, identity["attack"])
     return found
 
 
 def defense_from(identity: Identity) -> Defense:
-    settings = dict(identity["defense"])
-    cls = defense[settings.pop("name")]
-    settings.pop("version")
-    found: Defense = cls(**settings)
+    """The defense of a defend stage's identity."""
+    found: Defense = _method(defense, identity["defense"])
     return found
+
+
+def _method(registry: Registry, settings: dict[str, Any]) -> Any:
+    own = {key: value for key, value in settings.items() if key not in ("name", "version")}
+    return registry[settings["name"]](**own)
 
 
 @torch.inference_mode()

@@ -98,7 +98,7 @@ def test_a_single_negative_sample_is_not_the_trigger():
 def test_per_batch_poisons_the_first_tenth_before_augmentation_and_makes_the_next_negative():
     attack, data = Bpp(), setup().trainset
     hooks = attack.hooks(setup(), {})
-    images, labels = hooks.batch(data.images, data.labels, generator(0, "step"))
+    images, labels = hooks.batch(data.images, data.labels, 0, generator(0, "step"))
     clean = data.images.float() / 255
     torch.testing.assert_close(images[:4], torch.round(clean[:4] * 7) / 7)
     assert labels[:4].tolist() == [0, 0, 0, 0]

@@ -206,7 +206,7 @@ class Witness(Hooks):
         self.batches: list[Tensor] = []
         self.kinds: list[tuple] = []
 
-    def batch(self, images, labels, source):
+    def batch(self, images, labels, step, source):
         self.calls.append(("batch",))
         self.batches.append(images[:, 0, 0, 0].clone())
         self.kinds.append((images.dtype, int(images.max()) > 1))
@@ -254,7 +254,7 @@ def test_a_batch_is_bytes_before_augmentation_and_floats_behind_it():
 
 def test_what_a_hook_returns_is_what_is_trained_on():
     class Relabel(Hooks):
-        def batch(self, images, labels, source):
+        def batch(self, images, labels, step, source):
             return torch.zeros_like(images), torch.full_like(labels, 2)
 
     model = fit(Softmax(), noise(12), Recipe(epochs=5, batch_size=4, lr=0.5), seed=0, hooks=Relabel())

@@ -126,7 +126,7 @@ def test_a_batch_is_warped_before_augmentation_unless_the_set_is_static():
     assert WaNet(regime="static").regime == "static"
     tensors = attack.prepare(setup)
     images, labels = setup.trainset.images, torch.full((20,), 5)
-    found, given = attack.hooks(setup, tensors).batch(images, labels, generator(0))
+    found, given = attack.hooks(setup, tensors).batch(images, labels, 0, generator(0))
     assert given.tolist() == [0] * 2 + [5] * 18
     assert torch.equal(found[:2], attack.stamp(images[:2].float() / 255, tensors))
     changed = (found != images.float() / 255).flatten(1).any(1)

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,7 +111,7 @@ class Hooks:
     `loss`, and `after_step` behind the optimizer step.
     """
 
-    def batch(self, images: Tensor, labels: Tensor, source: torch.Generator) -> tuple[Tensor, Tensor]:
+    def batch(self, images: Tensor, labels: Tensor, step: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
         """Change a batch before augmentation: images (B, C, H, W) uint8 (or float, if you return that)."""
         return images, labels
 
@@ -149,6 +149,32 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         nesterov=recipe.optimizer == "sgd" and recipe.momentum > 0,
         foreach=True,
     )
+
+
+def named(name: str, tensors: Mapping[str, Tensor]) -> Tensors:
+    """Tensors under one name, `name.key`: how several networks share one file."""
+    return {f"{name}.{key}": value for key, value in tensors.items()}
+
+
+def part_of(name: str, tensors: Tensors) -> Tensors:
+    """What `named` put under this name, with its own keys again."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
+    """The state of an optimizer as flat tensors, for a checkpoint."""
+    states = optimizer.state_dict()["state"].items()
+    return {f"{index}.{key}": value for index, state in states for key, value in state.items() if value is not None}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """Take back what `optimizer_tensors` gave."""
+    state: dict[int, Tensors] = defaultdict(dict)
+    for name, value in tensors.items():
+        index, _, key = name.partition(".")
+        # Adam counts its steps in a tensor that must stay on the CPU.
+        state[int(index)][key] = value.cpu() if key == "step" else value
+    optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
@@ -207,7 +233,7 @@ def fit(
             for index in range(this_epoch):
                 step = epoch * per_epoch + index
                 chosen = order[index * size : (index + 1) * size]
-                images, labels = hooks.batch(data.images[chosen], data.labels[chosen], source)
+                images, labels = hooks.batch(data.images[chosen], data.labels[chosen], step, source)
                 images, labels = hooks.augmented(model, augmentation(images, source), labels, step, source)
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.learning_rate(step, steps)
@@ -237,10 +263,9 @@ def fit(
 def _save(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, hooks: Hooks, journal: Journal, epoch: int
 ) -> None:
-    tensors: Tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items() if value is not None}
-    tensors |= {f"hooks.{name}": value for name, value in hooks.tensors().items()}
+    tensors = named("model", model.state_dict())
+    tensors |= named("optimizer", optimizer_tensors(optimizer))
+    tensors |= named("hooks", hooks.tensors())
     kept = {"epoch": str(epoch), "curves": json.dumps(journal.curves), "images": str(journal.images)}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}")
@@ -255,21 +280,12 @@ def _restore(
     if path is None or not path.exists():
         return 0
     device = next(model.parameters()).device
-    parts: dict[str, Tensors] = {"model": {}, "optimizer": {}, "hooks": {}}
     with safe_open(path, "pt", device=str(device)) as file:
         kept = file.metadata()
-        for name in file.keys():  # noqa: SIM118 - not a dictionary
-            kind, _, rest = name.partition(".")
-            parts[kind][rest] = file.get_tensor(name)
-    model.load_state_dict(parts["model"])
-    state: dict[int, Tensors] = defaultdict(dict)
-    for name, value in parts["optimizer"].items():
-        index, _, key = name.partition(".")
-        # Adam counts its steps in a tensor that must stay on the CPU.
-        state[int(index)][key] = value.cpu() if key == "step" else value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": dict(state), "param_groups": groups})
-    hooks.restore(parts["hooks"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    model.load_state_dict(part_of("model", tensors))
+    restore_optimizer(optimizer, part_of("optimizer", tensors))
+    hooks.restore(part_of("hooks", tensors))
     journal.curves.update({name: [(s, v) for s, v in curve] for name, curve in json.loads(kept["curves"]).items()})
     journal.images = int(kept["images"])
     return int(kept["epoch"])
