@@ -131,7 +131,7 @@ def expand(
     trials: list[Trial] = []
     for data in axes["datasets"]:
         for model in axes["models"]:
-            _check_model(cfg, infos[data], model)
+            fits(cfg, infos[data], model)
             for attacker in axes["attacks"]:
                 for defender in axes["defenses"]:
                     for setting in axes["settings"]:
@@ -227,9 +227,14 @@ def _with_exceptions(cfg: DictConfig, place: dict[str, str], explicit: frozenset
     return cfg
 
 
-def _check_model(cfg: DictConfig, info: DatasetInfo, model: str) -> None:
+def fits(cfg: DictConfig, info: DatasetInfo, model: str) -> tuple[str, ...]:
+    """How an architecture is fitted to the images of a data set, one line each.
+
+    Raises:
+        UserError: timm has no such architecture, or it cannot take such images.
+    """
     try:
-        spec_of(info, {"name": model, "stem": cfg.model.stem}).check()
+        return spec_of(info, {"name": model, "stem": cfg.model.stem}).check()
     except (LookupError, ValueError) as error:
         raise UserError(str(error.args[0])) from error
 

@@ -45,6 +45,7 @@ def main(arguments: list[str]) -> int:
     workers = cfg.dispatch.workers
     if workers is None:
         workers = _default_workers(opened)
+    _print_fits(opened)
     with _Display(opened) as display:
         dispatch.run(
             tasks,
@@ -77,6 +78,17 @@ def _default_workers(opened: Plan) -> int:
     if opened.device.type == "cuda":
         return torch.cuda.device_count()
     return max(1, len(os.sched_getaffinity(0)) // max(1, opened.cfg.dispatch.threads))
+
+
+def _print_fits(opened: Plan) -> None:
+    """Say what was changed about each architecture: it is no longer quite the one that timm has."""
+    from bench.grid import fits, names
+
+    for data, info in opened.infos.items():
+        for model in names(opened.cfg)["models"]:
+            notes = fits(opened.cfg, info, model)
+            size = "x".join(map(str, info.shape[1:]))
+            print(f"{model} on {data} ({size}): {', '.join(notes) or 'as timm has it'}")
 
 
 def _print_plan(opened: Plan, tasks: list[Task]) -> None:

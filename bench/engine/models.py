@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -12,8 +11,6 @@ import timm
 import torch
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
-
-log = logging.getLogger(__name__)
 
 STEMS = ("small", "half", "stock")
 
@@ -96,13 +93,14 @@ class ModelSpec:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the GPU's source too
             net, notes = _fitted(self)
-        for note in notes:
-            log.debug("%s: %s", self.name, note)
         model = Classifier(net, self.mean, self.std, notes)
         return model.to(memory_format=torch.channels_last)
 
-    def check(self) -> None:
+    def check(self) -> tuple[str, ...]:
         """Refuse, without any compute, an architecture that cannot take these images.
+
+        Returns:
+            How the network is fitted to them, one line each.
 
         Raises:
             LookupError: timm has no such architecture.
@@ -111,7 +109,9 @@ class ModelSpec:
         check_name(self.name)
         with torch.device("meta"):
             try:
-                self.build(0)(torch.empty(2, self.channels, self.image_size, self.image_size))
+                model = self.build(0)
+                model(torch.empty(2, self.channels, self.image_size, self.image_size))
+                return model.notes
             except (RuntimeError, AssertionError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{self.name} (model.stem={self.stem}) cannot take {self.image_size}x{self.image_size} images: "
