@@ -75,10 +75,10 @@ class MeasureConfig:
 
 @dataclass
 class DispatchConfig:
-    """How the work is spread over this machine; none of it changes a figure."""
+    """How the work is spread over this machine; none of it changes a figure beyond rounding."""
 
     workers: int | None = None  # processes; null is one for each GPU or core, 0 runs in this one
-    threads: int = 1  # of each worker on a CPU
+    threads: int = 1  # of each worker on a CPU; more sum in another order, and the last bits of figures differ
     device: str = "auto"  # auto | cpu | cuda
     checkpoint_s: float = 60.0  # seconds between checkpoints
 

@@ -23,7 +23,7 @@ import torch
 
 from bench.engine.datasets import DatasetInfo
 from bench.grid import Trial
-from bench.pipeline import Bench, Busy
+from bench.pipeline import Bench, Busy, provenance
 from bench.store import STAGES, Store
 
 IMPLANT, REPAIR = STAGES[:1], STAGES[1:]
@@ -94,9 +94,14 @@ def run(
     schedule = _Schedule(tasks, store, max(1, workers), show)
     if workers == 0:
         bench = Bench(store, infos, device, checkpoint_s)
-        while (task := schedule.next()) is not None:
-            schedule.report()
-            schedule.finished(task, _attempt(bench, task))
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            while (task := schedule.next()) is not None:
+                schedule.report()
+                schedule.finished(task, _attempt(bench, task))
+        finally:
+            torch.set_num_threads(before)
         return
     try:
         for index in range(min(workers, len(tasks))):
@@ -186,11 +191,13 @@ class _Pool:
             "threads": threads,
             "checkpoint_s": checkpoint_s,
             "plugins": plugins,
+            "origin": provenance(),
         }
         self.store = store
         self.devices = torch.cuda.device_count() if device.type == "cuda" else 0
         self.processes: dict[int, tuple[BaseProcess, Connection]] = {}
         self.holds: dict[int, Task | None] = {}
+        self.ready: set[int] = set()
 
     def start(self, index: int) -> None:
         ours, theirs = self.context.Pipe()
@@ -215,10 +222,11 @@ class _Pool:
     def drive(self, schedule: _Schedule) -> None:
         while not schedule.over:
             for index, (_, pipe) in self.processes.items():
-                if self.holds[index] is None and (task := schedule.next()) is not None:
+                idle = index in self.ready and self.holds[index] is None
+                if idle and (task := schedule.next()) is not None:
+                    self.holds[index] = task
                     with suppress(OSError):  # it died idle; noticed below
                         pipe.send((task.trial, task.stages))
-                    self.holds[index] = task
             schedule.report()
             ready = wait([pipe for _, pipe in self.processes.values()], timeout=1.0)
             for index, (process, pipe) in list(self.processes.items()):
@@ -228,23 +236,32 @@ class _Pool:
                 try:
                     outcome = pipe.recv()
                 except (EOFError, OSError):
-                    outcome = "failed"
                     process.join()
-                    self._lost(task, process.exitcode)
+                    if index not in self.ready:
+                        raise RuntimeError(
+                            f"a worker could not start (exit code {process.exitcode}); see its message above"
+                        ) from None
+                    outcome = self._lost(task, process.exitcode)
+                    self.ready.discard(index)
                     self.start(index)
+                if outcome == "ready":
+                    self.ready.add(index)
+                    continue
                 self.holds[index] = None
                 if task is not None:
                     schedule.finished(task, outcome)
 
-    def _lost(self, task: Task | None, code: int | None) -> None:
-        """A worker is gone: keep the reason with the stage that it was at."""
+    def _lost(self, task: Task | None, code: int | None) -> str:
+        """A worker is gone: keep the reason with the stage that it was at. It may have finished just before."""
         if task is None:
-            raise RuntimeError(f"a worker process could not start (exit code {code}); see its message above")
+            return "idle"
         cause = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        cause += ": out of memory?" if code == -signal.SIGKILL else ""
         for stage, key in zip(STAGES, task.trial.keys(), strict=True):
             if stage in task.stages and self.store.result(stage, key) is None:
-                self.store.fail(stage, key, f"{stage}: the worker process died ({cause}); out of memory?", "")
-                return
+                self.store.fail(stage, key, f"{stage}: the worker process died ({cause})", "")
+                return "failed"
+        return "done"
 
     def stop(self) -> None:
         for process, pipe in self.processes.values():
@@ -272,8 +289,10 @@ def _work(pipe: Connection, settings: dict[str, Any]) -> None:
         settings["infos"],
         torch.device(settings["device"]),
         settings["checkpoint_s"],
+        settings["origin"],
     )
     try:
+        pipe.send("ready")
         while True:
             trial, stages = pipe.recv()
             pipe.send(_attempt(bench, Task(trial, stages)))

@@ -26,6 +26,7 @@ class Plan:
     infos: dict[str, DatasetInfo]
     store: Store
     device: torch.device
+    explicit: frozenset[str]
 
     @property
     def folder(self) -> Path:
@@ -66,16 +67,20 @@ def plan(arguments: list[str]) -> Plan:
         }
     except (LookupError, FileNotFoundError) as error:
         raise UserError(str(error.args[0])) from error
-    device = pick_device(cfg.dispatch.device)
+    try:
+        device = pick_device(cfg.dispatch.device)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     explicit = frozenset(argument.partition("=")[0].lstrip("+") for argument in arguments)
     trials = expand(cfg, infos, "bfloat16" if device.type == "cuda" else "float32", explicit)
-    return Plan(cfg, trials, infos, Store(Path(cfg.results) / "store"), device)
+    return Plan(cfg, trials, infos, Store(Path(cfg.results) / "store"), device, explicit)
 
 
-def protocol(cfg: DictConfig, infos: dict[str, DatasetInfo]) -> list[str]:
-    """The lines printed beneath every table: what the numbers mean."""
+def protocol(opened: Plan) -> list[str]:
+    """The lines printed beneath every table: what the numbers mean, and every setting that is not a default."""
     from bench.grid import seeds_of
 
+    cfg, infos = opened.cfg, opened.infos
     measure, reserve = cfg.measure, cfg.reserve
     images = "the whole test set" if measure.pgd_images is None else f"{measure.pgd_images} fixed test images"
     sets = [
@@ -92,21 +97,64 @@ def protocol(cfg: DictConfig, infos: dict[str, DatasetInfo]) -> list[str]:
         "(all-to-all: of all, to the next class). recovery: share of the same images given their true label",
         f"robust: accuracy under PGD-{measure.pgd_steps}, L∞ {measure.pgd_epsilon * 255:.3g}/255, step "
         f"{measure.pgd_step_size * 255:.3g}/255, one random start, on {images}",
-        "the last checkpoint is measured; nothing is chosen on test data or by ASR; settings are the methods' own "
-        "defaults unless the command or the grid names others",
+        "the last checkpoint is measured; nothing is chosen on test data or by ASR",
+        "mean ACC and mean robust: over all attacks and the clean model; mean ASR and recovery: over attacks",
         "seconds and MiB: of the defense alone, mean seconds and largest peak memory over attacks",
+        f"infected models: stem {cfg.model.stem}; train: "
+        + ", ".join(f"{key} {value}" for key, value in cfg.train.items() if key not in ("updates",) or value),
+        f"settings that are not the methods' defaults: {_changed(cfg) or 'none'}",
     ]
     for exception in cfg.grid.exceptions:
-        lines.append(f"exception: {dict(exception['set'])}: {exception['why']}")
+        where = ", ".join(str(exception[axis]) for axis in exception if axis not in ("set", "why")) or "all cells"
+        applied = {
+            key: value
+            for key, value in exception["set"].items()
+            if not any(_same(str(key), explicit) for explicit in opened.explicit)
+        }
+        if applied:
+            lines.append(f"exception for {where}: {applied}: {exception['why']}")
     return lines
+
+
+def _same(key: str, explicit: str) -> bool:
+    """Does a key of an exception (`defense.lr`) mean what the command line set (`defense.aft.lr`)?"""
+    head, _, rest = key.partition(".")
+    return explicit == key or (explicit.startswith(f"{head}.") and explicit.endswith(f".{rest}"))
+
+
+def _changed(cfg: DictConfig) -> str:
+    """Settings of the grid's methods that differ from their classes' defaults."""
+    from dataclasses import asdict
+
+    from attacks.base import attack
+    from bench.config import attack_of, defense_of
+    from defenses.base import defense
+
+    found = []
+    for group, names, registry, of in (
+        ("attack", cfg.grid.attacks, attack, attack_of),
+        ("defense", cfg.grid.defenses, defense, defense_of),
+    ):
+        for name in names:
+            defaults = asdict(registry[name]())
+            for key, value in asdict(of(cfg, name)).items():
+                if value != defaults[key]:
+                    found.append(f"{group}.{name}.{key}={value}")
+    return ", ".join(found)
 
 
 def report(opened: Plan) -> Any:
     """Write tables and plots of what is finished; returns the boards and the table of trials."""
+    from bench.config import UserError
     from bench.reporting import plots, table
 
     trials = table.trial_table([table.trial_row(trial, opened.store) for trial in opened.trials])
-    boards = table.write(trials, protocol(opened.cfg, opened.infos), opened.folder, opened.title)
+    if (trials.status == "missing").all() and (opened.folder / "leaderboard.md").exists():
+        raise UserError(
+            f"nothing of this grid is stored with these settings, and {opened.folder}/leaderboard.md is left as it is; "
+            "for what another kind of device computed add train.precision=bfloat16 (a GPU) or float32 (a CPU)"
+        )
+    boards = table.write(trials, protocol(opened), opened.folder, opened.title)
     plots.write(trials, opened.folder, f"grid {opened.cfg.grid.name}")
     return boards, trials
 
@@ -125,7 +173,12 @@ def show(boards: Any) -> None:
             continue
         table = Table(*[escape(name) for name in board.header], title=board.title, title_justify="left")
         for row in board.rows:
-            table.add_row(*[Text(text, style="bold" if best or len(row) == 1 else "") for text, best in row])
+            cells = []
+            for text, best in row:
+                rest, slash, figure = text.rpartition(" / ")
+                bold = "bold" if best or len(row) == 1 else ""
+                cells.append(Text.assemble(rest + slash, (figure, bold)))
+            table.add_row(*cells)
         console.print(table)
         for note in board.notes:
             console.print(Text(f"- {note}"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,14 +12,17 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from attacks.base import attack
+from attacks.base import Attack, attack
 from bench.config import UserError, attack_of, defense_of
 from bench.engine import ENGINE_VERSION
 from bench.engine.datasets import DatasetInfo
 from bench.engine.models import ModelSpec
 from bench.engine.registry import near
 from bench.store import Identity, key_of
-from defenses.base import SETTINGS, ReserveView, defense, offered
+from defenses.base import SETTINGS, Defense, ReserveView, defense, offered
+
+# Folders beside the grids' own under results/.
+RESERVED = ("store", "mlflow", "checkpoints", "readme")
 
 
 @dataclass(frozen=True)
@@ -105,12 +111,41 @@ def check(cfg: DictConfig) -> None:
             f"reserve.size is {reserve.size:g} and reserve.pool {reserve.pool:g}; both are shares of the training "
             "split, 0 < size <= pool < 1, and reserve.contamination is a share of the reserve in [0, 1]"
         )
-    axes = {"dataset", "model", "attack", "defense", "setting"}
+    measure, dispatch = cfg.measure, cfg.dispatch
+    if measure.pgd_steps < 0 or (measure.pgd_images is not None and measure.pgd_images < 1):
+        raise UserError("measure.pgd_steps is at least 0, and measure.pgd_images at least 1 (null: all test images)")
+    if dispatch.threads < 1 or (dispatch.workers is not None and dispatch.workers < 0):
+        raise UserError("dispatch.threads is at least 1, and dispatch.workers at least 0 (null: one for each core)")
+    if str(cfg.grid.name) in RESERVED or "/" in str(cfg.grid.name):
+        raise UserError(f"grid.name is {cfg.grid.name!r}; write another, without /, and none of {', '.join(RESERVED)}")
+    _check_exceptions(cfg)
+
+
+def _check_exceptions(cfg: DictConfig) -> None:
+    """Every exception has what it needs, and matches by names that exist."""
+    known: dict[str, Iterable[str] | None] = {
+        "dataset": None,
+        "model": None,
+        "attack": attack,
+        "defense": defense,
+        "setting": SETTINGS,
+    }
     for exception in cfg.grid.exceptions:
-        if not {"set", "why"} <= set(exception) or not set(exception) <= axes | {"set", "why"}:
+        if not {"set", "why"} <= set(exception) or not set(exception) <= set(known) | {"set", "why"}:
             raise UserError(
-                f"grid.exceptions: {dict(exception)} needs `set`, `why` and any of {', '.join(sorted(axes))} to match"
+                f"grid.exceptions: {dict(exception)} needs `set`, `why` and any of {', '.join(sorted(known))} to match"
             )
+        for axis, names_ in known.items():
+            if axis in exception:
+                _distinct(_listed(exception[axis]), f"grid.exceptions.{axis}s", names_)
+        for key in exception["set"]:
+            if str(key).partition(".")[0] not in ("attack", "defense", "train", "reserve", "measure"):
+                raise UserError(f"grid.exceptions: {key!r} cannot be set for single cells")
+
+
+def _listed(value: Any) -> list[Any]:
+    """One name, or a list of names, as a list."""
+    return [value] if isinstance(value, str) else list(value)
 
 
 def expand(
@@ -160,12 +195,23 @@ def _trials(
         raise UserError(f"{place['dataset']}: {error}") from error
     if recipe["precision"] == "auto":
         recipe["precision"] = precision
+    pool = sum(round(cfg.reserve.pool * count) for count in info.train_counts)
+    if not pool:
+        raise UserError(f"reserve.pool is {cfg.reserve.pool:g}, less than one image of each class of {info.name}")
+    tainted = cfg.reserve.contamination * cfg.reserve.size * sum(info.train_counts)
+    if attacker.label_mode == "clean_label" and tainted > round(
+        cfg.reserve.pool * info.train_counts[attacker.target_label]
+    ):
+        raise UserError(
+            f"reserve.contamination is {cfg.reserve.contamination:g}, but {attacker.name} can only poison images of "
+            f"class {attacker.target_label}; write less, or another attack.{attacker.name}.label_mode"
+        )
     implant = {
         "stage": "implant",
         "engine": ENGINE_VERSION,
         "dataset": {"name": info.name, "digest": info.digest, "augmentation": asdict(info.augmentation)},
         "model": {"name": place["model"], "stem": cfg.model.stem},
-        "attack": {"name": attacker.name, "version": attacker.version, **asdict(attacker)},
+        "attack": _identity_of(attacker),
         "train": recipe,
         "pool": cfg.reserve.pool,
     }
@@ -182,7 +228,7 @@ def _trials(
         defend = {
             "stage": "defend",
             "engine": ENGINE_VERSION,
-            "defense": {"name": defender.name, "version": defender.version, **asdict(defender)},
+            "defense": _identity_of(defender),
             "view": view.__name__,
         }
         if issubclass(view, ReserveView):
@@ -201,6 +247,19 @@ def _trials(
         )
 
 
+def _identity_of(method: Attack | Defense) -> Identity:
+    """Name, version and settings; for a method that is not ours, its source too, whose version nobody here raises."""
+    found = {"name": method.name, "version": method.version, **asdict(method)}
+    if type(method).__module__.partition(".")[0] not in ("attacks", "baselines", "defenses"):
+        source = inspect.getsource(sys.modules[type(method).__module__])
+        found["source"] = hashlib.sha256(source.encode()).hexdigest()[:16]
+    try:
+        key_of(found)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{method.name}: settings must be numbers, texts, or lists of them ({error})") from error
+    return found
+
+
 def _with_exceptions(cfg: DictConfig, place: dict[str, str], explicit: frozenset[str]) -> DictConfig:
     """The configuration of one cell: every exception that matches is set, in order; the command line wins.
 
@@ -209,7 +268,7 @@ def _with_exceptions(cfg: DictConfig, place: dict[str, str], explicit: frozenset
     fitting = [
         exception
         for exception in cfg.grid.exceptions
-        if all(place[axis] == value for axis, value in exception.items() if axis in place)
+        if all(place[axis] in _listed(value) for axis, value in exception.items() if axis in place)
     ]
     if not fitting:
         return cfg
@@ -224,6 +283,7 @@ def _with_exceptions(cfg: DictConfig, place: dict[str, str], explicit: frozenset
                 OmegaConf.update(cfg, path, value, force_add=False)
             except OmegaConfBaseException as error:
                 raise UserError(f"grid.exceptions: {key}={value!r}: {' '.join(str(error).split())}") from error
+    check(cfg)
     return cfg
 
 

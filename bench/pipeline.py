@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import platform
 import resource
 import subprocess
-import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -48,14 +48,18 @@ def provenance() -> dict[str, Any]:
     here = Path(bench.__file__).parents[1]
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=False)
+        except OSError:  # there is no git on this machine
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     # Results and notes may change while a sweep runs; the code may not.
     changed = git("status", "--porcelain", "--", "bench", "attacks", "baselines", "defenses", "slurm", "pyproject.toml")
+    commit = git("rev-parse", "HEAD")
     return {
-        "commit": git("rev-parse", "HEAD"),
-        "clean": not changed,
+        "commit": commit,
+        "clean": bool(commit) and not changed,
         "bench": bench.__version__,
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "timm", "numpy")},
@@ -70,12 +74,14 @@ class Bench:
     Attributes:
         infos: the data sets, by name.
         checkpoint_s: seconds between checkpoints of a training.
+        origin: which code this is; taken when a sweep starts, since the files may change under it.
     """
 
     store: Store
     infos: dict[str, DatasetInfo]
     device: torch.device
     checkpoint_s: float = 60.0
+    origin: dict[str, Any] = field(default_factory=provenance)
     _sets: dict[tuple[str, str], ImageSet] = field(default_factory=dict)
 
     def run(self, trial: Trial, stages: tuple[str, ...] = STAGES) -> None:
@@ -97,28 +103,36 @@ class Bench:
                     continue  # finished while we came
                 try:
                     result, tensors = self._computed(stage, trial)
+                    self.store.finish(stage, identity, result, tensors)
                 except Exception as error:
                     reason = " ".join(f"{type(error).__name__}: {error}".split())
                     self.store.fail(stage, key, f"{stage}: {reason}", traceback.format_exc())
                     raise
-                self.store.finish(stage, identity, result, tensors)
 
     def _computed(self, stage: str, trial: Trial) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """One stage with its price: seconds, memory, images, and what it ran on."""
         compute = {"implant": self._implant, "defend": self._defend, "evaluate": self._evaluate}[stage]
-        journal = Journal(self.store.work(stage, key_of(getattr(trial, stage))), self.checkpoint_s)
+        journal = self.journal(stage, trial)
         memory = _PeakMemory(self.device)
-        started = time.perf_counter()
         result, tensors = compute(trial, journal)
         price = {
             "status": "done",
-            "seconds": time.perf_counter() - started,
+            "seconds": journal.seconds,
             "peak_memory_mib": memory.mib(),
             "images": journal.images,
-            "curves": journal.curves,
-            "provenance": {**provenance(), "device": _device_name(self.device)},
+            # A value that is no number is a gap in the curve: JSON has no NaN.
+            "curves": {
+                name: [(step, value if math.isfinite(value) else None) for step, value in curve]
+                for name, curve in journal.curves.items()
+            },
+            "provenance": {**self.origin, "device": _device_name(self.device)},
         }
         return {**price, **result}, tensors
+
+    def journal(self, stage: str, trial: Trial) -> Journal:
+        """Where a stage keeps its curves and checkpoints."""
+        folder = self.store.work(stage, key_of(getattr(trial, stage)))
+        return Journal(folder, self.checkpoint_s, precision=trial.implant["train"]["precision"])
 
     # The three stages -----------------------------------------------------------------------------------------
 
@@ -174,6 +188,7 @@ class Bench:
             return {"status": "not applicable", "reason": str(error)}, {}
         except Diverged as error:
             return {"status": "diverged", "reason": str(error)}, {}
+        self._check_stored(trial, method, verdict.model)
         tensors: dict[str, Tensors] = {"model": verdict.model.state_dict()}
         if verdict.suspicion is not None:
             if len(self._split(trial)[0]) != len(verdict.suspicion):
@@ -182,6 +197,23 @@ class Bench:
                 )
             tensors["suspicion"] = {"suspicion": verdict.suspicion}
         return {}, tensors
+
+    def _check_stored(self, trial: Trial, method: Defense, model: Classifier) -> None:
+        """Weights are all that is kept of a repaired model: one that is more than its weights is refused.
+
+        Some toolkits store a model that lacks the layer its defense inserted, and measure the undefended one.
+        """
+        stored = self._fresh(spec_of(self.infos[trial.dataset], trial.implant["model"]), 0)
+        advice = "return the architecture that the view held, changed in its weights only"
+        try:
+            stored.load_state_dict(model.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"{method.name} returned a model of another architecture; {advice}") from error
+        images = self.test_set(trial.dataset).images[:32].float() / 255
+        with torch.no_grad():
+            one, two = model.eval()(images), stored.eval()(images)
+        if not torch.allclose(one, two, rtol=1e-3, atol=1e-4, equal_nan=True):
+            raise ValueError(f"{method.name} returned a model that is not what its weights say (a hook?); {advice}")
 
     def _evaluate(self, trial: Trial, journal: Journal) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """Measure the repaired model, loaded from the store as anybody would load it."""
@@ -323,7 +355,7 @@ def defense_from(identity: Identity) -> Defense:
 
 
 def _method(registry: Registry, settings: dict[str, Any]) -> Any:
-    own = {key: value for key, value in settings.items() if key not in ("name", "version")}
+    own = {key: value for key, value in settings.items() if key not in ("name", "version", "source")}
     return registry[settings["name"]](**own)
 
 
@@ -342,23 +374,28 @@ def _auroc(score: Tensor, is_poisoned: Tensor) -> float | None:
 
 
 class _PeakMemory:
-    """The most memory in use since now: the device's on a GPU, the process's elsewhere."""
+    """The most memory in use since now, beyond what was in use: the device's on a GPU, the process's elsewhere."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.before = 0.0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         else:
             with suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; Linux only
+        self.before = self._peak()
 
     def mib(self) -> float:
+        return max(0.0, self._peak() - self.before)
+
+    def _peak(self) -> float:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         try:
             status = Path("/proc/self/status").read_text()
             return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-        except OSError:
+        except (OSError, StopIteration):
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -373,7 +410,13 @@ def _device_name(device: torch.device) -> str:
 
 
 def pick_device(wanted: str) -> torch.device:
-    """`auto` is a GPU if there is one."""
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(wanted)
+    """`auto` is a GPU if there is one.
+
+    Raises:
+        ValueError: no such device.
+    """
+    there = torch.cuda.is_available()
+    if wanted not in ("auto", "cpu", "cuda") or (wanted == "cuda" and not there):
+        gpu = "" if there else " (there is no GPU here that torch can use)"
+        raise ValueError(f"dispatch.device is {wanted!r}; write auto, cpu or cuda{gpu}")
+    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and there) else "cpu")

@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> int:
     from bench import dispatch
 
     cfg, store = opened.cfg, opened.store
+    store.sweep()
     tasks = dispatch.pending(opened.trials, store)
     if cfg.dry_run:
         _print_plan(opened, tasks)
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> int:
         print(f"{failed} trials failed and are tried again by the next run; python -m bench.status shows why:")
         for reason in trials[trials.status == "failed"].reason.unique():
             print(f"  {reason}")
-    return 1 if failed else 0
+    return 1 if trials.status.isin(["failed", "missing"]).any() else 0
 
 
 def _default_workers(opened: Plan) -> int:

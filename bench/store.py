@@ -47,7 +47,7 @@ class Store:
         """What a finished stage left; None if it is not finished."""
         try:
             found: dict[str, Any] = json.loads((self.folder(stage, key) / "result.json").read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, json.JSONDecodeError):  # an empty file is what a power cut leaves
             return None
         return found
 
@@ -70,22 +70,22 @@ class Store:
         key = key_of(identity)
         beside = self.root / "unfinished" / uuid.uuid4().hex
         beside.mkdir(parents=True)
-        for name, named in (tensors or {}).items():
-            from safetensors.torch import save_file
-
-            # Channels-last weights are the same numbers in another order in memory; the format wants one order.
-            save_file(
-                {k: v.detach().cpu().contiguous().clone() for k, v in named.items()},
-                beside / f"{name}.safetensors",
-            )
-        _write(beside / "config.json", identity)
-        _write(beside / "result.json", result)
         final = self.folder(stage, key)
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
+            for name, named in (tensors or {}).items():
+                from safetensors.torch import save_file
+
+                # Channels-last weights are the same numbers in another order; the format wants one order.
+                kept = {k: v.detach().cpu().contiguous().clone() for k, v in named.items()}
+                save_file(kept, beside / f"{name}.safetensors")
+            _write(beside / "config.json", identity)
+            _write(beside / "result.json", result)
+            if self.result(stage, key) is None and final.exists():
+                shutil.rmtree(final)  # what a power cut left
             os.rename(beside, final)
-        except OSError:
-            shutil.rmtree(beside)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
             if self.result(stage, key) is None:
                 raise
             return  # somebody was faster, with the same figures
@@ -95,9 +95,16 @@ class Store:
         self._failure(stage, key).unlink(missing_ok=True)
         shutil.rmtree(self.work(stage, key), ignore_errors=True)
 
+    def sweep(self) -> None:
+        """Remove what killed processes left half-written, a day and more ago."""
+        for path in (self.root / "unfinished").glob("*"):
+            if time.time() - path.stat().st_mtime > 86_400:
+                shutil.rmtree(path, ignore_errors=True)
+
     def work(self, stage: str, key: str) -> Path:
         """Where a running stage keeps its checkpoints."""
-        return self.root / "work" / f"{stage}-{key}"
+        # Beside the store, not in it: a defender is handed this place, and the store holds the trigger.
+        return self.root.parent / "checkpoints" / f"{stage}-{key}"
 
     def fail(self, stage: str, key: str, error: str, details: str) -> None:
         """Keep the reason why a stage failed; the next run tries it again."""
@@ -148,4 +155,7 @@ class Store:
 
 def _write(path: Path, value: Any) -> None:
     # NaN is not JSON, and no figure: a measure that has no value is None.
-    path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False))
+    with path.open("w") as file:
+        file.write(json.dumps(value, indent=1, sort_keys=True, allow_nan=False))
+        file.flush()
+        os.fsync(file.fileno())

@@ -8,8 +8,10 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import re
 import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,14 @@ def sync(trials: list[Trial], store: Store, uri: str, experiment: str, artifacts
         experiment: its name, the grid's.
         artifacts: folder of MLflow's artifacts, used when the experiment is new.
     """
-    client, place = _open(uri, experiment, artifacts)
+    artifacts.mkdir(parents=True, exist_ok=True)
+    with (artifacts / f"{experiment}.lock").open("a") as lock:
+        # Two drivers that end together would both send, and each take the other's half-sent runs for broken ones.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _sync(trials, store, *_open(uri, experiment, artifacts))
+
+
+def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
     there: set[str] = set()
     for run in _runs(client, place):
         if run.info.status == "FINISHED":
@@ -69,8 +78,11 @@ def log_files(uri: str, experiment: str, artifacts: Path, files: list[Path]) -> 
     client.set_terminated(run.info.run_id)
 
 
-def read(uri: str, experiment: str) -> pd.DataFrame:
+def read(uri: str, experiment: str, trials: list[Trial] | None = None) -> pd.DataFrame:
     """The table of trials as MLflow has it; the same figures as from the store.
+
+    Args:
+        trials: the plan whose trials are wanted; None takes all, also those of earlier settings.
 
     Raises:
         LookupError: there is no such experiment.
@@ -82,7 +94,10 @@ def read(uri: str, experiment: str) -> pd.DataFrame:
     if found is None:
         raise LookupError(f"MLflow at {uri} has no experiment {experiment!r}; run the grid with tracking.enabled=true")
     rows: list[dict[str, Any]] = []
+    wanted = None if trials is None else {trial.keys()[2] for trial in trials}
     for run in _runs(client, found.experiment_id):
+        if wanted is not None and run.data.tags["trial"] not in wanted:
+            continue
         row: dict[str, Any] = {name: run.data.tags.get(name, "") for name in (*TEXTS, "clean")}
         row["seed"] = int(run.data.tags["seed"])
         row |= {name: run.data.metrics.get(name) for name in FIGURES}
@@ -101,11 +116,16 @@ def _open(uri: str, experiment: str, artifacts: Path) -> tuple[Any, str]:
         with path.with_suffix(".lock").open("a") as lock:
             # Two processes that create the tables at once break the file for good.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            fresh = not path.exists()
-            client = _quiet_client(MlflowClient, uri)
-            if fresh:
-                with sqlite3.connect(path) as database:
+            if not path.exists():
+                # Made beside and renamed: a process killed while it makes the tables would leave a broken file.
+                beside = path.with_suffix(".new")
+                beside.unlink(missing_ok=True)
+                _quiet_client(MlflowClient, f"sqlite:///{beside}")
+                with closing(sqlite3.connect(beside)) as database:
+                    database.execute("pragma wal_checkpoint(truncate)")
                     database.execute("pragma journal_mode=WAL")  # kept in the file; halves the time of writing
+                os.replace(beside, path)
+            client = _quiet_client(MlflowClient, uri)
     else:
         client = _quiet_client(MlflowClient, uri)
     found = client.get_experiment_by_name(experiment)
@@ -152,8 +172,10 @@ def _send(client: Any, place: str, trial: Trial, row: dict[str, Any], store: Sto
     for stage, key in zip(STAGES, trial.keys(), strict=True):
         result = store.result(stage, key) or {}
         for name, curve in result.get("curves", {}).items():
-            # MLflow allows few signs in names.
-            metrics += [Metric(f"{stage}/{name}", float(value), now, int(step)) for step, value in curve]
+            allowed = re.sub(r"[^\w\-. :/]", "_", name)  # MLflow refuses other signs in names
+            metrics += [
+                Metric(f"{stage}/{allowed}", value, now, int(step)) for step, value in curve if value is not None
+            ]
     params = [
         Param(key, str(value)[:6000])
         for stage in ("implant", "defend", "evaluate")

@@ -52,7 +52,7 @@ class AdversarialFineTuning(Defense):
             )
         if not 0 <= self.epsilon <= 1:
             raise ValueError(
-                f"defense.aft.epsilon is {self.epsilon:g}; pixels are in [0, 1]. For 6 levels write 6/255."
+                f"defense.aft.epsilon is {self.epsilon:g}; pixels are in [0, 1]. For 6 levels write 0.0235."
             )
 
     def defend(self, view: ReserveView) -> Verdict:

@@ -82,7 +82,7 @@ class Verdict:
     """What a defense returns.
 
     Attributes:
-        model: the repaired model.
+        model: the repaired model: the architecture of the view, changed in its weights. Only these are kept.
         suspicion: (N,) one score for each training image, higher = more suspicious, if the method has one.
     """
 

@@ -176,7 +176,7 @@ def test_families_with_and_without_batch_norm_take_it(name):
     [
         ({"updates": 100}, r"defense\.aft\.adversarial_updates is 200; write 0 to 100"),
         ({"adversarial_updates": -1}, "adversarial_updates is -1; write 0 to 600"),
-        ({"epsilon": 6}, r"defense\.aft\.epsilon is 6; pixels are in \[0, 1\]. For 6 levels write 6/255"),
+        ({"epsilon": 6}, r"defense\.aft\.epsilon is 6; pixels are in \[0, 1\]. For 6 levels write 0.0235"),
         ({"epsilon": -0.1}, "epsilon is -0.1"),
     ],
 )

@@ -63,6 +63,14 @@ def test_every_default_is_the_one_of_the_code():
         ("+attack.badnets.more=1", ["more"]),
         ("grid.exceptions=[{attack:badnets,set:{attack.patch_siez:4},why:x}]", ["patch_siez"]),
         ("grid.exceptions=[{attak:badnets,set:{},why:x}]", ["attack"]),
+        ("grid.exceptions=[{defense:atf,set:{},why:x}]", ["Did you mean 'aft'?"]),
+        ("grid.exceptions=[{set:{reserve.size:0.5},why:x}]", ["size <= pool"]),
+        ("grid.exceptions=[{set:{dataset.size:8},why:x}]", ["single cells"]),
+        ("measure.pgd_images=0", ["at least 1"]),
+        ("dispatch.workers=-1", ["at least 0"]),
+        ("dispatch.device=gpu", ["auto, cpu or cuda"]),
+        ("grid.name=store", ["another"]),
+        ("reserve.pool=0.001 reserve.size=0.001", ["less than one image"]),
     ],
 )
 def test_a_mistake_is_refused_in_one_line_that_helps(argument, words, cache, tmp_path):

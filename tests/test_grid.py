@@ -68,7 +68,7 @@ def test_every_setting_of_every_method_is_in_its_identity(registry, group, cache
         for trial in trials:
             identity = trial.implant["attack"] if group == "attack" else (trial.defend or {}).get("defense")
             if identity:
-                assert {field.name for field in fields(cls)} | {"name", "version"} == set(identity)
+                assert {field.name for field in fields(cls)} | {"name", "version"} == set(identity) - {"source"}
 
 
 def test_a_new_version_of_a_method_is_another_stage(keys, monkeypatch):
@@ -88,6 +88,13 @@ def test_an_exception_sets_only_the_cells_that_match(cache):
     sizes = {trial.implant["attack"].get("patch_size") for trial in opened.trials if trial.attack == "badnets"}
     assert sizes == {6}
     assert opened.cfg.attack.badnets.patch_size == 3
+
+
+def test_an_exception_may_name_several(cache):
+    settings = "grid.exceptions=[{defense: [aft, fine_tuning], set: {defense.lr: 0.5}, why: both}]"
+    opened = plan(["grid=quick", settings, f"dataset.cache={cache}"])
+    rates = {trial.defense: trial.defend["defense"].get("lr") for trial in opened.trials}
+    assert (rates["aft"], rates["fine_tuning"], rates["fine_pruning"]) == (0.5, 0.5, 0.01)
 
 
 def test_the_command_line_wins_over_an_exception_of_the_grid(cache):

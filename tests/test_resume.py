@@ -62,13 +62,13 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(tiny, tmp_path, monkey
         patch.setattr(torch.optim.SGD, "step", stops)
         with pytest.raises(KeyboardInterrupt):
             main([*broken, *defense])
-    begun = list((tmp_path / "broken" / "store" / "work").rglob("*.safetensors"))
+    begun = list((tmp_path / "broken" / "checkpoints").rglob("*.safetensors"))
     assert bool(begun) == (steps > 22)  # a checkpoint stands behind the first epoch (1366 images, 64 a batch)
     assert main([*broken, *defense]) == 0
     for stage in ("implant", "defend"):
         one, two = weights_of([*straight, *defense], stage), weights_of([*broken, *defense], stage)
         assert all(torch.equal(one[name], two[name]) for name in one)
-    assert not list((tmp_path / "broken" / "store" / "work").rglob("*.safetensors"))
+    assert not list((tmp_path / "broken" / "checkpoints").rglob("*.safetensors"))
 
 
 def test_two_drivers_share_one_grid_without_doing_a_stage_twice(tiny, tmp_path):

@@ -73,6 +73,29 @@ class Never(Defense):
         raise NotApplicable("the model has no crystal ball")
 
 
+@defense("hooked")
+@dataclass(frozen=True)
+class Hooked(Defense):
+    """Repairs by a hook, which no file of weights holds."""
+    paper: ClassVar[str] = "none"
+
+    def defend(self, view: DefenderView) -> Verdict:
+        view.model.register_forward_hook(lambda module, inputs, output: output * 0)
+        return Verdict(view.model)
+
+
+@defense("chatty")
+@dataclass(frozen=True)
+class Chatty(Defense):
+    """Logs a value that is no number, under a name that MLflow refuses."""
+    paper: ClassVar[str] = "none"
+
+    def defend(self, view: DefenderView) -> Verdict:
+        view.progress.log("odd@name=1", float("nan"), 0)
+        view.progress.log("odd@name=1", 2.0, 1)
+        return Verdict(view.model)
+
+
 @defense("zero")
 @dataclass(frozen=True)
 class Zero(Defense):
@@ -86,7 +109,7 @@ class Zero(Defense):
 '''
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def plugin(tmp_path_factory):
     """A module outside the repository, found by PYTHONPATH and imported by its name."""
     folder = tmp_path_factory.mktemp("plugin")
@@ -126,6 +149,8 @@ def test_a_grid_ends_in_a_leaderboard_with_tables_and_plots(run_grid, tmp_path, 
     printed = capsys.readouterr().out
     assert (folder / "leaderboard.md").read_text().split("\n", 2)[2].strip() in printed
     assert "robust: accuracy under PGD-1" in printed  # the protocol stands beneath
+    assert "defense.fine_tuning.epochs=1" in printed  # and whatever is not a default
+    assert "epochs 1, batch_size 64" in printed
 
 
 def test_a_second_run_computes_nothing_and_more_seeds_compute_only_the_new(run_grid, tmp_path, tiny):
@@ -209,6 +234,60 @@ def test_outcomes_have_five_names_and_each_is_shown_with_its_reason(run_grid, pl
     assert "the model has no crystal ball" in text
     assert "no \\| table &lt;b>breaks&lt;/b>" in text  # shown literally, and the table is whole
     assert "RuntimeError" in capsys.readouterr().out
+
+
+def test_a_repaired_model_that_is_more_than_its_weights_is_refused_and_not_measured_as_undefended(run_grid, plugin):
+    code, trials = run_grid("grid.attacks=[badnets]", "grid.defenses=[hooked]", plugin)
+    assert code == 1
+    assert trials.status[0] == "failed"
+    assert "hooked returned a model that is not what its weights say" in trials.reason[0]
+
+
+def test_a_curve_with_a_gap_and_an_odd_name_costs_nothing(run_grid, plugin):
+    code, trials = run_grid("grid.attacks=[badnets]", "grid.defenses=[chatty]", plugin)
+    assert code == 0
+    assert list(trials.status) == ["done"]
+
+
+def test_a_stage_that_cannot_be_written_is_a_failure_with_a_reason(run_grid, monkeypatch, tmp_path):
+    import safetensors.torch
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", full)
+        code, trials = run_grid(*FIRST)
+    assert code == 1
+    assert set(trials.status) == {"failed"}
+    assert "No space left on device" in trials.reason[0]
+    assert not list((tmp_path / "results" / "store" / "unfinished").iterdir())
+    assert run_grid(*FIRST)[0] == 0
+
+
+def test_a_machine_without_git_still_computes_and_says_so(run_grid, monkeypatch):
+    from bench.pipeline import provenance
+
+    monkeypatch.setenv("PATH", "")
+    provenance.cache_clear()
+    code, trials = run_grid("grid.attacks=[badnets]", "grid.defenses=[no_defense]")
+    provenance.cache_clear()
+    assert code == 0
+    assert trials.commit[0] == ""
+    assert trials.clean[0] == "False"
+
+
+def test_an_edited_method_of_somebody_else_is_another_stage(run_grid, plugin, tmp_path, monkeypatch):
+    arguments = ["grid.attacks=[badnets]", "grid.defenses=[shrink_head]", plugin]
+    run_grid(*arguments)
+    import inspect
+
+    source = inspect.getsource
+    monkeypatch.setattr(inspect, "getsource", lambda thing: source(thing) + "# edited")
+    run_grid(*arguments)
+    stages = [line.split()[0] for line in history(tmp_path / "results")]
+    assert stages.count("implant") == 1
+    assert stages.count("defend") == 2
 
 
 def test_a_failed_cell_is_tried_again_by_the_next_run(run_grid, plugin, monkeypatch):

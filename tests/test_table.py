@@ -42,15 +42,15 @@ def test_a_cell_is_the_mean_and_the_sample_deviation_of_its_seeds():
     assert cell.clean_accuracy_std == pytest.approx(math.sqrt(((0.02) ** 2 * 2) / 1))
     assert cell.seeds == cell.done == 2
     assert (
-        text_of(trial_table([row("aft", "badnets", 0, 0.90, 0.02), row("aft", "badnets", 1, 0.94, 0.06)]))["aft"][
-            0
-        ].strip("*")
+        text_of(trial_table([row("aft", "badnets", 0, 0.90, 0.02), row("aft", "badnets", 1, 0.94, 0.06)]))["aft"][0]
+        .strip("*")
+        .replace("*", "")
         == "92.0±2.8 / 4.0±2.8"
     )
 
 
 def test_one_seed_has_no_deviation():
-    assert text_of(trial_table([row("aft", "badnets", 0, 0.9, 0.02)]))["aft"][0].strip("*") == "90.0 / 2.0"
+    assert text_of(trial_table([row("aft", "badnets", 0, 0.9, 0.02)]))["aft"][0].replace("*", "") == "90.0 / 2.0"
 
 
 def test_the_undefended_model_comes_first_and_is_never_best():
@@ -64,7 +64,7 @@ def test_the_undefended_model_comes_first_and_is_never_best():
         )
     )
     assert list(lines) == ["defense", "---", "setting: reserve", "no_defense", "good", "bad"]
-    assert lines["good"][0] == "**80.0 / 10.0**"
+    assert lines["good"][0] == "80.0 / **10.0**"  # the figure that was compared
     assert lines["no_defense"][0] == "95.0 / 1.0"
     assert lines["bad"][1] == "**90.0**"  # the best mean accuracy among rivals
 
@@ -82,7 +82,7 @@ def test_a_diverged_trial_is_never_averaged_and_its_row_is_not_ranked():
     )
     assert list(lines)[3:] == ["plain", "collapsed"]
     assert lines["collapsed"][0] == "90.0 / 20.0 (1 diverged)"
-    assert lines["plain"][0] == "**90.0±0.0 / 30.0±0.0**"
+    assert lines["plain"][0] == "90.0±0.0 / **30.0±0.0**"
     assert lines["collapsed"][2] == "20.0†"
 
 
@@ -97,8 +97,8 @@ def test_the_mean_asr_is_over_attacks_and_leaves_out_the_clean_model():
 def test_settings_are_ranked_apart():
     trials = trial_table([row("rich", "badnets", 0, 0.9, 0.0), row("poor", "badnets", 0, 0.9, 0.9, setting="trainset")])
     lines = text_of(trials)
-    assert lines["rich"][0].startswith("**")
-    assert lines["poor"][0].startswith("**")  # the best of its own setting
+    assert lines["rich"][0].endswith("**")
+    assert lines["poor"][0].endswith("**")  # the best of its own setting
 
 
 def test_names_with_marks_of_markdown_stay_text():

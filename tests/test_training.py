@@ -198,6 +198,27 @@ def test_a_wrong_recipe_says_what_to_write(setting, message):
 # Batches and epochs -------------------------------------------------------------------------------------------
 
 
+def test_two_trainings_of_one_name_are_refused_where_a_checkpoint_could_pass_for_the_other(tmp_path):
+    journal = Journal(folder=tmp_path)
+    fit(Softmax(), noise(6), Recipe(epochs=1), seed=0, journal=journal)
+    with pytest.raises(ValueError, match="give each `fit` a part of its own"):
+        fit(Softmax(), noise(6), Recipe(epochs=1), seed=0, journal=journal)
+    fit(Softmax(), noise(6), Recipe(epochs=1), seed=0, journal=journal, part="second")
+
+
+def test_a_recipe_that_leaves_the_precision_open_takes_the_journals(monkeypatch):
+    from bench.engine import training
+
+    asked = []
+    plain = training.autocast
+    monkeypatch.setattr(
+        training, "autocast", lambda precision, device: asked.append(precision) or plain("float32", device)
+    )
+    fit(Softmax(), noise(6), Recipe(epochs=1), seed=0, journal=Journal(precision="bfloat16"))
+    fit(Softmax(), noise(6), Recipe(epochs=1, precision="float32"), seed=0, journal=Journal(precision="bfloat16"))
+    assert asked == ["bfloat16", "float32"]
+
+
 class Witness(Hooks):
     """Writes down what the loop does."""
 

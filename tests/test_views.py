@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def view_of(bench: Bench, trial: Any, view: type[DefenderView], setting: str) ->
     asked = replace(
         trial, setting=setting, defend={"view": view.__name__, "reserve": {"size": 0.05, "contamination": 0.0}}
     )
-    return bench._view(asked, defense["no_defense"](), Journal())
+    return bench._view(asked, defense["no_defense"](), bench.journal("defend", asked))
 
 
 def reachable(thing: Any) -> Iterator[Any]:
@@ -83,6 +84,8 @@ def test_nothing_of_the_attack_hangs_on_a_view(infected, view, setting):
     secrets = {"patch": trigger["patch"], "roles": trigger["roles"], "test images": test.images}
     for item in reachable(found):
         assert not isinstance(item, (Attack, Bench, Store))
+        if isinstance(item, Path):
+            assert bench.store.root not in item.parents  # no way from here into the store
         if isinstance(item, torch.Tensor):
             for name, secret in secrets.items():
                 assert not (item.shape == secret.shape and torch.equal(item.to(secret.dtype), secret)), name

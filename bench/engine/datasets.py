@@ -127,7 +127,9 @@ def prepare(name: str, root: Path, cache: Path, size: int | None = None, downloa
     """
     kind = source(name)
     size = size or kind.size
-    folder = cache / f"{quote(name, safe='')}-{size}px-v{CACHE_VERSION}"
+    # Any folder can have this name: which one is meant depends on the root.
+    place = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:8] + "-" if name.startswith("folder:") else ""
+    folder = cache / f"{quote(name, safe='')}-{place}{size}px-v{CACHE_VERSION}"
     if not (folder / "meta.json").exists():
         try:
             splits = kind.read(root, size, download)
@@ -217,7 +219,9 @@ def _unpacked(root: Path, name: str, read: Callable[[Path], Splits]) -> Splits:
     if not archives:
         raise FileNotFoundError(f"neither {root / name}/ nor {root / name}.tar* exists")
     with tempfile.TemporaryDirectory() as unpacked, tarfile.open(archives[0]) as archive:
-        archive.extractall(unpacked, filter="data")
+        # Nothing outside the folder, no device files; Python before 3.11.4 may lack the filter.
+        archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
+        archive.extractall(unpacked)
         return read(Path(unpacked))
 
 

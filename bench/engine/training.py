@@ -93,12 +93,33 @@ class Journal:
         folder: for checkpoints; None keeps none.
         every_s: seconds between checkpoints; it cannot change a figure.
         images: training images seen so far, adversarial passes not counted.
+        precision: what a recipe's `auto` means here.
+        earlier_s: seconds that were spent before an interruption.
     """
 
     folder: Path | None = None
     every_s: float = 60.0
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: defaultdict(list))
     images: int = 0
+    precision: str = "auto"
+    earlier_s: float = 0.0
+    _started: float = field(default_factory=time.perf_counter)
+    _parts: set[str] = field(default_factory=set)
+
+    @property
+    def seconds(self) -> float:
+        """Spent so far, also before an interruption."""
+        return self.earlier_s + time.perf_counter() - self._started
+
+    def begin(self, part: str) -> None:
+        """Note that a part of the work starts.
+
+        Raises:
+            ValueError: a part of this name was there: its checkpoint would pass for this one's.
+        """
+        if self.folder and part in self._parts:
+            raise ValueError(f"two trainings of one journal are named {part!r}; give each `fit` a part of its own")
+        self._parts.add(part)
 
     def log(self, name: str, value: float, step: int) -> None:
         self.curves[name].append((step, float(value)))
@@ -213,7 +234,9 @@ def fit(
     if not len(data):
         raise ValueError("there is no image to train on")
     augmentation, hooks, journal = augmentation or Augmentation(), hooks or Hooks(), journal or Journal()
+    journal.begin(part)
     device = data.images.device
+    precision = journal.precision if recipe.precision == "auto" else recipe.precision
     optimizer = make_optimizer(recipe, model)
     per_epoch, size = equal_batches(len(data), recipe.batch_size)
     steps = recipe.updates or recipe.epochs * per_epoch
@@ -238,7 +261,7 @@ def fit(
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.learning_rate(step, steps)
                 optimizer.zero_grad(set_to_none=True)
-                with autocast(recipe.precision, device):
+                with autocast(precision, device):
                     loss = hooks.loss(model, images, labels, recipe.label_smoothing)
                 loss.backward()
                 optimizer.step()
@@ -267,6 +290,7 @@ def _save(
     tensors |= named("optimizer", optimizer_tensors(optimizer))
     tensors |= named("hooks", hooks.tensors())
     kept = {"epoch": str(epoch), "curves": json.dumps(journal.curves), "images": str(journal.images)}
+    kept["seconds"] = str(journal.seconds)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}")
     save_file({name: value.contiguous() for name, value in tensors.items()}, beside, kept)
@@ -287,5 +311,5 @@ def _restore(
     restore_optimizer(optimizer, part_of("optimizer", tensors))
     hooks.restore(part_of("hooks", tensors))
     journal.curves.update({name: [(s, v) for s, v in curve] for name, curve in json.loads(kept["curves"]).items()})
-    journal.images = int(kept["images"])
+    journal.images, journal.earlier_s = int(kept["images"]), float(kept["seconds"])
     return int(kept["epoch"])

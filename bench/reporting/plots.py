@@ -20,6 +20,8 @@ def write(trials: pd.DataFrame, folder: Path, title: str) -> list[Path]:
     """
     table = cells(trials[trials.poison_rate > 0])
     if table.empty or table.asr_mean.notna().sum() == 0:
+        for name in ("asr_heatmap.png", "accuracy_against_asr.png"):
+            (folder / name).unlink(missing_ok=True)  # of an earlier run: not of this table
         return []
     import matplotlib
 

@@ -28,6 +28,7 @@ def trial_row(trial: Trial, store: Store) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     row |= {axis: getattr(trial, axis) for axis in (*AXES, "seed")}
     row["status"], row["reason"], row["trial"] = "missing", "", trial.keys()[2]
+    made: list[dict[str, Any]] = []
     row["poison_rate"] = trial.implant["attack"]["poison_rate"]
     if not trial.defend:
         return row | {"status": "not applicable", "reason": trial.reason, "trial": ""}
@@ -41,12 +42,15 @@ def trial_row(trial: Trial, store: Store) -> dict[str, Any]:
                 row["reason"] = failure
             return row
         row[f"{stage}_seconds"] = result["seconds"]
+        made.append(result["provenance"])
         if stage == "defend":
             row["peak_memory_mib"], row["defend_images"] = result["peak_memory_mib"], result["images"]
     assert result is not None
     row |= {"status": result["status"], "reason": result.get("reason", "")}
     row |= {name: value for name, value in result.get("figures", {}).items() if name in MEASURES}
-    row |= {"commit": result["provenance"]["commit"], "clean": result["provenance"]["clean"]}
+    # An implant can be older than what was done to it: every commit that had a hand in the figure is named.
+    row["commit"] = " ".join(dict.fromkeys(origin["commit"] for origin in made if origin["commit"]))
+    row["clean"] = all(origin["clean"] for origin in made)
     return row
 
 
@@ -77,7 +81,9 @@ def cells(trials: pd.DataFrame) -> pd.DataFrame:
             values = (group if name == "poison_rate" else done)[name].dropna()
             row[f"{name}_mean"] = values.mean() if len(values) else math.nan
             row[f"{name}_std"] = values.std(ddof=1) if len(values) > 1 else math.nan
-        row["reason"] = next((reason for reason in group.reason if reason), "")
+        for state in STATES[1:4]:
+            reasons = group[group.status == state].reason
+            row[f"{state.replace(' ', '_')}_reason"] = reasons.iloc[0] if len(reasons) else ""
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -107,9 +113,15 @@ class Board:
             line(["---"] + ["---:"] * (len(self.header) - 1)),
         ]
         for row in self.rows:
-            texts = [f"**{_safe(text)}**" if best else _safe(text) for text, best in row]
+            texts = [_bold(_safe(text)) if best else _safe(text) for text, best in row]
             lines.append(line(texts + [""] * (len(self.header) - len(texts))))
         return "\n".join([*lines, "", *(f"- {_safe(note)}" for note in self.notes), ""])
+
+
+def _bold(text: str) -> str:
+    """Bold for the figure that was compared: of `accuracy / ASR`, the ASR."""
+    rest, slash, figure = text.rpartition(" / ")
+    return f"{rest}{slash}**{figure}**"
 
 
 def _safe(text: str) -> str:
@@ -227,10 +239,9 @@ def _or_inf(value: float) -> float:
 def _notes(part: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
     notes = []
     for state in STATES[1:-1]:
-        for _, cell in (
-            part[part[state.replace(" ", "_")] > 0].drop_duplicates(["defense", "setting", "reason"]).iterrows()
-        ):
-            notes.append(f"{state}: {cell.defense} against {cell.attack}: {cell.reason}")
+        count, reason = state.replace(" ", "_"), f"{state.replace(' ', '_')}_reason"
+        for _, cell in part[part[count] > 0].drop_duplicates(["defense", "setting", reason]).iterrows():
+            notes.append(f"{state}: {cell.defense} against {cell.attack}: {cell[reason]}")
     if (part.missing > 0).any():
         notes.append(f"missing: {int(part.missing.sum())} trials are not computed yet; run the grid to fill them")
     if (part.done < part.seeds).any():
@@ -238,8 +249,8 @@ def _notes(part: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
     commits = sorted(
         {
             f"{commit[:10]}{'' if clean == 'True' else ' (changed)'}"
-            for commit, clean in zip(trials.commit, trials.clean, strict=True)
-            if commit
+            for several, clean in zip(trials.commit, trials.clean, strict=True)
+            for commit in several.split()
         }
     )
     if commits:
