@@ -99,7 +99,8 @@ def protocol(opened: Plan) -> list[str]:
         f"{measure.pgd_step_size * 255:.3g}/255, one random start, on {images}",
         "the last checkpoint is measured; nothing is chosen on test data or by ASR",
         "mean ACC and mean robust: over all attacks and the clean model; mean ASR and recovery: over attacks",
-        "seconds and MiB: of the defense alone, mean seconds and largest peak memory over attacks",
+        "seconds and MiB: of the defense alone, mean seconds and largest peak memory over attacks (on a CPU: of the "
+        "whole process, interpreter and data included)",
         f"infected models: stem {cfg.model.stem}; train: "
         + ", ".join(f"{key} {value}" for key, value in cfg.train.items() if key not in ("updates",) or value),
         f"settings that are not the methods' defaults: {_changed(cfg) or 'none'}",

@@ -67,7 +67,9 @@ def scores(images: Tensor, triggered: Tensor) -> dict[str, float]:
 
 
 def ssim(first: Tensor, second: Tensor) -> Tensor:
-    """(N,): structural similarity with a Gaussian window of 11 pixels and sigma 1.5.
+    """(N,): structural similarity with a Gaussian window of 11 pixels and sigma 1.5, borders reflected.
+
+    Without the border, as some libraries have it, a patch in the corner would hardly count.
 
     Paper: Wang et al., IEEE Transactions on Image Processing 13(4), 2004.
     """
@@ -80,7 +82,9 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
     window = (window / window.sum()).expand(first.shape[1], 1, size, size)
 
     def mean(images: Tensor) -> Tensor:
-        return F.conv2d(images, window, groups=images.shape[1])
+        before, after = (size - 1) // 2, size // 2
+        padded = F.pad(images, (before, after, before, after), mode="reflect")
+        return F.conv2d(padded, window, groups=images.shape[1])
 
     x, y = first.double(), second.double()
     mx, my = mean(x), mean(y)

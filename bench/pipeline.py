@@ -374,7 +374,10 @@ def _auroc(score: Tensor, is_poisoned: Tensor) -> float | None:
 
 
 class _PeakMemory:
-    """The most memory in use since now, beyond what was in use: the device's on a GPU, the process's elsewhere."""
+    """The most memory in use since now: on a GPU what is allocated beyond now, elsewhere the whole process.
+
+    A process does not give freed memory back, so that a difference would show almost nothing there.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -384,10 +387,11 @@ class _PeakMemory:
         else:
             with suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM; Linux only
-        self.before = self._peak()
+        if device.type == "cuda":
+            self.before = self._peak()
 
     def mib(self) -> float:
-        return max(0.0, self._peak() - self.before)
+        return self._peak() - self.before
 
     def _peak(self) -> float:
         if self.device.type == "cuda":

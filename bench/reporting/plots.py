@@ -90,7 +90,7 @@ def _scatter(table: pd.DataFrame, folder: Path, title: str) -> Path:
     axis.set_xlim(-3, 103)
     low, high = axis.get_ylim()
     # At least ten points high: a tenth of a point must not fill the figure.
-    axis.set_ylim(min(low, max(high - 10, 0)), high)
+    axis.set_ylim(min(low, max(high - 10, 0)), high + 0.5)
     axis.set_title(f"Upper left is best: {_caption(table, title)}", fontsize="medium")
     sns.move_legend(axis, "upper left", bbox_to_anchor=(1, 1), frameon=False)
     return _save(figure, folder / "accuracy_against_asr.png")
