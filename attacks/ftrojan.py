@@ -61,7 +61,7 @@ class FTrojan(Attack):
             fits = [side for side in range(4, 65) if height % side == 0 and width % side == 0]
             raise ValueError(
                 f"attack.ftrojan.window is {window}; it must be at least 4 and divide {height} and {width}; "
-                f"write {' or '.join(map(str, fits)) or 'another dataset.image_size'}"
+                f"write {' or '.join(map(str, fits)) or 'another dataset.size'}"
             )
 
     def prepare(self, setup: Setup) -> Tensors:

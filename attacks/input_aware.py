@@ -77,7 +77,7 @@ class InputAware(Attack):
         if min(shape[1:]) < 8:
             raise ValueError(
                 f"attack.input_aware needs images of at least 8x8 pixels, not {shape[1]}x{shape[2]}; "
-                "set a larger dataset.image_size"
+                "set a larger dataset.size"
             )
 
     def prepare(self, setup: Setup) -> Tensors:

@@ -90,7 +90,6 @@ def run(
     """
     if not tasks:
         return
-    pool = _Pool(store, infos, device, threads, checkpoint_s, plugins)
     schedule = _Schedule(tasks, store, max(1, workers), show)
     if workers == 0:
         bench = Bench(store, infos, device, checkpoint_s)
@@ -103,6 +102,7 @@ def run(
         finally:
             torch.set_num_threads(before)
         return
+    pool = _Pool(store, infos, device, threads, checkpoint_s, plugins)
     try:
         for index in range(min(workers, len(tasks))):
             pool.start(index)

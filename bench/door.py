@@ -78,7 +78,7 @@ def plan(arguments: list[str]) -> Plan:
 
 def protocol(opened: Plan) -> list[str]:
     """The lines printed beneath every table: what the numbers mean, and every setting that is not a default."""
-    from bench.grid import seeds_of
+    from bench.grid import overridden, seeds_of
 
     cfg, infos = opened.cfg, opened.infos
     measure, reserve = cfg.measure, cfg.reserve
@@ -110,17 +110,11 @@ def protocol(opened: Plan) -> list[str]:
         applied = {
             key: value
             for key, value in exception["set"].items()
-            if not any(_same(str(key), explicit) for explicit in opened.explicit)
+            if not overridden(cfg, exception, str(key), opened.explicit)
         }
         if applied:
             lines.append(f"exception for {where}: {applied}: {exception['why']}")
     return lines
-
-
-def _same(key: str, explicit: str) -> bool:
-    """Does a key of an exception (`defense.lr`) mean what the command line set (`defense.aft.lr`)?"""
-    head, _, rest = key.partition(".")
-    return explicit == key or (explicit.startswith(f"{head}.") and explicit.endswith(f".{rest}"))
 
 
 def _changed(cfg: DictConfig) -> str:

@@ -143,6 +143,15 @@ def _check_exceptions(cfg: DictConfig) -> None:
                 raise UserError(f"grid.exceptions: {key!r} cannot be set for single cells")
 
 
+def overridden(cfg: DictConfig, exception: Any, key: str, explicit: frozenset[str]) -> bool:
+    """Did the command line set this key for every method that the exception names (or the grid has)?"""
+    head, _, rest = key.partition(".")
+    if head not in ("attack", "defense"):
+        return key in explicit
+    methods = _listed(exception[head] if head in exception else cfg.grid[f"{head}s"])
+    return all(f"{head}.{method}.{rest}" in explicit for method in methods)
+
+
 def _listed(value: Any) -> list[Any]:
     """One name, or a list of names, as a list."""
     return [value] if isinstance(value, str) else list(value)

@@ -84,9 +84,9 @@ class Store:
             if self.result(stage, key) is None and final.exists():
                 shutil.rmtree(final)  # what a power cut left
             os.rename(beside, final)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(beside, ignore_errors=True)
-            if self.result(stage, key) is None:
+            if not isinstance(error, OSError) or self.result(stage, key) is None:
                 raise
             return  # somebody was faster, with the same figures
         line = f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {stage} {key} {result.get('seconds', 0):.1f}s {os.getpid()}\n"

@@ -54,16 +54,12 @@ def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
             client.delete_run(run.info.run_id)
     sent = 0
     for trial in trials:
-        if not trial.defend:
-            continue
-        row = trial_row(trial, store)
+        key = trial.keys()[2]
         # A state that can still change is not sent: a run in MLflow is final.
-        if row["status"] not in ("done", "not applicable", "diverged") or row["trial"] == "" or row["trial"] in there:
+        if not key or key in there or store.result("evaluate", key) is None:
             continue
-        if store.result("evaluate", row["trial"]) is None:
-            continue
-        _send(client, place, trial, row, store)
-        there.add(row["trial"])
+        _send(client, place, trial, trial_row(trial, store), store)
+        there.add(key)
         sent += 1
     return sent
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 
 from attacks.base import attack
-from bench.door import plan
+from bench.door import plan, protocol
 from defenses.base import defense
 
 BASE = ["grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "grid.seeds=1"]
@@ -101,6 +101,17 @@ def test_the_command_line_wins_over_an_exception_of_the_grid(cache):
     opened = plan(["grid=quick", "defense.aft.epsilon=0.5", f"dataset.cache={cache}"])
     aft = next(trial for trial in opened.trials if trial.defense == "aft").defend["defense"]
     assert (aft["epsilon"], aft["updates"]) == (0.5, 300)
+
+
+def test_the_protocol_prints_an_exception_unless_the_command_line_replaced_it_for_that_method(cache):
+    def printed(*more: str) -> str:
+        return "\n".join(protocol(plan(["grid=quick", f"dataset.cache={cache}", *more])))
+
+    assert "'defense.epsilon': 0.1" in printed()
+    assert "'defense.epsilon': 0.1" not in printed("defense.aft.epsilon=0.2")
+    # Another method's setting of the same name replaces nothing.
+    shared = "grid.exceptions=[{defense: aft, set: {defense.lr: 0.5}, why: x}]"
+    assert "'defense.lr': 0.5" in printed(shared, "defense.fine_tuning.lr=0.1")
 
 
 def test_a_setting_that_offers_too_little_is_not_applicable_with_the_reason(cache):
