@@ -125,7 +125,7 @@ def test_settings_that_cannot_be_meant_are_refused(settings, words):
 def test_windows_that_do_not_tile_the_image_are_refused_before_training():
     with pytest.raises(ValueError, match="write 4 or 7 or 14 or 28"):
         FTrojan(window=32).check([10, 10], (1, 28, 28))
-    with pytest.raises(ValueError, match=r"write another dataset\.image_size"):
+    with pytest.raises(ValueError, match=r"write another dataset\.size"):
         FTrojan().check([10, 10], (3, 67, 67))
     with pytest.raises(ValueError, match="not 2 channels"):
         FTrojan().check([10, 10], (2, 32, 32))
