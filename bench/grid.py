@@ -19,7 +19,7 @@ from bench.engine.datasets import DatasetInfo
 from bench.engine.models import ModelSpec
 from bench.engine.registry import near
 from bench.store import Identity, key_of
-from defenses.base import SETTINGS, Defense, ReserveView, defense, offered
+from defenses.base import SETTINGS, Defense, ReserveView, TrainsetView, defense, offered
 
 # Folders beside the grids' own under results/.
 RESERVED = ("store", "mlflow", "checkpoints", "readme")
@@ -202,8 +202,10 @@ def _trials(
         recipe = asdict(attacker.recipe(OmegaConf.to_object(cfg.train)))  # type: ignore[arg-type]
     except (ValueError, OmegaConfBaseException) as error:
         raise UserError(f"{place['dataset']}: {error}") from error
-    if recipe["precision"] == "auto":
-        recipe["precision"] = precision
+    usual = asdict(OmegaConf.to_object(cfg.train))  # type: ignore[call-overload]
+    for kept in (recipe, usual):
+        if kept["precision"] == "auto":
+            kept["precision"] = precision
     pool = sum(round(cfg.reserve.pool * count) for count in info.train_counts)
     if not pool:
         raise UserError(f"reserve.pool is {cfg.reserve.pool:g}, less than one image of each class of {info.name}")
@@ -242,6 +244,8 @@ def _trials(
         }
         if issubclass(view, ReserveView):
             defend["reserve"] = {"size": cfg.reserve.size, "contamination": cfg.reserve.contamination}
+        if issubclass(view, TrainsetView):
+            defend["train"] = usual  # not the attack's own recipe: that would tell which attack it was
     measure: Identity = {"stage": "evaluate", "engine": ENGINE_VERSION, **OmegaConf.to_container(cfg.measure)}  # type: ignore[dict-item]
     for seed in seeds:
         ours = {**implant, "seed": seed}

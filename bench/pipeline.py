@@ -21,10 +21,17 @@ import bench
 from attacks.base import POISON, Attack, Setup, attack
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.datasets import DatasetInfo
-from bench.engine.metrics import accuracy, attack_success_rate, predict, recovery_accuracy, robust_accuracy
+from bench.engine.metrics import (
+    accuracy,
+    attack_success_rate,
+    detection,
+    predict,
+    recovery_accuracy,
+    robust_accuracy,
+)
 from bench.engine.models import Classifier, ModelSpec
 from bench.engine.registry import Registry
-from bench.engine.training import Diverged, Journal, Recipe, Tensors, fit
+from bench.engine.training import Diverged, Journal, Recipe, Tensors, fit, named, part_of
 from bench.grid import Trial, spec_of
 from bench.store import STAGES, Identity, Store, key_of
 from defenses.base import (
@@ -190,13 +197,14 @@ class Bench:
             return {"status": "diverged", "reason": str(error)}, {}
         self._check_stored(trial, method, verdict.model)
         tensors: dict[str, Tensors] = {"model": verdict.model.state_dict()}
-        if verdict.suspicion is not None:
-            if len(self._split(trial)[0]) != len(verdict.suspicion):
-                raise ValueError(
-                    f"{method.name} gave {len(verdict.suspicion)} scores; one for each training image is due"
-                )
-            tensors["suspicion"] = {"suspicion": verdict.suspicion}
-        return {}, tensors
+        images = len(self._shown(trial)[0]) if trial.defend["view"] != DefenderView.__name__ else 0
+        found = _findings(verdict.suspicion, verdict.flagged, images, method.name)
+        if found:
+            tensors["findings"] = found
+        for index, step in enumerate(verdict.rounds):
+            found = _findings(step.suspicion, step.selected, images, method.name)
+            tensors[f"round_{index}"] = found | named("model", step.weights or {})
+        return {"rounds": [step.name for step in verdict.rounds]}, tensors
 
     def _check_stored(self, trial: Trial, method: Defense, model: Classifier) -> None:
         """Weights are all that is kept of a repaired model: one that is more than its weights is refused.
@@ -251,10 +259,39 @@ class Bench:
             steps=measure["pgd_steps"],
             seed=identity["seed"],
         )
-        if self.store.has("defend", defend_key, "suspicion"):
-            suspicion = self.store.tensors("defend", defend_key, "suspicion")["suspicion"]
-            figures["detection_auroc"] = _auroc(suspicion, trigger["roles"].cpu() == POISON)
-        return {"figures": figures}, {}
+        rounds = []
+        if self.store.has("defend", defend_key, "findings") or found.get("rounds"):
+            poisoned = self._shown(trial)[1].cpu() == POISON
+            if self.store.has("defend", defend_key, "findings"):
+                figures |= detection(**self.store.tensors("defend", defend_key, "findings"), poisoned=poisoned)
+            for index, name in enumerate(found.get("rounds", ())):
+                step = self.store.tensors("defend", defend_key, f"round_{index}")
+                rounds.append({"name": name, **self._round(trial, model, step, poisoned)})
+        return {"figures": figures, "rounds": rounds}, {}
+
+    def _round(self, trial: Trial, model: Classifier, step: Tensors, poisoned: Tensor) -> dict[str, float | None]:
+        """One step of a progressive method, scored as the whole is."""
+        figures: dict[str, float | None] = {}
+        if "suspicion" in step:
+            figures |= detection(suspicion=step["suspicion"], poisoned=poisoned)
+        if "flagged" in step:
+            chosen = step["flagged"]
+            figures["selected"] = int(chosen.sum())
+            figures["selected_poison"] = poisoned[chosen].double().mean().item() if chosen.any() else None
+            # What as many images picked at random would hold: the measure of a selection.
+            figures["random_poison"] = poisoned.double().mean().item()
+        weights = part_of("model", step)
+        if weights:
+            model.load_state_dict(weights)
+            test = self.test_set(trial.dataset)
+            figures["clean_accuracy"] = accuracy(predict(model, test), test.labels)
+            attacker = attack_from(trial.implant)
+            judged = attacker.judged(test.labels)
+            if judged.any():
+                predicted = _predict_triggered(model, test, attacker, self.trigger_of(trial))
+                wanted = attacker.wanted(test.labels, self.infos[trial.dataset].num_classes)
+                figures["asr"] = attack_success_rate(predicted, wanted, judged)
+        return figures
 
     # What they are made of ------------------------------------------------------------------------------------
 
@@ -298,19 +335,28 @@ class Bench:
         if trial.defend["view"] == DefenderView.__name__:
             return own
         augmentation = Augmentation(**identity["dataset"]["augmentation"])
+        images, _ = self._shown(trial)
+        if SETTINGS[trial.setting] is TrainsetView:
+            fresh = _Fresh(spec_of(info, identity["model"]), self.device)
+            recipe = Recipe(**trial.defend["train"])
+            return TrainsetView(
+                **vars(own), trainset=images, augmentation=augmentation, fresh_model=fresh, recipe=recipe
+            )
+        return ReserveView(**vars(own), reserve=images, augmentation=augmentation)
+
+    def _shown(self, trial: Trial) -> tuple[ImageSet, Tensor]:
+        """The images of the defender's view, and the role of each, which is the evaluator's alone."""
+        identity, classes = trial.implant, self.infos[trial.dataset].num_classes
+        seed, attacker = identity["seed"], attack_from(identity)
         train, pool = self._split(trial)
         if SETTINGS[trial.setting] is TrainsetView:
-            shipped, _ = attacker.poison(train, self.trigger_of(trial), info.num_classes, seed)
-            fresh = _Fresh(spec_of(info, identity["model"]), self.device)
-            return TrainsetView(**vars(own), trainset=shipped, augmentation=augmentation, fresh_model=fresh)
+            return attacker.poison(train, self.trigger_of(trial), classes, seed)
         share = trial.defend["reserve"]
         reserve = pool[: max(1, round(share["size"] * (len(train) + len(pool))))]
-        if share["contamination"]:
-            tainted = generator(seed, "reserve").initial_seed()
-            reserve, _ = attacker.poison(
-                reserve, self.trigger_of(trial), info.num_classes, tainted, share["contamination"]
-            )
-        return ReserveView(**vars(own), reserve=reserve, augmentation=augmentation)
+        if not share["contamination"]:
+            return reserve, torch.zeros(len(reserve), dtype=torch.uint8)
+        tainted = generator(seed, "reserve").initial_seed()
+        return attacker.poison(reserve, self.trigger_of(trial), classes, tainted, share["contamination"])
 
 
 @dataclass(frozen=True)
@@ -365,12 +411,24 @@ def _predict_triggered(model: Classifier, test: ImageSet, attacker: Attack, trig
     return torch.cat([model(attacker.trigger(images, trigger)).argmax(1) for images, _ in test.chunks()])
 
 
-def _auroc(score: Tensor, is_poisoned: Tensor) -> float | None:
-    from sklearn.metrics import roc_auc_score
+def _findings(suspicion: Tensor | None, flagged: Tensor | None, images: int, name: str) -> Tensors:
+    """What a method says of each image of its view, as it is stored.
 
-    if is_poisoned.all() or not is_poisoned.any():
-        return None  # with one kind of image only there is nothing to tell apart
-    return float(roc_auc_score(is_poisoned.numpy(), score.cpu().double().numpy()))
+    Raises:
+        ValueError: it is not one value for each image, or the scores are no numbers.
+    """
+    found = {}
+    for key, value in (("suspicion", suspicion), ("flagged", flagged)):
+        if value is None:
+            continue
+        if value.shape != (images,):
+            raise ValueError(f"{name} gave {key} of shape {tuple(value.shape)}; ({images},) is due, one for each image")
+        found[key] = value.detach().cpu()
+    if suspicion is not None and not torch.isfinite(suspicion).all():
+        raise ValueError(f"{name} gave a suspicion score that is no number")
+    if flagged is not None and flagged.dtype != torch.bool:
+        raise ValueError(f"{name} flagged images with {flagged.dtype}; give torch.bool")
+    return found
 
 
 class _PeakMemory:

@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.engine.data import Augmentation, ImageSet
 from bench.engine.models import Classifier
 from bench.engine.registry import Registry
-from bench.engine.training import Journal
+from bench.engine.training import Journal, Recipe, Tensors
 
 defense = Registry("defense")
 
@@ -66,11 +66,13 @@ class TrainsetView(DefenderView):
         trainset: the images and the labels that the attacker gave them.
         augmentation: what is usual for such images.
         fresh_model: the same architecture, untrained; another seed, other weights.
+        recipe: how such a network is usually trained on such data, for a method that trains one anew.
     """
 
     trainset: ImageSet
     augmentation: Augmentation
     fresh_model: Callable[[int], Classifier]
+    recipe: Recipe
 
 
 # A setting offers a view; the first one is offered to a method that needs no image.
@@ -78,16 +80,42 @@ SETTINGS: dict[str, type[DefenderView]] = {"reserve": ReserveView, "trainset": T
 
 
 @dataclass(frozen=True)
+class Round:
+    """One step of a progressive method, for the evaluator to score against the truth; a method never does.
+
+    Attributes:
+        name: what the step is called, e.g. `step 0`.
+        selected: (N,) bool, which of the view's images the step trained on; None if it chose none.
+        suspicion: (N,) scores behind the step, higher = more suspicious; None if it gave none.
+        weights: the model's state behind the step; take it with `weights_of`.
+    """
+
+    name: str
+    selected: Tensor | None = None
+    suspicion: Tensor | None = None
+    weights: Tensors | None = None
+
+
+def weights_of(model: Classifier) -> Tensors:
+    """A copy of the model's state, on the CPU."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """What a defense returns.
+    """What a defense returns. N counts the images of its view: the training set, or the reserve.
 
     Attributes:
         model: the repaired model: the architecture of the view, changed in its weights. Only these are kept.
-        suspicion: (N,) one score for each training image, higher = more suspicious, if the method has one.
+        suspicion: (N,) one score for each image, higher = more suspicious, if the method has one.
+        flagged: (N,) bool, the images that the method itself calls poisoned, by its own rule.
+        rounds: the steps of a progressive method, in order; their names differ.
     """
 
     model: Classifier
     suspicion: Tensor | None = None
+    flagged: Tensor | None = None
+    rounds: tuple[Round, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,14 @@ import torch
 from torch import Tensor, nn, tensor
 
 from bench.engine.data import ImageSet, generator
-from bench.engine.metrics import accuracy, attack_success_rate, predict, recovery_accuracy, robust_accuracy
+from bench.engine.metrics import (
+    accuracy,
+    attack_success_rate,
+    detection,
+    predict,
+    recovery_accuracy,
+    robust_accuracy,
+)
 from bench.engine.models import ModelSpec
 
 
@@ -159,3 +166,35 @@ def test_robust_accuracy_repeats_under_a_seed_and_leaves_weights_trainable():
     found = {robust_accuracy(model, data, epsilon=4 / 255, step_size=1 / 255, steps=2, seed=3) for _ in range(2)}
     assert len(found) == 1
     assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_detection_of_the_textbook_case():
+    found = detection(suspicion=tensor([0.9, 0.8, 0.7, 0.6]), poisoned=tensor([True, False, True, False]))
+    assert found["detection_auroc"] == 0.75  # three of the four pairs stand in order
+    assert found["detection_auprc"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert found["detection_tpr_at_fpr_5"] == 0.5
+
+
+def test_equal_scores_tell_nothing_and_reversed_ones_the_opposite():
+    truth = tensor([True, False, True, False, False])
+    assert detection(suspicion=torch.ones(5), poisoned=truth)["detection_auroc"] == 0.5
+    score = tensor([0.3, 0.1, 0.2, 0.25, 0.0])
+    one, two = (detection(suspicion=s, poisoned=truth)["detection_auroc"] for s in (score, -score))
+    assert one == pytest.approx(5 / 6)
+    assert one + two == pytest.approx(1)
+
+
+def test_flags_are_judged_by_their_own_rule():
+    flagged, truth = tensor([True, True, False, False, False]), tensor([True, False, True, False, False])
+    found = detection(flagged=flagged, poisoned=truth)
+    assert found == {"detection_tpr": 0.5, "detection_fpr": 1 / 3, "detection_precision": 0.5}
+
+
+def test_detection_without_poison_has_a_false_positive_rate_alone():
+    found = detection(
+        suspicion=tensor([0.2, 0.1]), flagged=tensor([True, False]), poisoned=torch.zeros(2, dtype=torch.bool)
+    )
+    assert found["detection_fpr"] == 0.5
+    assert found["detection_precision"] == 0.0
+    assert found["detection_auroc"] is None
+    assert found["detection_tpr"] is None

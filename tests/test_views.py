@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +15,19 @@ from bench.door import plan
 from bench.engine.training import Journal
 from bench.pipeline import Bench, split
 from bench.store import Store
-from defenses.base import SETTINGS, DefenderView, ReserveView, TrainsetView, Verdict, defense, offered, views_of
+from defenses.base import (
+    SETTINGS,
+    DefenderView,
+    Defense,
+    ReserveView,
+    Round,
+    TrainsetView,
+    Verdict,
+    defense,
+    offered,
+    views_of,
+    weights_of,
+)
 
 SMALL = {
     "fine_tuning": {"epochs": 1},
@@ -39,8 +51,9 @@ def view_of(bench: Bench, trial: Any, view: type[DefenderView], setting: str) ->
     """The view that the harness would build for a defense that asks for this one."""
     from dataclasses import replace
 
+    reserve = {"size": 0.05, "contamination": 0.0}
     asked = replace(
-        trial, setting=setting, defend={"view": view.__name__, "reserve": {"size": 0.05, "contamination": 0.0}}
+        trial, setting=setting, defend={"view": view.__name__, "reserve": reserve, "train": trial.implant["train"]}
     )
     return bench._view(asked, defense["no_defense"](), bench.journal("defend", asked))
 
@@ -69,7 +82,12 @@ def test_the_fields_of_the_views_are_these_and_no_others():
     own = {"model", "num_classes", "seed", "device", "progress"}
     assert {field.name for field in fields(DefenderView)} == own
     assert {field.name for field in fields(ReserveView)} == own | {"reserve", "augmentation"}
-    assert {field.name for field in fields(TrainsetView)} == own | {"trainset", "augmentation", "fresh_model"}
+    assert {field.name for field in fields(TrainsetView)} == own | {
+        "trainset",
+        "augmentation",
+        "fresh_model",
+        "recipe",
+    }
 
 
 @pytest.mark.parametrize(
@@ -175,3 +193,59 @@ def test_a_defense_without_an_annotated_view_is_refused():
 
     with pytest.raises(TypeError, match="annotate the argument"):
         views_of(Careless)
+
+
+@dataclass(frozen=True)
+class Telling(Defense):
+    """Changes nothing, and says which images differ: it knows the truth from the test, not from its view."""
+
+    name: ClassVar[str] = "telling"
+    paper: ClassVar[str] = "none"
+
+    def defend(self, view: TrainsetView | ReserveView) -> Verdict:
+        shown = view.trainset if isinstance(view, TrainsetView) else view.reserve
+        # The patch of BadNets ends in a white corner on label 0: seven of ten such images are poisoned.
+        suspect = (shown.labels == 0) & (shown.images[:, 0, -1, -1] == 255)
+        kept = ~suspect
+        kept[suspect.nonzero()[0]] = True  # one poisoned image stays selected
+        rounds = (Round("step 0", kept, suspect.double(), weights_of(view.model)), Round("step 1", kept))
+        return Verdict(view.model, suspicion=suspect.double(), flagged=suspect, rounds=rounds)
+
+
+@pytest.mark.parametrize("setting", ["trainset", "reserve"])
+def test_what_a_method_says_of_its_images_is_scored_against_the_truth_by_the_evaluator(tiny, monkeypatch, setting):
+    monkeypatch.setitem(defense, "telling", Telling)
+    opened = plan(
+        [
+            *tiny,
+            "grid.attacks=[badnets]",
+            "grid.defenses=[telling]",
+            f"grid.settings=[{setting}]",
+            "reserve.contamination=0.1",
+        ]
+    )
+    bench, (trial,) = Bench(Store(opened.store.root), opened.infos, torch.device("cpu")), opened.trials
+    bench.run(trial)
+    result = bench.store.result("evaluate", trial.keys()[2])
+    poison, images = (137, 1366) if setting == "trainset" else (7, 72)
+    figures = result["figures"]
+    assert figures["detection_auroc"] == figures["detection_tpr"] == figures["detection_precision"] == 1.0
+    assert figures["detection_fpr"] == 0.0
+    first, second = result["rounds"]
+    assert first["name"] == "step 0"
+    assert first["selected"] == images - poison + 1
+    assert first["selected_poison"] == pytest.approx(1 / (images - poison + 1))
+    assert first["random_poison"] == pytest.approx(poison / images)
+    assert first["clean_accuracy"] == figures["clean_accuracy"]
+    assert first["asr"] == figures["asr"]
+    assert "asr" not in second
+
+
+def test_scores_for_another_number_of_images_are_refused(tiny, monkeypatch):
+    monkeypatch.setitem(defense, "telling", Telling)
+    monkeypatch.setattr(Telling, "defend", lambda self, view: Verdict(view.model, suspicion=torch.zeros(3)))
+    monkeypatch.setattr(Telling.defend, "__annotations__", {"view": TrainsetView})
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[telling]", "grid.settings=[trainset]"])
+    bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"shape \(3,\); \(1366,\) is due"):
+        bench.run(opened.trials[0])

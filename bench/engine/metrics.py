@@ -56,6 +56,40 @@ def recovery_accuracy(predicted: Tensor, true: Tensor, judged: Tensor) -> float:
     return (predicted == true)[judged].double().mean().item()
 
 
+def detection(
+    *, poisoned: Tensor, suspicion: Tensor | None = None, flagged: Tensor | None = None
+) -> dict[str, float | None]:
+    """How well poisoned images are told from the others; None where a figure is undefined.
+
+    Args:
+        poisoned: (N,) bool, the truth.
+        suspicion: (N,) scores, higher = more suspicious; ties count half.
+        flagged: (N,) bool, what the method itself called poisoned. No threshold is chosen here.
+
+    Returns:
+        From the scores `detection_auroc`, `detection_auprc` (average precision) and `detection_tpr_at_fpr_5` (the
+        largest share found while at most 5 % of the others are); from the flags `detection_tpr`, `detection_fpr`
+        and `detection_precision`.
+    """
+    figures: dict[str, float | None] = {}
+    both = bool(poisoned.any() and not poisoned.all())
+    if suspicion is not None:
+        figures |= dict.fromkeys(("detection_auroc", "detection_auprc", "detection_tpr_at_fpr_5"))
+        if both:  # with one kind of image only there is nothing to tell apart
+            from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+            truth, score = poisoned.cpu().numpy(), suspicion.cpu().double().numpy()
+            false, true, _ = roc_curve(truth, score, drop_intermediate=False)
+            figures["detection_auroc"] = float(roc_auc_score(truth, score))
+            figures["detection_auprc"] = float(average_precision_score(truth, score))
+            figures["detection_tpr_at_fpr_5"] = float(true[false <= 0.05].max())
+    if flagged is not None:
+        truth, chosen = poisoned.cpu(), flagged.cpu()
+        for key, of, among in (("tpr", chosen, truth), ("fpr", chosen, ~truth), ("precision", truth, chosen)):
+            figures[f"detection_{key}"] = of[among].double().mean().item() if among.any() else None
+    return figures
+
+
 def robust_accuracy(
     model: nn.Module,
     data: ImageSet,
