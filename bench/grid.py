@@ -202,7 +202,7 @@ def _trials(
         recipe = asdict(attacker.recipe(OmegaConf.to_object(cfg.train)))  # type: ignore[arg-type]
     except (ValueError, OmegaConfBaseException) as error:
         raise UserError(f"{place['dataset']}: {error}") from error
-    usual = asdict(OmegaConf.to_object(cfg.train))  # type: ignore[call-overload]
+    usual = asdict(OmegaConf.to_object(cfg.train))  # type: ignore[arg-type]
     for kept in (recipe, usual):
         if kept["precision"] == "auto":
             kept["precision"] = precision

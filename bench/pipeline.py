@@ -198,12 +198,12 @@ class Bench:
         self._check_stored(trial, method, verdict.model)
         tensors: dict[str, Tensors] = {"model": verdict.model.state_dict()}
         images = len(self._shown(trial)[0]) if trial.defend["view"] != DefenderView.__name__ else 0
-        found = _findings(verdict.suspicion, verdict.flagged, images, method.name)
-        if found:
-            tensors["findings"] = found
+        findings = _findings(verdict.suspicion, verdict.flagged, images, method.name)
+        if findings:
+            tensors["findings"] = findings
         for index, step in enumerate(verdict.rounds):
-            found = _findings(step.suspicion, step.selected, images, method.name)
-            tensors[f"round_{index}"] = found | named("model", step.weights or {})
+            findings = _findings(step.suspicion, step.selected, images, method.name)
+            tensors[f"round_{index}"] = findings | named("model", step.weights or {})
         return {"rounds": [step.name for step in verdict.rounds]}, tensors
 
     def _check_stored(self, trial: Trial, method: Defense, model: Classifier) -> None:
@@ -319,16 +319,15 @@ class Bench:
         return train[rest], train[pool]
 
     def _view(self, trial: Trial, method: Defense, journal: Journal) -> DefenderView:
-        """Exactly what this defender could own. The attack is used here, and nothing of it goes along."""
+        """Exactly what this defender could own: nothing of the attack goes along."""
         info, identity = self.infos[trial.dataset], trial.implant
-        seed, attacker = identity["seed"], attack_from(identity)
         model = self._fresh(spec_of(info, identity["model"]), 0)
         model.load_state_dict(self.store.tensors("implant", key_of(identity), "model", str(self.device)))
         own = DefenderView(
             model=model.eval(),
             num_classes=info.num_classes,
             # Not the attacker's seed: with it, a defender could draw the poisoned indices again.
-            seed=generator(seed, "defender").initial_seed(),
+            seed=generator(identity["seed"], "defender").initial_seed(),
             device=self.device,
             progress=journal,
         )

@@ -227,7 +227,7 @@ def test_what_a_method_says_of_its_images_is_scored_against_the_truth_by_the_eva
     bench, (trial,) = Bench(Store(opened.store.root), opened.infos, torch.device("cpu")), opened.trials
     bench.run(trial)
     result = bench.store.result("evaluate", trial.keys()[2])
-    poison, images = (137, 1366) if setting == "trainset" else (7, 72)
+    poison, images = (137, 1367) if setting == "trainset" else (7, 71)
     figures = result["figures"]
     assert figures["detection_auroc"] == figures["detection_tpr"] == figures["detection_precision"] == 1.0
     assert figures["detection_fpr"] == 0.0
@@ -247,5 +247,5 @@ def test_scores_for_another_number_of_images_are_refused(tiny, monkeypatch):
     monkeypatch.setattr(Telling.defend, "__annotations__", {"view": TrainsetView})
     opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[telling]", "grid.settings=[trainset]"])
     bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"shape \(3,\); \(1366,\) is due"):
+    with pytest.raises(ValueError, match=r"shape \(3,\); \(1367,\) is due"):
         bench.run(opened.trials[0])

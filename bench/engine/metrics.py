@@ -84,8 +84,12 @@ def detection(
             figures["detection_auprc"] = float(average_precision_score(truth, score))
             figures["detection_tpr_at_fpr_5"] = float(true[false <= 0.05].max())
     if flagged is not None:
-        truth, chosen = poisoned.cpu(), flagged.cpu()
-        for key, of, among in (("tpr", chosen, truth), ("fpr", chosen, ~truth), ("precision", truth, chosen)):
+        is_poisoned, chosen = poisoned.cpu(), flagged.cpu()
+        for key, of, among in (
+            ("tpr", chosen, is_poisoned),
+            ("fpr", chosen, ~is_poisoned),
+            ("precision", is_poisoned, chosen),
+        ):
             figures[f"detection_{key}"] = of[among].double().mean().item() if among.any() else None
     return figures
 
