@@ -35,6 +35,7 @@ class GridConfig:
     defenses: list[str] = field(default_factory=lambda: ["no_defense", "fine_tuning"])
     settings: list[str] = field(default_factory=lambda: ["reserve"])
     seeds: Any = 3  # a number n (seeds 0 to n - 1) or a list
+    sweep: list[Any] = field(default_factory=list)  # {key: reserve.size, values: [0.01, 0.05]}: one more axis each
     exceptions: list[Any] = field(default_factory=list)  # {attack: sig, set: {attack.poison_rate: 0.05}, why: "..."}
 
 

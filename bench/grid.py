@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -23,13 +24,16 @@ from defenses.base import SETTINGS, Defense, ReserveView, TrainsetView, defense,
 
 # Folders beside the grids' own under results/.
 RESERVED = ("store", "mlflow", "checkpoints", "readme")
+# The groups of settings that may differ from cell to cell.
+PER_CELL = ("attack", "defense", "train", "reserve", "measure")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One attack x defense x data set x architecture x setting x seed.
+    """One attack x defense x data set x architecture x setting x variant x seed.
 
     Attributes:
+        variant: the swept settings of this trial, e.g. `reserve.contamination=0.1`; empty where nothing is swept.
         implant, defend, evaluate: the identities of its three stages. `defend` and `evaluate` are empty where the
             defense is not applicable in the setting; `reason` says why.
     """
@@ -44,6 +48,7 @@ class Trial:
     defend: Identity
     evaluate: Identity
     reason: str = ""
+    variant: str = ""
 
     def keys(self) -> tuple[str, str, str]:
         """The keys of the three stages."""
@@ -55,7 +60,8 @@ class Trial:
 
     @property
     def title(self) -> str:
-        return f"{self.dataset}/{self.model}/{self.attack}/{self.defense}/{self.setting}/{self.seed}"
+        place = [self.dataset, self.model, self.attack, self.defense, self.setting]
+        return "/".join([*place, *([self.variant] if self.variant else []), str(self.seed)])
 
 
 def seeds_of(value: Any) -> list[int]:
@@ -139,7 +145,7 @@ def _check_exceptions(cfg: DictConfig) -> None:
             if axis in exception:
                 _distinct(_listed(exception[axis]), f"grid.exceptions.{axis}s", names_)
         for key in exception["set"]:
-            if str(key).partition(".")[0] not in ("attack", "defense", "train", "reserve", "measure"):
+            if str(key).partition(".")[0] not in PER_CELL:
                 raise UserError(f"grid.exceptions: {key!r} cannot be set for single cells")
 
 
@@ -172,6 +178,7 @@ def expand(
     """
     check(cfg)
     axes, seeds = names(cfg), seeds_of(cfg.grid.seeds)
+    variants = _variants(cfg, explicit)
     trials: list[Trial] = []
     for data in axes["datasets"]:
         for model in axes["models"]:
@@ -186,12 +193,42 @@ def expand(
                             "defense": defender,
                             "setting": setting,
                         }
-                        trials += _trials(_with_exceptions(cfg, place, explicit), infos[data], place, seeds, precision)
+                        for swept in variants:
+                            theirs = _with_exceptions(cfg, place, explicit, swept)
+                            trials += _trials(theirs, infos[data], place, seeds, precision, swept)
     return trials
 
 
+def _variants(cfg: DictConfig, explicit: frozenset[str]) -> list[dict[str, Any]]:
+    """Every combination of the swept values; one empty one where nothing is swept.
+
+    Raises:
+        UserError: a key cannot be swept, or has no values.
+    """
+    axes: dict[str, list[Any]] = {}
+    for entry in cfg.grid.sweep:
+        if not OmegaConf.is_dict(entry) or set(entry) != {"key", "values"} or not OmegaConf.is_list(entry["values"]):
+            raise UserError(f"grid.sweep: {entry!r} needs `key` and a list of `values`")
+        key, values = str(entry["key"]), list(entry["values"])
+        if key.partition(".")[0] not in PER_CELL:
+            raise UserError(
+                f"grid.sweep: {key!r} cannot differ from cell to cell; sweep a key of {', '.join(PER_CELL)}"
+            )
+        if not values or len({str(value) for value in values}) < len(values) or key in axes:
+            raise UserError(f"grid.sweep: {key} is swept over {values}; write different values, each key once")
+        if key in explicit:
+            raise UserError(f"{key} is swept by this grid; leave it out, or write grid.sweep=[]")
+        axes[key] = values
+    return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+
+
 def _trials(
-    cfg: DictConfig, info: DatasetInfo, place: dict[str, str], seeds: list[int], precision: str
+    cfg: DictConfig,
+    info: DatasetInfo,
+    place: dict[str, str],
+    seeds: list[int],
+    precision: str,
+    swept: dict[str, Any],
 ) -> Iterator[Trial]:
     """The trials of one cell, one for each seed."""
     attacker = attack_of(cfg, place["attack"])
@@ -257,6 +294,7 @@ def _trials(
             defend=theirs,
             evaluate={**measure, "defend": key_of(theirs)} if theirs else {},
             reason=reason,
+            variant=", ".join(f"{key}={value}" for key, value in swept.items()),
         )
 
 
@@ -273,8 +311,12 @@ def _identity_of(method: Attack | Defense) -> Identity:
     return found
 
 
-def _with_exceptions(cfg: DictConfig, place: dict[str, str], explicit: frozenset[str]) -> DictConfig:
+def _with_exceptions(
+    cfg: DictConfig, place: dict[str, str], explicit: frozenset[str], swept: dict[str, Any]
+) -> DictConfig:
     """The configuration of one cell: every exception that matches is set, in order; the command line wins.
+
+    What is swept is set last.
 
     `attack.poison_rate` in an exception means this cell's attack, `defense.epochs` its defense.
     """
@@ -283,19 +325,19 @@ def _with_exceptions(cfg: DictConfig, place: dict[str, str], explicit: frozenset
         for exception in cfg.grid.exceptions
         if all(place[axis] in _listed(value) for axis, value in exception.items() if axis in place)
     ]
-    if not fitting:
+    if not fitting and not swept:
         return cfg
     cfg = cfg.copy()
-    for exception in fitting:
-        for key, value in exception["set"].items():
-            head, _, rest = str(key).partition(".")
-            path = f"{head}.{place[head]}.{rest}" if head in ("attack", "defense") else str(key)
-            if path in explicit:
-                continue
-            try:
-                OmegaConf.update(cfg, path, value, force_add=False)
-            except OmegaConfBaseException as error:
-                raise UserError(f"grid.exceptions: {key}={value!r}: {' '.join(str(error).split())}") from error
+    changes = [("exceptions", key, value) for exception in fitting for key, value in exception["set"].items()]
+    for source, key, value in [*changes, *(("sweep", key, value) for key, value in swept.items())]:
+        head, _, rest = str(key).partition(".")
+        path = f"{head}.{place[head]}.{rest}" if head in ("attack", "defense") else str(key)
+        if path in explicit:
+            continue
+        try:
+            OmegaConf.update(cfg, path, value, force_add=False)
+        except OmegaConfBaseException as error:
+            raise UserError(f"grid.{source}: {key}={value!r}: {' '.join(str(error).split())}") from error
     check(cfg)
     return cfg
 

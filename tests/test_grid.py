@@ -7,6 +7,7 @@ from dataclasses import fields
 import pytest
 
 from attacks.base import attack
+from bench.config import UserError
 from bench.door import plan, protocol
 from defenses.base import defense
 
@@ -123,3 +124,45 @@ def test_a_method_that_needs_no_image_is_repaired_once_for_all_settings(cache):
     opened = plan(["grid.defenses=[no_defense]", "grid.settings=[reserve,trainset]", f"dataset.cache={cache}"])
     both = {trial.setting: trial.keys() for trial in opened.trials if trial.seed == 0 and trial.attack == "badnets"}
     assert both["reserve"] == both["trainset"]
+
+
+def test_a_sweep_is_one_more_axis_and_its_value_wins_over_exceptions(cache):
+    opened = plan(
+        [
+            "grid=quick",
+            f"dataset.cache={cache}",
+            "grid.seeds=2",
+            "grid.attacks=[badnets]",
+            "grid.defenses=[fine_tuning,aft]",
+            "grid.sweep=[{key: reserve.size, values: [0.01, 0.05]}, {key: attack.poison_rate, values: [0.1, 0.2]}]",
+            "grid.exceptions=[{attack: badnets, set: {attack.poison_rate: 0.3}, why: a test}]",
+        ]
+    )
+    assert len(opened.trials) == 2 * 4 * 2
+    assert len({trial.keys()[0] for trial in opened.trials}) == 2 * 2  # the size of the reserve shares implants
+    first = opened.trials[0]
+    assert first.variant == "reserve.size=0.01, attack.poison_rate=0.1"
+    assert first.defend["reserve"]["size"] == 0.01
+    assert {trial.implant["attack"]["poison_rate"] for trial in opened.trials} == {0.1, 0.2}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "hint"),
+    [
+        ("[{key: dispatch.workers, values: [1, 2]}]", r"sweep a key of attack, defense"),
+        ("[{key: reserve.size, values: 0.1}]", r"a list of `values`"),
+        ("[{reserve.size: [0.1]}]", r"needs `key`"),
+        ("[{key: reserve.size, values: []}]", r"different values"),
+        ("[{key: reserve.size, values: [0.05, 0.05]}]", r"different values"),
+        ("[{key: reserve.seize, values: [0.05]}]", r"grid\.sweep: reserve\.seize"),
+    ],
+)
+def test_a_sweep_that_makes_no_sense_is_refused(cache, sweep, hint):
+    with pytest.raises(UserError, match=hint):
+        plan([*BASE, f"dataset.cache={cache}", f"grid.sweep={sweep}"])
+
+
+def test_a_swept_setting_cannot_be_set_beside_the_sweep(cache):
+    swept = "grid.sweep=[{key: reserve.size, values: [0.01, 0.05]}]"
+    with pytest.raises(UserError, match=r"reserve\.size is swept by this grid"):
+        plan([*BASE, f"dataset.cache={cache}", "reserve.size=0.02", swept])

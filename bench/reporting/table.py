@@ -13,7 +13,7 @@ import pandas as pd
 from bench.grid import Trial
 from bench.store import STAGES, Store
 
-AXES = ["dataset", "model", "setting", "attack", "defense"]
+AXES = ["dataset", "model", "variant", "setting", "attack", "defense"]
 MEASURES = ["clean_accuracy", "asr", "recovery_accuracy", "robust_accuracy", "detection_auroc"]
 COSTS = ["implant_seconds", "defend_seconds", "evaluate_seconds", "peak_memory_mib", "defend_images"]
 TEXTS = [*AXES, "status", "reason", "trial", "commit"]
@@ -130,19 +130,19 @@ def _safe(text: str) -> str:
 
 
 def boards(trials: pd.DataFrame, protocol: list[str]) -> list[Board]:
-    """The leaderboards of a grid, one for each data set and architecture.
+    """The leaderboards of a grid, one for each data set, architecture and combination of swept settings.
 
     Rows are grouped by what the defender owns: one with clean data is not the rival of one without. In each group the
     undefended model comes first, then defenses by their mean ASR; those with a cell that is not done come last.
     """
     table = cells(trials)
     found = []
-    for (data, model), part in table.groupby(["dataset", "model"], sort=False):
+    for (data, model, variant), part in table.groupby(["dataset", "model", "variant"], sort=False):
         attacks = list(dict.fromkeys(part.attack))
         clean = set(part[part.poison_rate_mean == 0].attack)  # nothing was poisoned: no ASR
         header = ["defense", *(f"{a} ACC" if a in clean else f"{a} ACC / ASR" for a in attacks)]
         header += ["mean ACC", "mean ASR", "mean recovery", "mean robust", "seconds", "MiB"]
-        board = Board(f"{data}, {model}", header)
+        board = Board(", ".join(str(name) for name in (data, model, variant) if name), header)
         for setting, group in part.groupby("setting", sort=False):
             board.rows.append([(f"setting: {setting}", False)])
             board.rows += _group(group, attacks, clean)
