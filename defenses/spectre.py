@@ -3,10 +3,11 @@
 Paper: Hayase, Kong, Somani and Oh, ICML 2021, arXiv:2104.11315.
 Differs: features are what the head reads; the released code takes a map inside the third stage. The top eigenpair of
 the fourth moment is found by Lanczos steps on k x k matrices, never from the k^2 x k^2 one. A trimming round drops at
-least a twelfth of its budget (`fast`), so that a class takes at most twelve rounds; the released code may take 69 at
-100 components. One component is not a candidate: trimming tails alone raises its value. The assumed poison is capped at
-a third of a class, and components at half of the rows that the covariance is estimated from. The target label is not
-known to the defender: only the class that `strongest_class` names is filtered, and if it names none, nothing is.
+least a twelfth of its budget (`fast`): a class takes at most twelve rounds, where the released code may take dozens.
+One component is not a candidate, since trimming tails alone raises its strength. The assumed poison is at most a third
+of a class, and eight surviving rows are asked for each component, because in a small class any direction looks strong.
+The defender does not know the target label: classes are compared at equal size, only the one that `strongest_class`
+names is filtered, and if it names none, nothing is.
 """
 
 from __future__ import annotations
@@ -14,14 +15,74 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from statistics import median
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from bench.engine.data import generator
+from bench.engine.metrics import features
+from defenses.base import Filter, TrainsetView, assumed_poison, defense
 
 FLOOR = 1e-10  # eigenvalues below this share of the largest are rounding
+TOO_FEW = 50  # rows of a class with which its strength says nothing
+
+
+@defense("spectre")
+@dataclass(frozen=True)
+class Spectre(Filter):
+    """Name the class whose flagged images stand out most, filter it, and train a fresh network on the rest.
+
+    Each image is scored within the class of its label. Scores are in units of the class's clean images, whose mean is
+    near 1 in every class, so they compare across classes.
+
+    Attributes:
+        poison_rate: assumed poisoned / all training images, all in the target class; see `assumed_poison`.
+        search_share: assumed share of poison in a class while the target is searched, in (0, 0.33].
+        search_ratio: least strength of the target, in medians over the classes, at least 1.
+        alpha, components, fast: of `quantum_scores`.
+    """
+
+    paper: ClassVar[str] = "arXiv:2104.11315"
+    poison_rate: float = 0.1
+    search_share: float = 0.12
+    search_ratio: float = 1.3
+    alpha: float = 4.0
+    components: int = 100
+    fast: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.poison_rate < 1:
+            raise ValueError(f"defense.spectre.poison_rate is {self.poison_rate:g}; write a share in (0, 1)")
+        if not 0 < self.search_share <= 0.33:
+            raise ValueError(f"defense.spectre.search_share is {self.search_share:g}; write a share in (0, 0.33]")
+        if self.search_ratio < 1:
+            raise ValueError(f"defense.spectre.search_ratio is {self.search_ratio:g}; write 1 or more, e.g. 1.3")
+        if self.components < 1 or self.alpha < 0:
+            raise ValueError("defense.spectre.components must be at least 1, alpha at least 0")
+
+    def inspect(self, view: TrainsetView) -> tuple[Tensor, Tensor]:
+        rows, labels = features(view.model, view.trainset), view.trainset.labels
+        how: dict[str, Any] = {"alpha": self.alpha, "components": self.components, "fast": self.fast}
+        strengths = class_strengths(rows, labels, seed=view.seed, share=self.search_share, **how)
+        for label, value in strengths.items():
+            view.progress.log("spectre/strength", value, label)
+        target = strongest_class(strengths, self.search_ratio)
+        suspicion = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
+        flagged = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        for label in labels.unique().tolist():
+            members = (labels == label).nonzero().flatten()
+            if len(members) < 4:
+                continue
+            budget = max(1, round(self.search_share * len(members)))
+            if label == target:
+                budget = assumed_poison(self.poison_rate, len(rows), len(members))
+            found = quantum_scores(rows[members], budget, **how)
+            suspicion[members] = found.scores
+            if label == target:
+                flagged[members] = found.flagged
+        return suspicion, flagged
 
 
 @dataclass(frozen=True)
@@ -62,8 +123,8 @@ def quantum_scores(
         budget: assumed number of poisoned rows; lowered to 0.33 n, beyond which no robust estimate exists.
         alpha: sharpness of the quantum entropy matrix, >= 0; at 0 the score is the mean squared whitened coordinate.
         tail: probability with which the norm test may drop a clean row.
-        components: most principal components; lowered to the features' rank and to half of the n - 2 budget rows
-            that survive trimming at the least.
+        components: most principal components; lowered to the features' rank and to an eighth of the n - 2 budget
+            rows that trimming leaves at the least.
         center: whiten around the `overall` mean, as the released code does, or around the `robust` one.
         skip_k1: leave out one component as a candidate.
         fast: a trimming round drops at least a twelfth of its whole budget; False follows the released code.
@@ -81,7 +142,7 @@ def quantum_scores(
         raise ValueError("features hold a value that is not finite; look at the model's weights")
     count = len(features)
     budget = max(1, min(budget, int(0.33 * count)))
-    points = principal(features, min(components, max(1, (count - round(2 * budget)) // 2)))
+    points = principal(features, min(components, max(1, (count - 2 * budget) // 8)))
     flags = min(count, round(1.5 * budget))
     best: Filtered | None = None
     for k in candidates(points.shape[1], skip_k1):
@@ -93,6 +154,47 @@ def quantum_scores(
             best = Filtered(scores, flagged, found, k)
     assert best is not None
     return best
+
+
+def class_strengths(
+    features: Tensor, labels: Tensor, *, seed: int, share: float = 0.12, **settings: Any
+) -> dict[int, float]:
+    """SPECTRE's strength of each class, with this share of it assumed poisoned: the target's is the largest.
+
+    Each class is judged by as many rows, drawn at random, as the smallest has: the strength of clean rows goes up as
+    they get fewer, and would name the rarest class. Classes of fewer than 50 rows are left out.
+
+    Args:
+        features: (N, d), of a whole set.
+        labels: (N,) int64, as shipped.
+        settings: of `quantum_scores`.
+    """
+    members = {label: (labels == label).nonzero().flatten() for label in labels.unique().tolist()}
+    members = {label: rows for label, rows in members.items() if len(rows) >= TOO_FEW}
+    size = min(map(len, members.values()), default=0)
+    found = {}
+    for label, rows in members.items():
+        drawn = torch.randperm(len(rows), generator=generator(seed, "spectre", label))[:size].to(rows.device)
+        found[label] = quantum_scores(features[rows[drawn]], max(1, round(share * size)), **settings).strength
+    return found
+
+
+def strongest_class(strengths: Mapping[int, float], ratio: float = 1.3) -> int | None:
+    """The class of the largest strength; None if that is below `ratio` times the median: no single target."""
+    if not strengths:
+        return None
+    top = max(strengths, key=lambda label: strengths[label])
+    return top if strengths[top] >= ratio * median(strengths.values()) else None
+
+
+def oversized_class(labels: Tensor, num_classes: int, ratio: float = 1.5) -> int | None:
+    """The largest class, if it has more than `ratio` times the median number of images; None otherwise.
+
+    Means something only where classes were balanced before poisoning and the attack changed labels.
+    """
+    counts = torch.bincount(labels, minlength=num_classes).tolist()
+    top = max(range(num_classes), key=lambda label: counts[label])
+    return top if counts[top] > ratio * median(counts) else None
 
 
 def candidates(most: int, skip_k1: bool = True) -> list[int]:
