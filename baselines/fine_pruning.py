@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.engine.data import ImageSet, generator
+from bench.engine.metrics import features
 from bench.engine.models import Classifier
 from bench.engine.training import Hooks, Recipe, fit
 from defenses.base import Defense, ReserveView, Verdict, defense
@@ -104,13 +105,6 @@ class KeepPruned(Hooks):
 def cut(model: Classifier, units: Tensor) -> None:
     """Zero the head's columns for these units."""
     model.head.weight[:, units] = 0
-
-
-@torch.no_grad()
-def features(model: Classifier, data: ImageSet) -> Tensor:
-    """(N, D): the head's inputs for a whole set, in eval mode and without augmentation."""
-    model.eval()
-    return torch.cat([model.features(images) for images, _ in data.chunks()])
 
 
 def loudness(model: Classifier, data: ImageSet) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.engine.data import Augmentation, ImageSet
 from bench.engine.models import Classifier
 from bench.engine.registry import Registry
-from bench.engine.training import Journal, Recipe, Tensors
+from bench.engine.training import Journal, Recipe, Tensors, fit
 
 defense = Registry("defense")
 
@@ -133,6 +133,52 @@ class Defense:
 
     def defend(self, view: Any) -> Verdict:
         raise NotImplementedError(f"defense {self.name!r} has no defend")
+
+
+@dataclass(frozen=True)
+class Filter(Defense):
+    """Base of the methods that look for poisoned training images, and train a fresh network on the others.
+
+    The subclass writes `inspect`. Where nothing is flagged the given model comes back: it is what training on all the
+    images gives.
+
+    Attributes:
+        retrain: False only detects, and the given model comes back.
+    """
+
+    retrain: bool = True
+
+    def inspect(self, view: TrainsetView) -> tuple[Tensor, Tensor]:
+        """(N,) suspicion, finite and higher = more suspicious, and (N,) bool flags by the method's own rule."""
+        raise NotImplementedError(f"defense {self.name!r} has no inspect")
+
+    def defend(self, view: TrainsetView) -> Verdict:
+        suspicion, flagged = self.inspect(view)
+        view.progress.log(f"{self.name}/flagged", flagged.double().mean().item(), 0)
+        model = view.model
+        if self.retrain and flagged.any():
+            model = fit(
+                view.fresh_model(view.seed),
+                view.trainset[~flagged],
+                view.recipe,
+                seed=view.seed,
+                augmentation=view.augmentation,
+                journal=view.progress,
+                part=self.name,
+            )
+        return Verdict(model, suspicion=suspicion, flagged=flagged)
+
+
+def assumed_poison(rate: float, images: int, in_class: int) -> int:
+    """How many of a class's images a filter takes for poisoned, if it is the target: at least 1.
+
+    Args:
+        rate: assumed poisoned / all training images.
+        images: in the training set.
+        in_class: of them, those labelled with the class. No filter can tell poison from a clean class when it is the
+            larger part, so at most a third counts as such, and a tenth of a class of less than 500.
+    """
+    return max(1, min(round(rate * images), int((0.33 if in_class >= 500 else 0.1) * in_class)))
 
 
 def views_of(method: type[Defense]) -> tuple[type[DefenderView], ...]:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from baselines.fine_pruning import FinePruning, cut, features, loudness
+from baselines.fine_pruning import FinePruning, cut, loudness
 from bench.engine.data import Augmentation, ImageSet, generator
-from bench.engine.metrics import predict
+from bench.engine.metrics import features, predict
 from bench.engine.models import Classifier, ModelSpec
 from bench.engine.training import Journal
 from defenses.base import ReserveView

@@ -33,6 +33,8 @@ SMALL = {
     "fine_tuning": {"epochs": 1},
     "fine_pruning": {"epochs": 1},
     "aft": {"updates": 2, "adversarial_updates": 1},
+    "spectre": {"components": 9},
+    "strip": {"overlays": 2},
 }
 
 

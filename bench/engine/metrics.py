@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .adversarial import pgd
 from .data import ImageSet, generator
+from .models import Classifier
 
 
 @torch.no_grad()  # not inference mode: a method may train on what it predicted
@@ -15,6 +16,13 @@ def predict(model: nn.Module, data: ImageSet, batch_size: int = 1024) -> Tensor:
     model.eval()
     found = [model(images).argmax(dim=1) for images, _ in data.chunks(batch_size)]
     return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+
+
+@torch.no_grad()
+def features(model: Classifier, data: ImageSet, batch_size: int = 1024) -> Tensor:
+    """(N, D): what the classifier head reads, for a whole set, in eval mode and without augmentation."""
+    model.eval()
+    return torch.cat([model.features(images) for images, _ in data.chunks(batch_size)])
 
 
 def accuracy(predicted: Tensor, true: Tensor) -> float:
