@@ -55,6 +55,11 @@ class Classifier(nn.Module):
         )
         return maps
 
+    def logits_and_stages(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """What `forward` and `stages` give, by one pass: batch norm sees the batch once."""
+        last, maps = self.net.forward_intermediates((images - self.mean) / self.std, output_fmt="NCHW")
+        return self.net.forward_head(last), maps
+
     @property
     def head(self) -> nn.Linear | nn.Conv2d:
         """The last layer: linear, or a 1x1 convolution in some families."""
