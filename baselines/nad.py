@@ -1,0 +1,156 @@
+"""Neural Attention Distillation (NAD): where the network looks is drawn towards where a fine-tuned copy of it looks.
+
+Paper: Li et al., ICLR 2021, arXiv:2101.05930.
+Differs: the paper weighs the mean over an attention map's positions by 500, 1000 and 1000 for maps of 32, 16 and 8
+pixels a side; a map has unit length, so that this mean shrinks with the number of positions. The same weights are
+applied here to the sum over positions (0.49, 3.9 and 15.6), for maps of any size; with fewer than three maps, the
+weights of the deepest. Maps of one position are left out: their attention is 1 whatever the network does, and toolkits
+that compare them run a plain fine-tune by this name. The rate starts at 0.01 with a cosine to zero; the released script
+starts at 0.1 for two epochs. `beta=0` is the fine-tune alone, bit for bit: the control that this method needs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.engine.models import Classifier
+from bench.engine.training import Hooks, Recipe, fit
+from defenses.base import Defense, NotApplicable, ReserveView, Verdict, defense
+
+# The paper's three maps: the share of beta, and the pixels a side on which the paper sets it.
+PAPER_MAPS = ((0.5, 32), (1.0, 16), (1.0, 8))
+
+
+@defense("nad")
+@dataclass(frozen=True)
+class NeuralAttentionDistillation(Defense):
+    """Fine-tune a copy as the teacher, then fine-tune the model with its attention held to the teacher's.
+
+    Attributes:
+        beta: weight of the distillation as the paper counts it: that of its last two maps, the first has half.
+        teacher_epochs: of the fine-tune that makes the teacher.
+        epochs: of the distillation.
+        lr, batch_size, momentum, weight_decay: of both; SGD with a cosine schedule to zero.
+    """
+
+    paper: ClassVar[str] = "arXiv:2101.05930"
+    beta: float = 1000.0
+    teacher_epochs: int = 10
+    epochs: int = 20
+    lr: float = 0.01
+    batch_size: int = 64
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < math.inf:
+            raise ValueError(f"defense.nad.beta is {self.beta:g}; write 0 (no distillation) or more, 1000 is usual")
+        if self.teacher_epochs < 0:
+            raise ValueError(f"defense.nad.teacher_epochs is {self.teacher_epochs}; write 0 or more, 10 is usual")
+
+    def defend(self, view: ReserveView) -> Verdict:
+        if self.beta == 0:
+            return Verdict(self._fit(view, view.model, self.epochs, "fine_tuning"))
+        with torch.no_grad():
+            maps = view.model.stages(torch.zeros(1, *view.reserve.images.shape[1:], device=view.device))
+        compared = informative([(stage.shape[-2], stage.shape[-1]) for stage in maps])
+        if not compared:
+            raise NotApplicable("no stage has a map of four positions; set a larger dataset.size or another model.stem")
+        weights = [self.beta * share / side**2 for share, side in PAPER_MAPS][-len(compared) :]
+        teacher = self._fit(view, copy.deepcopy(view.model), self.teacher_epochs, "teacher").requires_grad_(False)
+        hooks = Distillation(teacher, dict(zip(compared, weights, strict=True)))
+
+        def log(model: nn.Module, epoch: int) -> None:
+            view.progress.log("nad/attention_to_cross_entropy", hooks.ratio(), epoch)
+
+        # Named as the plain fine-tune, so that without distillation the two are the same, bit for bit.
+        return Verdict(self._fit(view, view.model, self.epochs, "fine_tuning", hooks, log))
+
+    def _fit(
+        self,
+        view: ReserveView,
+        model: Classifier,
+        epochs: int,
+        part: str,
+        hooks: Hooks | None = None,
+        after_epoch: Callable[[nn.Module, int], None] | None = None,
+    ) -> Classifier:
+        recipe = Recipe(
+            epochs=epochs,
+            lr=self.lr,
+            batch_size=self.batch_size,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            optimizer="sgd_plain",
+        )
+        return fit(
+            model,
+            view.reserve,
+            recipe,
+            seed=view.seed,
+            augmentation=view.augmentation,
+            hooks=hooks,
+            journal=view.progress,
+            part=part,
+            after_epoch=after_epoch,
+        )
+
+
+class Distillation(Hooks):
+    """Adds the distance to the teacher's attention to the cross-entropy.
+
+    Args:
+        teacher: frozen, in eval mode.
+        weights: stage -> weight of its distance.
+    """
+
+    def __init__(self, teacher: Classifier, weights: dict[int, float]) -> None:
+        self.teacher, self.weights = teacher, weights
+        self.parts: list[Tensor] = []  # of this epoch: cross-entropy and distillation of each step
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        assert isinstance(model, Classifier)
+        logits, maps = model.logits_and_stages(images)
+        with torch.no_grad():
+            wanted = self.teacher.stages(images)
+        plain = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        distilled = torch.stack([weight * distance(maps[at], wanted[at]) for at, weight in self.weights.items()]).sum()
+        self.parts.append(torch.stack([plain, distilled]).detach())
+        return plain + distilled
+
+    def ratio(self) -> float:
+        """Distillation to cross-entropy, over the steps since the last call."""
+        plain, distilled = torch.stack(self.parts).sum(0).tolist()
+        self.parts.clear()
+        return distilled / max(plain, 1e-12)
+
+
+def attention(maps: Tensor) -> Tensor:
+    """(B, C, H, W) maps -> (B, H * W): squares summed over the channels, of unit length for each image."""
+    return F.normalize(maps.float().square().sum(dim=1).flatten(1), dim=1)
+
+
+def distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of the attentions, summed over positions, mean over images: 0 to 2, whatever the map's size."""
+    return (attention(student) - attention(teacher)).square().sum(dim=1).mean()
+
+
+def informative(sizes: Sequence[tuple[int, int]]) -> list[int]:
+    """Which stages are compared, given the height and width of each: up to three, from the first to the last.
+
+    The last stage of each resolution, of the three smallest resolutions with at least four positions; where all stages
+    have one resolution, those at one third, two thirds and all of the depth.
+    """
+    if len(set(sizes)) == 1:
+        found = sorted({math.ceil(third * len(sizes) / 3) - 1 for third in (1, 2, 3)})
+    else:
+        found = sorted({size: index for index, size in enumerate(sizes)}.values())
+    return [index for index in found if math.prod(sizes[index]) >= 4][-3:]
