@@ -1,0 +1,162 @@
+"""SAU: unlearn the adversarial examples that fool the infected model and the model under repair in the same way.
+
+Paper: Wei et al., Shared Adversarial Unlearning, NeurIPS 2023, arXiv:2307.10562.
+Differs: an adversarial example that both networks already send to one wrong class is left alone for the rest of its
+attack; its gradient is zero, so the result is that of the released code, for fewer passes. As released, examples may
+leave [0, 1], batch norm is frozen, images go in without augmentation, and the rate is constant.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.engine.adversarial import under_attack
+from bench.engine.models import Classifier
+from bench.engine.training import Hooks, Recipe, fit
+from defenses.base import Defense, ReserveView, Verdict, defense
+
+
+@defense("sau")
+@dataclass(frozen=True)
+class SharedAdversarialUnlearning(Defense):
+    """Train on clean images, and away from the class to which the infected model sends each adversarial example.
+
+    Attributes:
+        clean_weight, adversarial_weight, shared_weight: of the cross-entropy on clean images, of that on adversarial
+            ones, and of the shared adversarial risk (the paper's lambda 1 to 3).
+        epsilon: radius of the attack, L-infinity in pixel units; it starts at the corner, epsilon in each pixel.
+        step_size, attack_steps: of the attack, in pixel units.
+        attack_adversarial, attack_shared: what the attack seeks: to fool both networks, and to make them agree
+            (the paper's beta 1 and 2).
+        epochs, lr, batch_size: of Adam at a constant rate.
+    """
+
+    paper: ClassVar[str] = "arXiv:2307.10562"
+    clean_weight: float = 1.0
+    adversarial_weight: float = 0.0
+    shared_weight: float = 1.0
+    epsilon: float = 0.2
+    step_size: float = 0.2
+    attack_steps: int = 5
+    attack_adversarial: float = 0.01
+    attack_shared: float = 1.0
+    epochs: int = 100
+    lr: float = 1e-4
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon <= 1:
+            raise ValueError(f"defense.sau.epsilon is {self.epsilon:g}; pixels are in [0, 1]. 0.2 is usual.")
+        names = ("clean_weight", "adversarial_weight", "shared_weight", "step_size", "attack_steps")
+        for name in (*names, "attack_adversarial", "attack_shared"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"defense.sau.{name} is {getattr(self, name):g}; write 0 or more")
+
+    def defend(self, view: ReserveView) -> Verdict:
+        recipe = Recipe(
+            epochs=self.epochs,
+            optimizer="adam",
+            lr=self.lr,
+            batch_size=self.batch_size,
+            weight_decay=0.0,
+            schedule="constant",
+            precision="float32",
+        )
+        reference = copy.deepcopy(view.model).eval().requires_grad_(False)
+        hooks = SharedUnlearning(self, reference)
+        return Verdict(
+            fit(view.model, view.reserve, recipe, seed=view.seed, hooks=hooks, journal=view.progress, part="sau")
+        )
+
+
+class SharedUnlearning(Hooks):
+    """The attack on each batch, and the losses on what it finds."""
+
+    def __init__(self, settings: SharedAdversarialUnlearning, reference: Classifier) -> None:
+        self.settings, self.reference = settings, reference
+        self.adversarial: Tensor
+
+    def augmented(
+        self, model: nn.Module, images: Tensor, labels: Tensor, step: int, source: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        model.eval()  # `fit` has set train mode; batch norm stays as it is
+        if self.settings.adversarial_weight or self.settings.shared_weight:
+            self.adversarial = images + shared_perturbation(model, self.reference, images, labels, self.settings)
+        return images, labels
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        sau = self.settings
+        total = sau.clean_weight * F.cross_entropy(model(images), labels)
+        if not (sau.adversarial_weight or sau.shared_weight):
+            return total
+        logits = model(self.adversarial)
+        if sau.adversarial_weight:
+            total = total + sau.adversarial_weight * F.cross_entropy(logits, labels)
+        with torch.no_grad():
+            calm, lured = self.reference(images).argmax(1), self.reference(self.adversarial).argmax(1)
+        fooled = (lured != labels) & (lured != calm)
+        return total + sau.shared_weight * shared_risk(logits, lured, fooled)
+
+
+def shared_perturbation(
+    model: nn.Module, reference: nn.Module, images: Tensor, labels: Tensor, settings: SharedAdversarialUnlearning
+) -> Tensor:
+    """(B, C, H, W): for each image a change within epsilon that both networks mistake for the same class.
+
+    Both networks are in eval mode, so that an image's change depends on that image alone.
+    """
+    delta = torch.full_like(images, settings.epsilon)
+    with under_attack(model), torch.enable_grad():
+        with torch.no_grad():
+            own, other = model(images).argmax(1), reference(images).argmax(1)
+        left = torch.arange(len(images), device=images.device)  # not yet mistaken for the same class
+        for _ in range(settings.attack_steps):
+            part = delta[left].requires_grad_(True)
+            seen = images[left] + part
+            logits, reference_logits = model(seen), reference(seen)
+            predicted, reference_predicted = logits.argmax(1), reference_logits.argmax(1)
+            fooled, reference_fooled = predicted != own[left], reference_predicted != other[left]
+            shared = fooled & reference_fooled & (predicted == reference_predicted)
+            one = F.cross_entropy(logits, labels[left], reduction="none") * ~fooled
+            two = F.cross_entropy(reference_logits, labels[left], reduction="none") * ~reference_fooled
+            apart = divergence(logits, reference_logits) * ~shared
+            loss = (settings.attack_shared * apart - settings.attack_adversarial * (one + two) / 2).sum()
+            (slope,) = torch.autograd.grad(loss, part)
+            stepped = part.detach() - settings.step_size * slope.sign()
+            delta[left] = stepped.clamp(-settings.epsilon, settings.epsilon)
+            left = left[~shared]
+            if not len(left):
+                break
+    return delta
+
+
+def divergence(one: Tensor, two: Tensor) -> Tensor:
+    """(B,): Jensen-Shannon divergence of two batches of logits, in nats: 0 to log 2."""
+    p, q = (logits.softmax(1).clamp(min=1e-8) for logits in (one, two))
+    middle = (p + q) / 2
+    return ((p * p.log() + q * q.log()) / 2 - middle * middle.log()).sum(1)
+
+
+def shared_risk(logits: Tensor, lured: Tensor, fooled: Tensor) -> Tensor:
+    """Minus the log-probability of not following the infected model, over the images that fool it; mean over all.
+
+    Args:
+        logits: (B, classes) of the model under repair.
+        lured: (B,) the class to which the infected model sends each image.
+        fooled: (B,) bool, where that is a mistake.
+    """
+    probabilities = logits.softmax(1)
+    at = lured[:, None]
+    there = probabilities.gather(1, at).squeeze(1)
+    elsewhere = probabilities.scatter(1, at, 0.0).sum(1)
+    # One term twice: the first is exact where the probability is near 1, the second where it is near 0. Behind the
+    # clamps, which let go of an image at a probability of 0.001, neither has a slope.
+    risk = -((1e-6 + elsewhere.clamp(max=0.999)).log() + (1 + 1e-6 - there.clamp(min=0.001)).log()) / 2
+    return (risk * fooled).sum() / len(logits)
