@@ -8,6 +8,9 @@ One component is not a candidate, since trimming tails alone raises its strength
 of a class, and eight surviving rows are asked for each component, because in a small class any direction looks strong.
 The defender does not know the target label: classes are compared at equal size, only the one that `strongest_class`
 names is filtered, and if it names none, nothing is.
+Limits: where poison is the larger part of its class, as at 10 % all-to-one on ten classes, the robust estimate settles
+on the poison and the clean images are flagged. Features of trained networks have heavy tails, and clean classes differ
+in strength by more than the least ratio: on a clean model one class may still be named, and loses images.
 """
 
 from __future__ import annotations
