@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.engine.data import ImageSet, generator
+from bench.engine.metrics import accuracy, predict
 from bench.engine.models import Norm
 from bench.engine.pruning import PRUNE_BY, Masked, prune, split_off, units_to_prune
 from bench.engine.training import Hooks, Recipe, fit
@@ -122,22 +123,17 @@ class AdversarialNeuronPruning(Defense):
         """Epsilon, halved until random noise costs at most the tolerance; as given where statistics are stored."""
         if any(norm.has_statistics for norm in norms):
             return self.epsilon
-        masked.eval()
         device = judges.labels.device
         draws = torch.rand(4, 2, len(masked.mask), generator=generator(seed, "anp noise", device=device), device=device)
-
-        def right(size: float) -> float:
-            noises = draws.mul(2).sub(1).mul(size)
-            found = [
-                (masked(images, scale, shift).argmax(1) == labels).double().sum()
-                for scale, shift in noises
+        draws = draws.mul_(2).sub_(1)
+        whole, epsilon = accuracy(predict(masked, judges), judges.labels), self.epsilon
+        for _ in range(10):
+            right = [
+                (masked(images, *noise).argmax(1) == labels).double().sum()
+                for noise in draws * epsilon
                 for images, labels in judges.chunks()
             ]
-            return torch.stack(found).sum().item() / (len(noises) * len(judges))
-
-        whole, epsilon = right(0.0), self.epsilon
-        for _ in range(10):
-            if whole - right(epsilon) <= self.noise_tolerance:
+            if whole - torch.stack(right).sum().item() / (len(draws) * len(judges)) <= self.noise_tolerance:
                 break
             epsilon /= 2
         return epsilon

@@ -155,11 +155,11 @@ def test_epsilon_stays_as_published_where_statistics_are_stored():
 
 def test_epsilon_is_halved_on_layer_norms_until_random_noise_is_bearable():
     model = timm_model("test_vit")
-    data = noise(60)
+    data = noise(30)
     with torch.no_grad():
         reserve = ImageSet(data.images, model(data.images / 255).argmax(1))
     epsilons = []
-    for tolerance in (0.0, 0.05, 0.3, 1.0):
+    for tolerance in (0.1, 1.0):
         given = view(model, reserve)
         AdversarialNeuronPruning(updates=0, held_out=0.9, noise_tolerance=tolerance).defend(given)
         epsilons.append(given.progress.curves["anp/epsilon"][0][1])
@@ -170,9 +170,9 @@ def test_epsilon_is_halved_on_layer_norms_until_random_noise_is_bearable():
     # The one before the last halving was too much, and this one is not: by other draws, so with a margin.
     masked, norms = Masked(model, model.norms()).eval(), model.norms()
     source = generator(9, "draws")
-    for epsilon, low, high in ((epsilons[1], -0.01, 0.09), (2 * epsilons[1], 0.01, 1.0)):
+    for epsilon, low, high in ((epsilons[0], 0.0, 0.15), (2 * epsilons[0], 0.05, 1.0)):
         losses = []
-        for _ in range(10):
+        for _ in range(4):
             scale, shift = (torch.rand(2, sum(len(n.layer.weight) for n in norms), generator=source) * 2 - 1) * epsilon
             with torch.no_grad():
                 losses.append((masked(reserve.images / 255, scale, shift).argmax(1) != reserve.labels).double().mean())
