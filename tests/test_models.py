@@ -269,3 +269,114 @@ def test_families_that_can_take_32_pixels_pass_the_check(name):
 def test_an_architecture_that_cannot_be_fitted_is_refused_in_one_line(name):
     with pytest.raises(ValueError, match=f"{name}.*cannot take 32x32 images"):
         spec(name).check()
+
+
+# Norm layers with scale and shift, their channels, and whether they store statistics: counted by hand from the
+# papers' widths (ResNet-18: 64 in the stem, 4 layers of 64, 5 each of 128, 256 and 512 with the shortcut's).
+NORMS = {
+    "resnet18": (20, 64 + 4 * 64 + 5 * (128 + 256 + 512), True),
+    "resnetv2_18": (17, 64 * 4 + 64 + 128 * 3 + 128 + 256 * 3 + 256 + 512 * 3 + 512, True),
+    "vgg16_bn": (13, 2 * 64 + 2 * 128 + 3 * 256 + 6 * 512, True),
+    "efficientnet_b0": (49, 21008, True),
+    "convnext_tiny": (23, 96 + (3 + 1) * 96 + (3 + 1) * 192 + (9 + 1) * 384 + 3 * 768 + 768, False),
+    "vit_tiny_patch16_224": (25, 25 * 192, False),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_the_norm_layers_of_known_networks_are_as_many_as_their_papers_say(name):
+    layers, units, statistics = NORMS[name]
+    if name == "vgg16_bn":
+        norms = built(name).norms()
+    else:
+        with torch.device("meta"):
+            norms = spec(name).build(0).norms()
+    assert len(norms) == layers
+    assert sum(len(norm.layer.weight) for norm in norms) == units
+    assert {norm.has_statistics for norm in norms} == {statistics}
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [(name, channels) for name in [*LIGHT, "resnet18", "densenet121"] for channels in (1, 3)] + [("vgg16_bn", 3)],
+)
+def test_norm_layers_come_by_name_and_each_once(name, channels):
+    model = built(name, channels)
+    norms = model.norms()
+    assert len({norm.name for norm in norms}) == len(norms) > 5
+    for norm in norms:
+        assert model.get_submodule(norm.name) is norm.layer
+        assert norm.layer.weight.shape == norm.layer.bias.shape == (len(norm.layer.weight),)
+        if norm.convolution is not None:
+            assert norm.convolution.out_channels == len(norm.layer.weight)
+    every = [
+        key for key, m in model.named_modules() if "Norm" in type(m).__name__ and getattr(m, "weight", None) is not None
+    ]
+    assert {norm.name for norm in norms} == set(every)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_efficientnet", "mobilenetv3_small_100", "test_resnet"])
+def test_where_each_convolution_is_followed_by_its_norm_each_norm_knows_it(name):
+    assert all(norm.convolution is not None for norm in built(name).norms())
+
+
+def test_pairs_of_a_pre_activation_network_follow_the_execution_and_not_the_listing():
+    model = built("resnetv2_18")
+    pairs = {norm.name: norm.convolution for norm in model.norms()}
+    for stage in range(4):
+        for block in range(2):
+            name = f"net.stages.{stage}.blocks.{block}"
+            assert pairs[f"{name}.norm2"] is model.get_submodule(f"{name}.conv1")
+            # Its first norm reads a sum; only the very first reads the stem, whose pooling is gone.
+            stem = model.get_submodule("net.stem.conv") if (stage, block) == (0, 0) else None
+            assert pairs[f"{name}.norm1"] is stem
+    assert pairs["net.norm"] is None
+
+
+def test_dense_layers_pair_only_where_a_convolution_alone_is_read():
+    pairs = {norm.name: norm.convolution for norm in built("densenet121").norms()}
+    model = built("densenet121")
+    first = "net.features.denseblock1.denselayer1"
+    assert pairs[f"{first}.norm2"] is model.get_submodule(f"{first}.conv1")
+    assert pairs["net.features.denseblock1.denselayer2.norm1"] is None  # it reads the joined maps of two layers
+    assert sum(conv is not None for conv in pairs.values()) == 1 + 6 + 12 + 24 + 16  # the stem, and one each
+
+
+class Tangled(nn.Module):
+    """Layers listed in another order than they run, an activation in place, and one norm read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.first = nn.BatchNorm2d(6), nn.BatchNorm2d(4)
+        self.two, self.one, self.three = nn.Conv2d(4, 6, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(6, 6, 1)
+        self.after_relu, self.plain = nn.GroupNorm(2, 6), nn.BatchNorm2d(6, affine=False)
+        self.fc = nn.Linear(6, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.last(self.two(self.first(self.one(images))))
+        maps = self.after_relu(nn.functional.relu_(self.three(maps)))
+        return self.fc(self.plain(maps).mean((2, 3)))
+
+    def get_classifier(self) -> nn.Linear:
+        return self.fc
+
+
+def test_norms_come_in_the_order_they_run_and_see_through_nothing_that_changes_a_value():
+    net = Tangled()
+    norms = Classifier(net, [0.0] * 3, [1.0] * 3, image_size=8).norms()
+    assert [norm.name for norm in norms] == ["net.first", "net.last", "net.after_relu"]
+    assert [norm.convolution for norm in norms] == [net.one, net.two, None]
+    assert [norm.has_statistics for norm in norms] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit"])
+def test_looking_for_norms_leaves_no_trace(name):
+    model = spec(name).build(0).train()
+    model.net.get_classifier().eval()
+    modes = [layer.training for layer in model.modules()]
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    model.norms()
+    assert [layer.training for layer in model.modules()] == modes
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
+    assert all(weight.requires_grad for weight in model.parameters())

@@ -35,6 +35,9 @@ SMALL = {
     "aft": {"updates": 2, "adversarial_updates": 1},
     "spectre": {"components": 9},
     "strip": {"overlays": 2},
+    "anp": {"updates": 2},
+    "rnp": {"unlearn_epochs": 1, "recover_epochs": 1},
+    "awm": {"rounds": 1, "updates": 2},
 }
 
 

@@ -12,7 +12,29 @@ import torch
 from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
+from .adversarial import under_attack
+
 STEMS = ("small", "half", "stock")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation layer with a scale and a shift for each channel.
+
+    Attributes:
+        name: of the layer in its Classifier: `name.weight` is the scale, `name.bias` the shift, (C,) each.
+        layer: the module. That of timm's fused layers (BatchNormAct2d) applies the activation too.
+        convolution: whose output the layer reads, unchanged; None if it reads a sum, tokens or anything else.
+    """
+
+    name: str
+    layer: Any
+    convolution: nn.Conv2d | None
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the layer stores a running mean and variance, as batch norm does."""
+        return getattr(self.layer, "running_var", None) is not None
 
 
 class Classifier(nn.Module):
@@ -23,12 +45,21 @@ class Classifier(nn.Module):
     Attributes:
         net: the timm model.
         notes: how the network was fitted to the image size, one line each.
+        image_size: pixels a side of the images that it takes.
     """
 
-    def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float], notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        notes: Sequence[str] = (),
+        image_size: int = 32,
+    ) -> None:
         super().__init__()
         self.net: Any = net  # timm's networks share methods that nn.Module does not declare
         self.notes = tuple(notes)
+        self.image_size = image_size
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
@@ -59,6 +90,37 @@ class Classifier(nn.Module):
         """What `forward` and `stages` give, by one pass: batch norm sees the batch once."""
         last, maps = self.net.forward_intermediates((images - self.mean) / self.std, output_fmt="NCHW")
         return self.net.forward_head(last), maps
+
+    def norms(self) -> list[Norm]:
+        """The normalisation layers with scale and shift, in the order in which a forward runs them.
+
+        The order of `modules()` says nothing of what feeds what: a shortcut's layers stand last and run first, and
+        in a pre-activation block the norm stands in front of the convolution. So one black image is traced.
+        """
+        written: list[tuple[Tensor, int, nn.Conv2d]] = []
+        read: dict[nn.Module, nn.Conv2d | None] = {}
+
+        def writes(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            assert isinstance(layer, nn.Conv2d)
+            written.append((output, output._version, layer))
+
+        def reads(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            # Another version is another content: an activation in place leaves the same tensor.
+            sources = (conv for out, version, conv in written if out is inputs[0] and out._version == version)
+            read.setdefault(layer, next(sources, None))
+
+        names = {layer: name for name, layer in self.named_modules()}
+        norms = [layer for layer in names if _is_norm(layer)]
+        handles = [layer.register_forward_pre_hook(reads) for layer in norms]
+        handles += [layer.register_forward_hook(writes) for layer in names if isinstance(layer, nn.Conv2d)]
+        black = torch.zeros(1, self.mean.shape[1], self.image_size, self.image_size, device=self.mean.device)
+        try:
+            with under_attack(self), torch.no_grad():
+                self(black)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [Norm(names[layer], layer, conv) for layer, conv in read.items()]
 
     @property
     def head(self) -> nn.Linear | nn.Conv2d:
@@ -98,7 +160,7 @@ class ModelSpec:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the GPU's source too
             net, notes = _fitted(self)
-        model = Classifier(net, self.mean, self.std, notes)
+        model = Classifier(net, self.mean, self.std, notes, self.image_size)
         return model.to(memory_format=torch.channels_last)
 
     def check(self) -> tuple[str, ...]:
@@ -178,6 +240,11 @@ def _fitted(spec: ModelSpec) -> tuple[nn.Module, list[str]]:
             net.set_submodule(name, nn.Identity())
             notes.append(f"{name} removed")
     return net, notes
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    affine = (getattr(layer, "weight", None), getattr(layer, "bias", None))
+    return "Norm" in type(layer).__name__ and all(isinstance(w, nn.Parameter) and w.ndim == 1 for w in affine)
 
 
 def _has(net: nn.Module, name: str) -> bool:

@@ -1,0 +1,181 @@
+"""Adversarial Neuron Pruning (ANP): cut the channels that fail first when all are perturbed against the network.
+
+Paper: Wu and Wang, NeurIPS 2021, arXiv:2110.14430.
+Differs: the threshold is the largest that a held-out part of the reserve allows; the released code prints a sweep on
+the test set and leaves the choice open (`prune_by=threshold` is the fixed rule, at 0.2). Batches are drawn without
+replacement. Units are the channels of every norm layer; in a network of layer norms, which the paper does not treat,
+a unit scales one coordinate of all tokens, and epsilon is halved until random noise of that size leaves most of the
+held-out accuracy: relative noise of 0.4 on each of them would leave no function to defend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.engine.data import ImageSet, generator
+from bench.engine.metrics import accuracy, predict
+from bench.engine.models import Norm
+from bench.engine.pruning import PRUNE_BY, Masked, prune, split_off, units_to_prune
+from bench.engine.training import Hooks, Recipe, fit
+from defenses.base import Defense, NotApplicable, ReserveView, Verdict, defense
+
+
+@defense("anp")
+@dataclass(frozen=True)
+class AdversarialNeuronPruning(Defense):
+    """Learn a mask of all norm channels under adversarial noise on their scales and shifts, then prune the lowest.
+
+    Attributes:
+        epsilon: radius of the noise, relative to scale and shift, in [0, 1].
+        alpha: weight of the clean loss, in [0, 1]; the perturbed loss has the rest.
+        steps: of the ascent, epsilon / steps each, from a random start in the ball.
+        project: keep the noise in the ball; the paper's code lets it reach twice epsilon.
+        updates, lr, momentum, batch_size: of SGD on the masks, at a constant rate.
+        prune_by: `held_out`, `threshold` or `count`.
+        tolerance: largest loss of held-out accuracy through pruning, in [0, 1).
+        held_out: share of the reserve that judges the pruning and is not learned from, in (0, 1).
+        threshold: channels with a mask at or below it go, for `prune_by=threshold`.
+        count: this many channels go, for `prune_by=count`.
+        noise_tolerance: largest loss of held-out accuracy through random noise, in [0, 1]; epsilon is halved until
+            it holds, only where no norm layer has running statistics. 1 keeps epsilon.
+    """
+
+    paper: ClassVar[str] = "arXiv:2110.14430"
+    epsilon: float = 0.4
+    alpha: float = 0.2
+    steps: int = 1
+    project: bool = False
+    updates: int = 2000
+    lr: float = 0.2
+    momentum: float = 0.9
+    batch_size: int = 128
+    prune_by: str = "held_out"
+    tolerance: float = 0.02
+    held_out: float = 0.1
+    threshold: float = 0.2
+    count: int = 0
+    noise_tolerance: float = 0.05
+
+    def __post_init__(self) -> None:
+        for key in ("epsilon", "alpha", "noise_tolerance"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(f"defense.anp.{key} is {getattr(self, key):g}; write a number in [0, 1]")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"defense.anp.tolerance is {self.tolerance:g}; write a share in [0, 1)")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"defense.anp.held_out is {self.held_out:g}; write a share in (0, 1)")
+        if self.steps < 1:
+            raise ValueError(f"defense.anp.steps is {self.steps}; write 1 or more")
+        if self.prune_by not in PRUNE_BY:
+            raise ValueError(f"defense.anp.prune_by is {self.prune_by!r}; write one of {', '.join(PRUNE_BY)}")
+
+    def defend(self, view: ReserveView) -> Verdict:
+        norms = view.model.norms()
+        if not norms:
+            raise NotApplicable("the network has no norm layer with a scale and a shift")
+        judges, kept = split_off(view.reserve, self.held_out, view.seed)
+        masked = Masked(view.model, norms)
+        epsilon = self._calibrated(masked, norms, judges, view.seed)
+        view.progress.log("anp/epsilon", epsilon, 0)
+        recipe = Recipe(
+            epochs=0,
+            updates=self.updates,
+            batch_size=self.batch_size,
+            optimizer="sgd_plain",
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=0.0,
+            schedule="constant",
+        )
+        fit(
+            masked,
+            kept,
+            recipe,
+            seed=view.seed,
+            augmentation=view.augmentation,
+            hooks=Perturbed(self, epsilon),
+            journal=view.progress,
+            part="anp",
+        )
+        units = units_to_prune(
+            view.model,
+            norms,
+            masked.mask.detach(),
+            judges,
+            prune_by=self.prune_by,
+            threshold=self.threshold,
+            count=self.count,
+            tolerance=self.tolerance,
+            journal=view.progress,
+            name="anp",
+        )
+        prune(view.model, norms, units)
+        return Verdict(view.model)
+
+    @torch.no_grad()
+    def _calibrated(self, masked: Masked, norms: Sequence[Norm], judges: ImageSet, seed: int) -> float:
+        """Epsilon, halved until random noise costs at most the tolerance; as given where statistics are stored."""
+        if any(norm.has_statistics for norm in norms):
+            return self.epsilon
+        device = judges.labels.device
+        draws = torch.rand(4, 2, len(masked.mask), generator=generator(seed, "anp noise", device=device), device=device)
+        draws = draws.mul_(2).sub_(1)
+        whole, epsilon = accuracy(predict(masked, judges), judges.labels), self.epsilon
+        for _ in range(10):
+            right = [
+                (masked(images, *noise).argmax(1) == labels).double().sum()
+                for noise in draws * epsilon
+                for images, labels in judges.chunks()
+            ]
+            if whole - torch.stack(right).sum().item() / (len(draws) * len(judges)) <= self.noise_tolerance:
+                break
+            epsilon /= 2
+        return epsilon
+
+
+class Perturbed(Hooks):
+    """The min-max problem: noise that raises the loss, and a mask that lowers it with and without the noise."""
+
+    def __init__(self, settings: AdversarialNeuronPruning, epsilon: float) -> None:
+        self.settings = settings
+        self.epsilon = epsilon
+        self.noise: tuple[Tensor, Tensor] | None = None
+
+    def augmented(
+        self, model: nn.Module, images: Tensor, labels: Tensor, step: int, source: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        assert isinstance(model, Masked)
+        self.noise = self.ascend(model, images, labels, source) if self.epsilon else None
+        return images, labels
+
+    def ascend(self, model: Masked, images: Tensor, labels: Tensor, source: torch.Generator) -> tuple[Tensor, Tensor]:
+        """(U,) noise on the scales and on the shifts, by ascent of the cross-entropy from a random start."""
+        start = torch.rand(2, len(model.mask), generator=source, device=images.device)
+        noise = start.mul_(2).sub_(1).mul_(self.epsilon)
+        model.mask.requires_grad_(False)
+        for _ in range(self.settings.steps):
+            noise.requires_grad_(True)
+            loss = F.cross_entropy(model(images, *noise), labels)
+            (gradient,) = torch.autograd.grad(loss, noise)
+            noise = noise.detach() + self.epsilon / self.settings.steps * gradient.sign()
+            if self.settings.project:
+                noise.clamp_(-self.epsilon, self.epsilon)
+        model.mask.requires_grad_(True)
+        return noise[0], noise[1]
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        clean = F.cross_entropy(model(images), labels)
+        if self.noise is None:
+            return clean
+        perturbed = F.cross_entropy(model(images, *self.noise), labels)
+        return self.settings.alpha * clean + (1 - self.settings.alpha) * perturbed
+
+    def after_step(self, model: nn.Module, step: int, steps: int) -> None:
+        assert isinstance(model, Masked)
+        model.clamp()

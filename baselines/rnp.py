@@ -1,0 +1,174 @@
+"""Reconstructive Neuron Pruning (RNP): unlearn the clean images, recover them by channel masks, cut what stays off.
+
+Paper: Li et al., ICML 2023, arXiv:2305.14876.
+Differs: unlearning ends at a training accuracy of two over the number of classes (0.2, as in the paper, for ten), and
+goes on with what it has when it never gets there; the gradient is clipped before it is used, where the released code
+clips the one of the step before. The threshold is the largest that a held-out part of the reserve allows; the
+released code sweeps it on the test set (`prune_by=threshold` is a fixed rule).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.engine.data import Augmentation, ImageSet, equal_batches, generator
+from bench.engine.models import Classifier
+from bench.engine.pruning import PRUNE_BY, Masked, prune, split_off, units_to_prune
+from bench.engine.training import Diverged, Hooks, Recipe, fit
+from defenses.base import Defense, NotApplicable, ReserveView, Verdict, defense
+
+
+@defense("rnp")
+@dataclass(frozen=True)
+class ReconstructiveNeuronPruning(Defense):
+    """Gradient ascent on a few clean images, then masks of the norm channels that undo it; the lowest are pruned.
+
+    Attributes:
+        images: how many of the reserve are unlearned and recovered; the paper's 500. 0 takes all.
+        unlearn_epochs: the most; the rate falls to a tenth behind every ten.
+        unlearn_lr, weight_decay: of the ascent, SGD on all weights.
+        clip: largest norm of the ascent's gradient.
+        stop_accuracy: unlearning ends at this training accuracy; 0 is two over the number of classes.
+        recover_epochs, recover_lr: of SGD on the masks, at a constant rate.
+        alpha: factor of the recovery's loss.
+        batch_size, momentum: of both.
+        prune_by: `held_out`, `threshold` or `count`.
+        tolerance: largest loss of held-out accuracy through pruning, in [0, 1).
+        held_out: share of the reserve that judges the pruning and is not learned from, in (0, 1).
+        threshold: channels with a mask at or below it go, for `prune_by=threshold`.
+        count: this many channels go, for `prune_by=count`.
+    """
+
+    paper: ClassVar[str] = "arXiv:2305.14876"
+    images: int = 500
+    unlearn_epochs: int = 20
+    unlearn_lr: float = 0.01
+    weight_decay: float = 5e-4
+    clip: float = 20.0
+    stop_accuracy: float = 0.0
+    recover_epochs: int = 20
+    recover_lr: float = 0.2
+    alpha: float = 0.2
+    batch_size: int = 128
+    momentum: float = 0.9
+    prune_by: str = "held_out"
+    tolerance: float = 0.02
+    held_out: float = 0.1
+    threshold: float = 0.7
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.stop_accuracy <= 1:
+            raise ValueError(f"defense.rnp.stop_accuracy is {self.stop_accuracy:g}; write a share in [0, 1]")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"defense.rnp.tolerance is {self.tolerance:g}; write a share in [0, 1)")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"defense.rnp.held_out is {self.held_out:g}; write a share in (0, 1)")
+        if self.clip <= 0:
+            raise ValueError(f"defense.rnp.clip is {self.clip:g}; write a number above 0, 20 is usual")
+        if self.prune_by not in PRUNE_BY:
+            raise ValueError(f"defense.rnp.prune_by is {self.prune_by!r}; write one of {', '.join(PRUNE_BY)}")
+
+    def defend(self, view: ReserveView) -> Verdict:
+        norms = view.model.norms()
+        if not norms:
+            raise NotApplicable("the network has no norm layer with a scale and a shift")
+        judges, kept = split_off(view.reserve, self.held_out, view.seed)
+        kept = kept[: self.images] if self.images else kept
+        unlearned = self.unlearn(copy.deepcopy(view.model), kept, view)
+        masked = Masked(unlearned, unlearned.norms())
+        recipe = Recipe(
+            epochs=self.recover_epochs,
+            batch_size=self.batch_size,
+            optimizer="sgd_plain",
+            lr=self.recover_lr,
+            momentum=self.momentum,
+            weight_decay=0.0,
+            schedule="constant",
+        )
+        fit(
+            masked,
+            kept,
+            recipe,
+            seed=view.seed,
+            augmentation=view.augmentation,
+            hooks=Recover(self.alpha),
+            journal=view.progress,
+            part="rnp_recover",
+        )
+        units = units_to_prune(
+            view.model,
+            norms,
+            masked.mask.detach(),
+            judges,
+            prune_by=self.prune_by,
+            threshold=self.threshold,
+            count=self.count,
+            tolerance=self.tolerance,
+            journal=view.progress,
+            name="rnp",
+        )
+        prune(view.model, norms, units)
+        return Verdict(view.model)
+
+    def unlearn(self, model: Classifier, data: ImageSet, view: ReserveView) -> Classifier:
+        """Ascend the cross-entropy in place until the accuracy of an epoch is down; returns the model in eval mode.
+
+        Raises:
+            Diverged: the loss is no longer a number.
+        """
+        enough = self.stop_accuracy or 2 / view.num_classes
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=self.unlearn_lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+        batches, size = equal_batches(len(data), self.batch_size)
+        augmentation: Augmentation = view.augmentation
+        for epoch in range(self.unlearn_epochs):
+            source = generator(view.seed, "rnp unlearn", epoch, device=view.device)
+            order = torch.randperm(len(data), generator=source, device=view.device)
+            right = torch.zeros((), device=view.device)
+            total = torch.zeros((), device=view.device)
+            # Dropout draws from the global source, which is put back.
+            with torch.random.fork_rng(devices=[view.device] if view.device.type == "cuda" else []):
+                torch.manual_seed(generator(view.seed, "rnp model", epoch).initial_seed())
+                model.train()
+                for group in optimizer.param_groups:
+                    group["lr"] = self.unlearn_lr * 0.1 ** (epoch // 10)
+                for chosen in order[: batches * size].split(size):
+                    logits = model(augmentation(data.images[chosen], source))
+                    loss = F.cross_entropy(logits, data.labels[chosen])
+                    optimizer.zero_grad(set_to_none=True)
+                    (-loss).backward()
+                    nn.utils.clip_grad_norm_(model.parameters(), self.clip)
+                    optimizer.step()
+                    right += (logits.detach().argmax(1) == data.labels[chosen]).sum()
+                    total += loss.detach()
+            if not math.isfinite(total.item()):
+                raise Diverged(f"the unlearned loss became {total.item()}; try a lower defense.rnp.unlearn_lr or clip")
+            reached = right.item() / (batches * size)
+            view.progress.images += batches * size
+            view.progress.log("rnp/unlearned_accuracy", reached, epoch + 1)
+            if reached <= enough:
+                break
+        return model.eval()
+
+
+class Recover(Hooks):
+    """Masks learn to give the unlearned network its accuracy back."""
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        return self.alpha * F.cross_entropy(model(images), labels)
+
+    def after_step(self, model: nn.Module, step: int, steps: int) -> None:
+        assert isinstance(model, Masked)
+        model.clamp()

@@ -1,0 +1,145 @@
+"""Channels of norm layers as units: masked while a method looks for the bad ones, then pruned.
+
+A unit is one channel's scale: of a feature map behind batch or group norm, of every token behind layer norm. In a
+pre-activation network it feeds a convolution, elsewhere it ends one; behind layer norm it is one coordinate of the
+residual stream on its way into one branch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .data import ImageSet, generator
+from .metrics import accuracy, predict
+from .models import Classifier, Norm
+from .training import Journal, Tensors
+
+PRUNE_BY = ("held_out", "threshold", "count")
+THRESHOLDS = [step / 20 for step in range(19)]  # 0, 0.05, ..., 0.9
+
+
+class Channels:
+    """The scales and shifts of norm layers, each as one flat vector of all units.
+
+    Attributes:
+        scale, shift: (U,) copies of the weights as they are now, layer by layer.
+    """
+
+    def __init__(self, norms: Sequence[Norm]) -> None:
+        self._names = [norm.name for norm in norms]
+        self._sizes = [len(norm.layer.weight) for norm in norms]
+        self.scale = torch.cat([norm.layer.weight.detach() for norm in norms])
+        self.shift = torch.cat([norm.layer.bias.detach() for norm in norms])
+
+    def weights(self, scale: Tensor, shift: Tensor | None = None) -> Tensors:
+        """The parameters by their names, for `functional_call` or to be copied, from (U,) scales and shifts."""
+        found = {f"{name}.weight": part for name, part in zip(self._names, scale.split(self._sizes), strict=True)}
+        if shift is not None:
+            parts = shift.split(self._sizes)
+            found |= {f"{name}.bias": part for name, part in zip(self._names, parts, strict=True)}
+        return found
+
+
+class Masked(nn.Module):
+    """A frozen copy of a network with a mask on the scale of each norm channel; `fit` trains the mask alone.
+
+    Attributes:
+        mask: (U,) starts at 1, where the logits are the network's own, bit for bit.
+        channels: what the mask multiplies.
+    """
+
+    def __init__(self, model: Classifier, norms: Sequence[Norm]) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(model).requires_grad_(False)  # its running statistics move in train mode
+        self.channels = Channels(norms)
+        self.mask = nn.Parameter(torch.ones_like(self.channels.scale))
+
+    def forward(self, images: Tensor, scale_noise: Tensor | None = None, shift_noise: Tensor | None = None) -> Tensor:
+        """Logits with scales times (mask + noise) and shifts times (1 + noise), both noises (U,)."""
+        factor = self.mask if scale_noise is None else self.mask + scale_noise
+        shift = None if shift_noise is None else self.channels.shift * (1 + shift_noise)
+        weights = self.channels.weights(self.channels.scale * factor, shift)
+        return functional_call(self.network, weights, (images,))
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Put the mask back into [0, 1]."""
+        self.mask.clamp_(0, 1)
+
+
+@torch.no_grad()
+def prune(model: Classifier, norms: Sequence[Norm], units: Tensor) -> None:
+    """Zero the scales of the (U,) bool units in place; the shifts stay, so that a pruned channel is constant."""
+    channels = Channels(norms)
+    for name, weight in channels.weights(channels.scale.masked_fill(units, 0)).items():
+        model.get_parameter(name).copy_(weight)
+
+
+def split_off(data: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """A random part that judges, and the rest to learn from; one seed gives every method the same judges.
+
+    Raises:
+        ValueError: there are not two images, one for each.
+    """
+    if len(data) < 2:
+        raise ValueError(f"the reserve holds {len(data)} image; two are needed: one to learn from, one to judge by")
+    order = torch.randperm(len(data), generator=generator(seed, "held out")).to(data.labels.device)
+    judges = min(max(1, round(share * len(data))), len(data) - 1)
+    return data[order[:judges]], data[order[judges:]]
+
+
+@torch.no_grad()
+def units_to_prune(
+    model: Classifier,
+    norms: Sequence[Norm],
+    mask: Tensor,
+    held_out: ImageSet,
+    *,
+    prune_by: str,
+    threshold: float,
+    count: int,
+    tolerance: float,
+    journal: Journal,
+    name: str,
+) -> Tensor:
+    """Which units a learned mask condemns, and the curves of the choice.
+
+    The curves `name/pruned` (share of the units at or below a threshold: the masks' cumulative histogram) and
+    `name/held_out_accuracy` have 100 x threshold as their step, whatever rule decides.
+
+    Args:
+        model: the network to be pruned, left as it is.
+        mask: (U,) in [0, 1].
+        prune_by: `held_out` takes the largest threshold of 0, 0.05, ..., 0.9 that costs at most `tolerance` of the
+            held-out accuracy (none if there is no such), `threshold` the one given, `count` the lowest masks.
+    """
+    channels, chosen = Channels(norms), -1.0
+    whole = accuracy(predict(model, held_out), held_out.labels)
+    # Whole images are counted: as a share, a loss of exactly the tolerance would exceed it by rounding.
+    allowed = int(tolerance * len(held_out) + 1e-6)
+    reached, before = whole, 0
+    for limit in THRESHOLDS:
+        units = mask <= limit
+        if int(units.sum()) > before:
+            before = int(units.sum())
+            weights = channels.weights(channels.scale.masked_fill(units, 0))
+            right = torch.cat(
+                [functional_call(model, weights, (images,)).argmax(1) == labels for images, labels in held_out.chunks()]
+            )
+            reached = right.double().mean().item()
+        if round((whole - reached) * len(held_out)) <= allowed:
+            chosen = limit
+        journal.log(f"{name}/pruned", before / len(mask), round(100 * limit))
+        journal.log(f"{name}/held_out_accuracy", reached, round(100 * limit))
+    if prune_by == "count":
+        units = torch.zeros_like(mask, dtype=torch.bool)
+        units[mask.argsort(stable=True)[:count]] = True
+        return units
+    chosen = threshold if prune_by == "threshold" else chosen
+    journal.log(f"{name}/threshold", chosen, 0)
+    return mask <= chosen
