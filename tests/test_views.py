@@ -35,6 +35,10 @@ SMALL = {
     "aft": {"updates": 2, "adversarial_updates": 1},
     "spectre": {"components": 9},
     "strip": {"overlays": 2},
+    "nad": {"epochs": 1, "teacher_epochs": 1},
+    "ft_sam": {"epochs": 1},
+    "i_bau": {"rounds": 1},
+    "sau": {"epochs": 1, "attack_steps": 2},
 }
 
 
