@@ -38,6 +38,10 @@ SMALL = {
     "anp": {"updates": 2},
     "rnp": {"unlearn_epochs": 1, "recover_epochs": 1},
     "awm": {"rounds": 1, "updates": 2},
+    "nad": {"epochs": 1, "teacher_epochs": 1},
+    "ft_sam": {"epochs": 1},
+    "i_bau": {"rounds": 1},
+    "sau": {"epochs": 1, "attack_steps": 2},
 }
 
 
