@@ -2,9 +2,9 @@
 
 Paper: Li et al., ICML 2023, arXiv:2305.14876.
 Differs: unlearning ends at a training accuracy of two over the number of classes (0.2, as in the paper, for ten), and
-goes on with what it has when it never gets there; the gradient is clipped before it is used, where the released code
-clips the one of the step before. The threshold is the largest that a held-out part of the reserve allows; the
-released code sweeps it on the test set (`prune_by=threshold` is a fixed rule).
+goes on with what it has when it never gets there; the gradient is clipped when it is there, where the released code
+clips in front of the backward pass. The threshold is the largest that a held-out part of the reserve allows; the
+released code sweeps it on the test set (`prune_by=threshold` is a fixed rule, at BackdoorBench's 0.7).
 """
 
 from __future__ import annotations
