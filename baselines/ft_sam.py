@@ -2,8 +2,8 @@
 
 Paper: Zhu et al., ICCV 2023, arXiv:2304.11823.
 Differs: the cosine schedule falls once over all epochs; the released code steps it with each batch, so that its rate
-rises and falls many times. rho is 2 for every data set, as the released code runs; its settings name 8, and no label
-smoothing, for GTSRB (and 8 for Tiny-ImageNet), which it does not read.
+rises and falls many times. rho is 2 for every data set, as the released code runs: the 8 that its settings name for
+GTSRB (without label smoothing) and Tiny-ImageNet is overridden by the defaults of its command line.
 """
 
 from __future__ import annotations

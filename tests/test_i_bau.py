@@ -339,3 +339,22 @@ def test_it_repeats_under_a_seed_and_logs_the_outer_loss():
 def test_a_wrong_setting_says_what_to_write(setting, message):
     with pytest.raises(ValueError, match=message):
         ImplicitBackdoorAdversarialUnlearning(**setting)
+
+
+@pytest.mark.slow
+def test_on_digits_it_removes_badnets(run_grid):
+    # As many optimizer steps as the defaults take on 2,500 images. An inner rate of 10 lets the perturbation of these
+    # tiny images grow to a length of hundreds.
+    _, trials = run_grid(
+        "grid.attacks=[badnets]",
+        "grid.defenses=[no_defense,i_bau]",
+        "model.stem=half",
+        "train.epochs=30",
+        "defense.i_bau.batch_size=16",
+        "defense.i_bau.rounds=20",
+        "defense.i_bau.inner_lr=1",
+    )
+    mean = trials.set_index("defense")[["clean_accuracy", "asr"]]
+    assert mean.asr["no_defense"] > 0.95
+    assert mean.asr["i_bau"] < 0.2
+    assert mean.clean_accuracy["i_bau"] > 0.9
