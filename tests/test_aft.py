@@ -129,7 +129,7 @@ def test_adversarial_images_are_in_the_ball_around_the_augmented_ones_and_are_im
 def test_an_adversarial_batch_holds_adversarial_images_only():
     infected, data = model(), reserve(16)
     images, labels = data.images / 255, data.labels
-    hooks = AdversarialStart(AdversarialFineTuning(updates=10, adversarial_updates=5))
+    hooks = AdversarialStart(AdversarialFineTuning(), updates=5)
     found, given = hooks.augmented(infected, images, labels, 4, generator(0))
     assert torch.equal(given, labels)
     assert (found - images).abs().flatten(1).amax(1).min() > 5.9 / 255
