@@ -27,6 +27,7 @@ from bench.engine.training import fit, make_optimizer
 from defenses.aft import AdversarialRepair, AdversarialStart
 from defenses.base import DefenderView, ReserveView, Round, TrainsetView, Verdict, defense, weights_of
 
+LEAST = 2  # images to train on: batch norm has no variance from one
 GUARDS = ("off", "warn", "per_class", "asc", "drop_class")
 
 
@@ -192,17 +193,17 @@ def similarity(reference: Tensor, current: Tensor, disagreement: float = 0.0) ->
 
 
 def drawn(count: int, share: float, view: DefenderView, among: Tensor | None = None) -> Tensor:
-    """(N,) bool: that share of the images, rounded down, drawn at random, at least one; `among` (N,) bool limits it."""
+    """(N,) bool: that share of the images, rounded down, drawn at random, at least two; `among` (N,) bool limits it."""
     order = torch.randperm(count, generator=generator(view.seed, "initial set")).to(view.device)
     if among is not None:
         order = order[among[order]]
     chosen = torch.zeros(count, dtype=torch.bool, device=view.device)
-    chosen[order[: max(1, floor(share * len(order)))]] = True
+    chosen[order[: max(LEAST, floor(share * len(order)))]] = True
     return chosen
 
 
 def highest(score: Tensor, rate: float, within: Tensor | None = None) -> Tensor:
-    """(N,) bool: the floor(rate N) images of the highest scores, at least one; ties go to the lower index.
+    """(N,) bool: the floor(rate N) images of the highest scores, at least two; ties go to the lower index.
 
     `within` (N,) int64 takes that share of each of its classes.
     """
@@ -212,7 +213,7 @@ def highest(score: Tensor, rate: float, within: Tensor | None = None) -> Tensor:
         groups = [(within == label).nonzero().flatten() for label in within.unique().tolist()]
     for group in groups:
         best = score[group].argsort(descending=True, stable=True)
-        chosen[group[best[: max(1, floor(rate * len(group)))]]] = True
+        chosen[group[best[: max(LEAST, floor(rate * len(group)))]]] = True
     return chosen
 
 
