@@ -367,20 +367,6 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, monkeypatch
     assert resumed.curves == whole.curves
 
 
-@pytest.mark.parametrize("setting", ["reserve", "trainset"])
-def test_the_harness_runs_it_and_scores_every_step(run_grid, tiny, setting):
-    settings = ["grid.attacks=[blended]", "grid.defenses=[pbe]", f"grid.settings=[{setting}]"]
-    settings += ["defense.pbe.epochs=1", "defense.pbe.min_updates=2", "reserve.contamination=0.1"]
-    status, table = run_grid(*settings)
-    assert status == 0
-    assert table.status.tolist() == ["done"]
-    steps = rounds([*tiny, *settings])
-    assert [step["name"] for step in steps] == ["step 0", "step 1", "step 2", "step 3"]
-    shown = 1367 if setting == "trainset" else 71
-    assert [step["selected"] for step in steps] == [int(shown * rate) for rate in (0.05, 0.2, 0.5, 0.7)]
-    assert all(0 <= step["detection_auroc"] <= 1 and 0 <= step["asr"] <= 1 for step in steps)
-
-
 def rounds(arguments: list[str]) -> list[dict]:
     """What the evaluator says of the steps of the only trial."""
     opened = plan(arguments)

@@ -552,22 +552,35 @@ def test_a_reserve_of_few_images_passes():
     assert all(value.isfinite().all() for value in found.model.state_dict().values())
 
 
-@pytest.mark.parametrize("setting", ["reserve", "trainset"])
-def test_the_harness_runs_it_and_scores_every_step(run_grid, tiny, setting):
-    settings = ["grid.attacks=[blended]", "grid.defenses=[pud]", f"grid.settings=[{setting}]"]
-    settings += ["defense.pud.epochs=[1,1,1,1,1]", "defense.pud.unlearning_epochs=1", "defense.pud.teacher_epochs=1"]
-    settings += ["defense.pud.min_updates=2", "defense.pud.target_label=0", "reserve.contamination=0.1"]
+def test_the_harness_runs_pbe_and_pud_in_both_settings_and_scores_every_step(run_grid, tiny):
+    settings = ["grid.attacks=[blended]", "grid.defenses=[pbe,pud]", "grid.settings=[reserve,trainset]"]
+    settings += ["reserve.contamination=0.1", "defense.pud.target_label=0"]
+    for name, epochs in (("pbe", "1"), ("pud", "[1,1,1,1,1]")):
+        settings += [f"defense.{name}.{key}=1" for key in ("min_updates", "attack_steps", "adversarial_batches")]
+        settings += [f"defense.{name}.epochs={epochs}"]
+    settings += ["defense.pud.adversarial_epochs=[1,0,0,0,0]"]
+    settings += ["defense.pud.unlearning_epochs=1", "defense.pud.teacher_epochs=1"]
     status, table = run_grid(*settings)
     assert status == 0
-    assert table.status.tolist() == ["done"]
-    steps = {step["name"]: step for step in rounds([*tiny, *settings])}
-    assert {f"step {number}" for number in range(5)} | {"unlearning", "student", "teacher"} <= set(steps)
-    if setting == "trainset":
-        # Class 0: a tenth of 1367 images and its own; at most a tenth of a class below 500 counts as poison.
-        assert steps["SPECTRE"]["selected"] == 1367 - round(1.5 * 25)
-    else:
-        assert "SPECTRE" not in steps  # too few images of a class
-    assert all(0 <= step["asr"] <= 1 for step in steps.values() if "asr" in step)
+    assert table.status.tolist() == ["done"] * 4
+    opened = plan([*tiny, *settings])
+    for trial in opened.trials:
+        result = opened.store.result("evaluate", trial.keys()[2])
+        steps = {step["name"]: step for step in result["rounds"]}
+        images = 1367 if trial.setting == "trainset" else 71
+        if trial.defense == "pbe":
+            sizes = [steps[f"step {number}"]["selected"] for number in range(4)]
+            assert sizes == [int(images * rate) for rate in (0.05, 0.2, 0.5, 0.7)]
+        else:
+            assert {f"step {number}" for number in range(5)} | {"unlearning", "student", "teacher"} <= set(steps)
+            # At most a tenth of a class below 500 counts as poison, here of 260 to 269; of 71 images none is asked.
+            if trial.setting == "trainset":
+                assert steps["SPECTRE"]["selected"] == 1367 - round(1.5 * 26)
+            else:
+                assert "SPECTRE" not in steps
+            assert result["figures"]["detection_precision"] is not None
+        assert all(0 <= step["asr"] <= 1 for step in steps.values() if "asr" in step)
+        assert all(0 <= step["detection_auroc"] <= 1 for name, step in steps.items() if name.startswith("step"))
 
 
 def rounds(arguments: list[str]) -> list[dict]:
