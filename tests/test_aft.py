@@ -11,7 +11,7 @@ from bench.engine.data import Augmentation, ImageSet, equal_batches, generator
 from bench.engine.models import Classifier, ModelSpec
 from bench.engine.training import Journal
 from defenses import aft
-from defenses.aft import AdversarialFineTuning, AdversarialStart
+from defenses.aft import AdversarialFineTuning, AdversarialStart, ReleasedAFT
 from defenses.base import DefenderView, ReserveView, offered
 
 HOW = Augmentation(crop=1 / 8, flip=True, rotation=5)
@@ -129,12 +129,69 @@ def test_adversarial_images_are_in_the_ball_around_the_augmented_ones_and_are_im
 def test_an_adversarial_batch_holds_adversarial_images_only():
     infected, data = model(), reserve(16)
     images, labels = data.images / 255, data.labels
-    hooks = AdversarialStart(AdversarialFineTuning(updates=10, adversarial_updates=5))
+    hooks = AdversarialStart(AdversarialFineTuning(), updates=5)
     found, given = hooks.augmented(infected, images, labels, 4, generator(0))
     assert torch.equal(given, labels)
     assert (found - images).abs().flatten(1).amax(1).min() > 5.9 / 255
     untouched, _ = hooks.augmented(infected, images, labels, 5, generator(0))
     assert untouched is images
+
+
+def test_the_attack_can_leave_the_predicted_labels_and_training_keeps_the_given_ones(monkeypatch):
+    calls = watched(monkeypatch)
+    infected, data = model(), reserve(16)
+    images = data.images / 255
+    with torch.no_grad():
+        predicted = infected(images).argmax(1)
+    assert not torch.equal(predicted, data.labels)
+    hooks = AdversarialStart(AdversarialFineTuning(attack_labels="predicted"), updates=1)
+    _, given = hooks.augmented(infected.train(), images, data.labels, 0, generator(0))
+    assert torch.equal(calls[0]["labels"], predicted)  # in eval mode, whatever mode the model is in
+    assert torch.equal(given, data.labels)
+    assert infected.training
+
+
+def test_the_attack_raises_the_loss():
+    infected, data = model(), reserve(16)
+    images = data.images / 255
+    found, labels = AdversarialStart(AdversarialFineTuning(), updates=1).augmented(
+        infected, images, data.labels, 0, generator(0)
+    )
+    with torch.no_grad():
+        before, after = (nn.functional.cross_entropy(infected(shown), labels) for shown in (images, found))
+    assert after > before
+
+
+def test_a_random_start_is_in_the_ball_and_is_drawn_from_the_given_source():
+    infected, data = model(), reserve(16)
+    images = data.images / 255
+    settings = AdversarialFineTuning(attack_steps=0, random_start=True)
+    first, again, other = (
+        AdversarialStart(settings, updates=1).augmented(infected, images, data.labels, 0, generator(seed))[0]
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert 0 < (first - images).abs().max() <= 6 / 255 + 1e-6
+
+
+@pytest.mark.parametrize(("mode", "passes"), [("eval", 0), ("train", 7)])
+def test_batch_norm_learns_from_the_attack_only_in_train_mode(mode, passes):
+    infected, data = model().train(), reserve(16)
+    hooks = AdversarialStart(AdversarialFineTuning(attack_batch_norm=mode), updates=1)
+    hooks.augmented(infected, data.images / 255, data.labels, 0, generator(0))
+    counts = {int(value) for key, value in infected.state_dict().items() if key.endswith("num_batches_tracked")}
+    assert counts == {passes}
+    assert all(weight.requires_grad and weight.grad is None for weight in infected.parameters())
+
+
+def test_the_released_script_is_a_row_of_its_own():
+    released = ReleasedAFT()
+    assert (released.updates, released.adversarial_updates) == (7820, 1173)  # 20 and 3 epochs of 50,000 images
+    rates = {released.recipe(10, released.schedule).learning_rate(step, 10) for step in range(10)}
+    assert rates == {0.001}
+    usual = AdversarialFineTuning()
+    assert usual.recipe(600, usual.schedule).learning_rate(599, 600) < 1e-6
 
 
 def test_running_averages_take_in_each_batch_once():
@@ -178,6 +235,11 @@ def test_families_with_and_without_batch_norm_take_it(name):
         ({"adversarial_updates": -1}, "adversarial_updates is -1; write 0 to 600"),
         ({"epsilon": 6}, r"defense\.aft\.epsilon is 6; pixels are in \[0, 1\]. For 6 levels write 0.0235"),
         ({"epsilon": -0.1}, "epsilon is -0.1"),
+        ({"step_size": 0.0}, "step_size is 0; it is a share of epsilon"),
+        ({"attack_steps": -1}, "attack_steps is -1; write 0 or more"),
+        ({"schedule": "one_cycle"}, "schedule is 'one_cycle'; write cosine or constant"),
+        ({"attack_labels": "true"}, "attack_labels is 'true'; write given or predicted"),
+        ({"attack_batch_norm": "off"}, "attack_batch_norm is 'off'; write eval or train"),
     ],
 )
 def test_a_wrong_setting_says_what_to_write(setting, message):

@@ -14,14 +14,17 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def under_attack(model: nn.Module) -> Iterator[None]:
+def under_attack(model: nn.Module, eval_mode: bool = True) -> Iterator[None]:
     """Eval mode and no gradients for weights inside; every mode and flag is as before outside.
 
-    In train mode each attack step would move the running statistics of batch norm towards its own iterates.
+    In train mode (`eval_mode=False` leaves it on) each attack step moves the running statistics of batch norm towards
+    its own iterates.
     """
     modes = [(module, module.training) for module in model.modules()]
     flags = [(weight, weight.requires_grad) for weight in model.parameters()]
-    model.eval().requires_grad_(False)
+    if eval_mode:
+        model.eval()
+    model.requires_grad_(False)
     try:
         yield
     finally:
@@ -41,6 +44,7 @@ def pgd(
     steps: int,
     random_start: torch.Generator | None = None,
     targeted: bool = False,
+    eval_mode: bool = True,
 ) -> Tensor:
     """Projected gradient descent on the cross-entropy in the L-infinity ball, clamped to [0, 1].
 
@@ -50,9 +54,11 @@ def pgd(
         epsilon, step_size: in pixel units; 8 / 255 is usual.
         steps: gradient steps; 0 returns the start.
         random_start: a source to start anywhere in the ball; None starts at the images.
+        eval_mode: False attacks the model in the mode it is in: in train mode batch norm uses the batch's own
+            statistics, and takes every iterate into the running ones.
 
     Returns:
-        The adversarial images, detached. The model is left as it was.
+        The adversarial images, detached. The model is left as it was, but for those statistics.
     """
     sign = -1.0 if targeted else 1.0
     lower, upper = (images - epsilon).clamp_(min=0), (images + epsilon).clamp_(max=1)
@@ -60,7 +66,7 @@ def pgd(
     if random_start is not None:
         noise = torch.rand(images.shape, generator=random_start, device=images.device, dtype=images.dtype)
         current = current.add_(noise.mul_(2).sub_(1).mul_(epsilon)).clamp_(0, 1)
-    with under_attack(model), torch.enable_grad():
+    with under_attack(model, eval_mode), torch.enable_grad():
         for _ in range(steps):
             current.requires_grad_(True)
             loss = F.cross_entropy(model(current), labels, reduction="sum")

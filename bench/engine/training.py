@@ -214,6 +214,7 @@ def fit(
     hooks: Hooks | None = None,
     journal: Journal | None = None,
     part: str = "train",
+    optimizer: torch.optim.Optimizer | None = None,
     after_epoch: Callable[[nn.Module, int], None] | None = None,
 ) -> Net:
     """Train `model` in place on `data` and return it in eval mode.
@@ -225,6 +226,8 @@ def fit(
         augmentation: applied to each batch; None trains on the images as they are.
         hooks: what a method changes about a step.
         journal: takes the curve of the loss, and checkpoints named by `part`.
+        optimizer: one that goes on from an earlier part with its momentum, made by `make_optimizer` on this model;
+            of the recipe only the rate and the length apply to it. None starts a new one.
         after_epoch: called with the model and the number of finished epochs.
 
     Raises:
@@ -237,7 +240,7 @@ def fit(
     journal.begin(part)
     device = data.images.device
     precision = journal.precision if recipe.precision == "auto" else recipe.precision
-    optimizer = make_optimizer(recipe, model)
+    optimizer = optimizer or make_optimizer(recipe, model)
     per_epoch, size = equal_batches(len(data), recipe.batch_size)
     steps = recipe.updates or recipe.epochs * per_epoch
     epochs = -(-steps // per_epoch)

@@ -1,0 +1,444 @@
+"""Progressive Unified Defense (PUD): PBE with SPECTRE beside its score, then unlearning, then a mean teacher.
+
+Paper: Niu et al., Towards Unified Robustness Against Both Backdoor and Adversarial Attacks, arXiv:2405.17929.
+Differs: `pud` is the defense of the paper's claim: its mean-teacher stage trains on adversarial images, at a rate of
+1e-2 with a cosine to zero. `pud_code` is the released schedule, whose last adversarial update comes long before. Beyond
+that, what the released code leaves open or undone is done: the infected weights are loaded, the attack runs in eval
+mode and in pixel units, training images are augmented as is usual for the data set. The target label is not known: the
+detectors of `_votes` name it, and without two that agree SPECTRE is left out. SPECTRE's budgets follow the class
+(at most a third of it) instead of fixed numbers. The anchor of unlearning is the weights on entering the stage, its
+ascent is bounded, and clean and poisoned images pass in one batch. The teacher follows behind each optimizer step,
+running statistics of batch norm included. A step makes at least `min_updates` updates, as in PBE; on 50,000 images
+without SPECTRE every count is the released code's. The released rates have a fifth, 0.9, whose set nothing trains on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.engine.adversarial import pgd
+from bench.engine.data import ImageSet, generator
+from bench.engine.metrics import features, predict
+from bench.engine.models import Classifier
+from bench.engine.training import Hooks, Recipe, Tensors, fit, make_optimizer
+from defenses.aft import AdversarialRepair, AdversarialStart
+from defenses.base import ReserveView, Round, TrainsetView, Verdict, assumed_poison, defense, weights_of
+from defenses.pbe import (
+    check_shares,
+    concentration,
+    drawn,
+    highest,
+    images_of,
+    logits_of,
+    similarity,
+    suspect_class,
+    updates_in,
+)
+from defenses.spectre import class_strengths, oversized_class, quantum_scores, strongest_class
+
+ENOUGH = 100  # images of a class with which SPECTRE is asked, as in the released code
+
+
+@defense("pud")
+@dataclass(frozen=True)
+class ProgressiveUnifiedDefense(AdversarialRepair):
+    """SPECTRE on the target class; PBE's steps on the rest; unlearning of the worst images; a mean teacher.
+
+    The images are the training set, or a reserve that may be tainted: their poison takes part unmarked.
+
+    Attributes:
+        initial_share: of the images that SPECTRE leaves, drawn at random for E_0, in (0, 1].
+        rates: share of these images in E_1, E_2, ...: the best prediction-consistency scores.
+        epochs: of each step, one more than rates.
+        adversarial_epochs: of each step, from its first; a step whose epochs are all adversarial is so to its end.
+        adversarial_batches: least number of adversarial batches in a step: what one with no whole epoch has.
+        epsilons: radius of each step as a share of epsilon; the last of 4/255 beside 6/255.
+        step_sizes: of the attack in each step, as a share of its radius. `step_size` is that of the teacher stage.
+        lr_drops: where the rate falls tenfold, as a share of all steps' epochs: behind 30 and 60 of 70.
+        min_updates: of each step and stage, however small its set.
+        disagreement: subtracted from the score of an image whose predicted class changed; 0 is PBE's score.
+        spectre: remove what SPECTRE flags in the target class before the first step.
+        spectre_inner: drop what it flags there in E_1, E_2, ... by the features of that moment, for one step each.
+        spectre_all: filter every class in place of the target class, as all-to-all attacks need it.
+        spectre_features: `pooled`, what the head reads, or `last_stage`, the maps of the last stage.
+        poison_rate: assumed poisoned / all images, for the first call, in (0, 1).
+        spectre_share: assumed share of poison in a class, for the other calls and the search, in (0, 0.33].
+        target_label: null is found by vote. A number is the attacker's knowledge, for ablations.
+        unlearning: do the stage of `unlearning_loss`, on the last E and the tail of the scores before it.
+        tail: share of all images, the worst scores, to unlearn and to flag in the verdict, in (0, 1].
+        unlearning_epochs, unlearning_weight: of that stage; the weight is that of the ascent.
+        ascent_limit: cross-entropy of the tail from which on the ascent ends.
+        anchor_weight: of the L1 distance to the weights on entering the stage.
+        teacher: do the stage of `consistency_loss`, on the last E.
+        teacher_epochs, consistency_weight: of that stage.
+        teacher_momentum: of the moving average, in [0, 1).
+        teacher_adversarial: train the stage on adversarial images of the student, of radius epsilon.
+        teacher_lr: first rate of a cosine to zero; null goes on at the rate where the steps ended.
+        shipped: which one is returned, `student` or `teacher`; the rounds have both.
+    """
+
+    paper: ClassVar[str] = "arXiv:2405.17929"
+    initial_share: float = 0.05
+    rates: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.7, 0.8])
+    epochs: list[int] = field(default_factory=lambda: [10, 10, 10, 10, 30])
+    adversarial_epochs: list[int] = field(default_factory=lambda: [10, 2, 1, 0, 0])
+    adversarial_batches: int = 31
+    epsilons: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0, 1.0, 2 / 3])
+    step_sizes: list[float] = field(default_factory=lambda: [1 / 5, 1 / 5, 1 / 5, 1 / 6, 1 / 6])
+    lr_drops: list[float] = field(default_factory=lambda: [3 / 7, 6 / 7])
+    min_updates: int = 200
+    disagreement: float = 0.5
+    spectre: bool = True
+    spectre_inner: bool = True
+    spectre_all: bool = False
+    spectre_features: str = "pooled"
+    poison_rate: float = 0.1
+    spectre_share: float = 0.12
+    target_label: int | None = None
+    unlearning: bool = True
+    tail: float = 0.01
+    unlearning_epochs: int = 30
+    unlearning_weight: float = 0.003
+    ascent_limit: float = 10.0
+    anchor_weight: float = 1e-4
+    teacher: bool = True
+    teacher_epochs: int = 30
+    consistency_weight: float = 0.05
+    teacher_momentum: float = 0.99
+    teacher_adversarial: bool = True
+    teacher_lr: float | None = 0.01
+    shipped: str = "student"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shares = {key: getattr(self, key) for key in ("rates", "epsilons", "step_sizes", "lr_drops")}
+        check_shares(self.name, initial_share=[self.initial_share], tail=[self.tail], **shares)
+        check_shares(self.name, poison_rate=[self.poison_rate])
+        for key in ("epochs", "adversarial_epochs", "epsilons", "step_sizes"):
+            if len(getattr(self, key)) != len(self.rates) + 1:
+                raise ValueError(
+                    f"defense.{self.name}.{key} has {len(getattr(self, key))} values; write "
+                    f"{len(self.rates) + 1}, one for each step: one more than rates"
+                )
+        if min(self.epochs) < 1 or min(self.adversarial_epochs) < 0:
+            raise ValueError(f"defense.{self.name}: epochs are at least 1, adversarial_epochs at least 0")
+        for key in ("adversarial_batches", "min_updates"):
+            self._at_least(key, 0)
+        for key in ("unlearning_epochs", "teacher_epochs"):
+            self._at_least(key, 1)
+        if self.target_label is not None and self.target_label < 0:
+            raise ValueError(
+                f"defense.{self.name}.target_label is {self.target_label}; write a label, or null for a vote"
+            )
+        if self.batch_size < 2:
+            raise ValueError(f"defense.{self.name}.batch_size is {self.batch_size}; unlearning needs 2 images or more")
+        if not 0 < self.spectre_share <= 0.33:
+            raise ValueError(f"defense.{self.name}.spectre_share is {self.spectre_share:g}; write a share in (0, 0.33]")
+        if not 0 <= self.teacher_momentum < 1:
+            raise ValueError(f"defense.{self.name}.teacher_momentum is {self.teacher_momentum:g}; write 0.99, or less")
+        self._one_of("spectre_features", "pooled", "last_stage")
+        self._one_of("shipped", "student", "teacher")
+
+    def schedule(self, step: int, images: int) -> tuple[int, int]:
+        """Updates of a step on so many images, and how many of them, from the first, are adversarial."""
+        updates = updates_in(images, self.batch_size, self.epochs[step], self.min_updates)
+        if self.adversarial_epochs[step] >= self.epochs[step]:
+            return updates, updates
+        adversarial = updates_in(images, self.batch_size, self.adversarial_epochs[step], self.adversarial_batches)
+        return updates, min(adversarial, updates)
+
+    def step_recipe(self, step: int, updates: int) -> Recipe:
+        """The updates of one step, at the rate of its place among all steps."""
+        total = sum(self.epochs)
+        begin = sum(self.epochs[:step]) / total
+        return FallingRate(
+            **vars(self.recipe(updates)),
+            begin=begin,
+            end=begin + self.epochs[step] / total,
+            drops=tuple(self.lr_drops),
+        )
+
+    def defend(self, view: TrainsetView | ReserveView) -> Verdict:
+        if self.target_label is not None and self.target_label >= view.num_classes:
+            raise ValueError(
+                f"defense.{self.name}.target_label is {self.target_label}; write 0 to {view.num_classes - 1}"
+            )
+        data, model = images_of(view), view.model
+        optimizer = make_optimizer(self.recipe(0), model)
+        reference = logits_of(model, data)
+        rounds: list[Round] = []
+
+        def train(part: str, images: ImageSet, recipe: Recipe, hooks: Hooks, augment: bool = True) -> None:
+            fit(
+                model,
+                images,
+                recipe,
+                seed=view.seed,
+                augmentation=view.augmentation if augment else None,
+                hooks=hooks,
+                journal=view.progress,
+                part=part,
+                optimizer=optimizer,
+            )
+
+        votes = self._votes(view, data)
+        everything = torch.ones(len(data), dtype=torch.bool, device=view.device)
+        trusted = self._filtered(view, data, everything, votes, inner=False) if self.spectre else everything
+        if not trusted.all():
+            rounds.append(Round("SPECTRE", trusted))
+        chosen = drawn(len(data), self.initial_share, view, among=trusted)
+        tail = ~everything
+        for step in range(len(self.epochs)):
+            if step and self.spectre_inner:
+                selected, chosen = chosen, self._filtered(view, data, chosen, votes, inner=True)
+                if (selected != chosen).any():
+                    rounds.append(Round(f"selection {step}", selected))
+            updates, adversarial = self.schedule(step, int(chosen.sum()))
+            radius = self.epsilons[step] * self.epsilon
+            attack = AdversarialStart(self, adversarial, epsilon=radius, step_size=self.step_sizes[step])
+            train(f"step_{step}", data[chosen], self.step_recipe(step, updates), attack)
+            current = logits_of(model, data)
+            score = similarity(reference, current, self.disagreement)
+            rounds.append(Round(f"step {step}", chosen, -score, weights_of(model)))
+            if step == len(self.rates):
+                break
+            best = torch.zeros_like(trusted)
+            best[trusted] = highest(score[trusted], self.rates[step])
+            if step == 0:
+                changed = reference.argmax(dim=1) != current.argmax(dim=1)
+                named = suspect_class(*concentration(data.labels, best, changed, view.num_classes))
+                if named is None:
+                    named = widest_class(similarity(reference, current), data.labels, view.num_classes)
+                view.progress.log(f"{self.name}/target_scores", named, 0)
+                votes["scores"] = named
+            chosen, tail = best, self._tail(score)
+
+        clean = data[chosen]
+        last_lr = self.lr * 0.1 ** len(self.lr_drops)
+        if self.unlearning and tail.any():
+            poison = data[tail]
+            forget = round(self.batch_size * len(poison) / (len(poison) + len(clean)))
+            forget = min(max(1, forget), self.batch_size - 1)
+            recipe = replace(self.recipe(0), lr=last_lr, batch_size=self.batch_size - forget)
+            updates = updates_in(len(clean), recipe.batch_size, self.unlearning_epochs, self.min_updates)
+            train("unlearning", clean, replace(recipe, updates=updates), Unlearning(self, model, poison, forget), False)
+            rounds.append(Round("unlearning", chosen, None, weights_of(model)))
+        if self.teacher:
+            updates = updates_in(len(clean), self.batch_size, self.teacher_epochs, self.min_updates)
+            recipe = replace(self.recipe(updates), lr=last_lr)
+            if self.teacher_lr is not None:
+                recipe = replace(self.recipe(updates, "cosine"), lr=self.teacher_lr)
+            pair = MeanTeacher(self, model, updates)
+            train("teacher", clean, recipe, pair)
+            score = similarity(reference, logits_of(model, data), self.disagreement)
+            rounds.append(Round("student", chosen, -score, weights_of(model)))
+            rounds.append(Round("teacher", chosen, None, weights_of(pair.teacher)))
+            if self.shipped == "teacher":
+                model.load_state_dict(pair.teacher.state_dict())
+        return Verdict(model, suspicion=-score, flagged=self._tail(score), rounds=tuple(rounds))
+
+    def _tail(self, score: Tensor) -> Tensor:
+        """(N,) bool: the worst scores, N - floor((1 - tail) N) of them as in the released code."""
+        return ~highest(score, 1 - self.tail)
+
+    def _votes(self, view: TrainsetView | ReserveView, data: ImageSet) -> dict[str, int | None]:
+        """The target label as each detector names it, on the infected model; empty where SPECTRE needs none."""
+        if self.target_label is not None or self.spectre_all or not (self.spectre or self.spectre_inner):
+            return {}
+        rows = self._features(view.model, data)
+        strengths = class_strengths(rows, data.labels, seed=view.seed, share=self.spectre_share)
+        for label, value in strengths.items():
+            view.progress.log(f"{self.name}/strength", value, label)
+        votes: dict[str, int | None] = {
+            "spectre": strongest_class(strengths),
+            "adversarial": adversarial_target(
+                view.model, data, view.num_classes, epsilon=2 / 3 * self.epsilon, seed=view.seed
+            ),
+            "size": oversized_class(data.labels, view.num_classes),
+        }
+        for name, vote in votes.items():
+            view.progress.log(f"{self.name}/target_{name}", -1 if vote is None else vote, 0)
+        return votes
+
+    def _filtered(
+        self, view: TrainsetView | ReserveView, data: ImageSet, kept: Tensor, votes: dict[str, int | None], inner: bool
+    ) -> Tensor:
+        """(N,) bool: what SPECTRE leaves of the kept images, by the features of the model as it is now."""
+        target = elected(votes) if self.target_label is None else self.target_label
+        targets = range(view.num_classes) if self.spectre_all else () if target is None else (target,)
+        left = kept.clone()
+        for label in targets:
+            members = (kept & (data.labels == label)).nonzero().flatten()
+            if len(members) < ENOUGH:
+                continue
+            if inner or self.spectre_all:
+                budget = assumed_poison(self.spectre_share, len(members), len(members))
+            else:
+                budget = assumed_poison(self.poison_rate, len(data), len(members))
+            flagged = quantum_scores(self._features(view.model, data[members]), budget).flagged
+            left[members[flagged]] = False
+        return left
+
+    @torch.no_grad()
+    def _features(self, model: Classifier, data: ImageSet) -> Tensor:
+        if self.spectre_features == "pooled":
+            return features(model, data)
+        model.eval()
+        return torch.cat([model.stages(images)[-1].flatten(1) for images, _ in data.chunks(256)])
+
+
+@defense("pud_code")
+@dataclass(frozen=True)
+class ReleasedPUD(ProgressiveUnifiedDefense):
+    """PUD by the released schedule: no adversarial image in the mean-teacher stage, which goes on at 1e-4."""
+
+    teacher_adversarial: bool = False
+    teacher_lr: float | None = None
+
+
+@dataclass(frozen=True)
+class FallingRate(Recipe):
+    """A constant rate that falls tenfold at given shares of the whole, of which this training is a part.
+
+    Attributes:
+        begin, end: where the training lies in the whole, in [0, 1].
+        drops: shares of the whole in [0, 1].
+    """
+
+    begin: float = 0.0
+    end: float = 1.0
+    drops: tuple[float, ...] = ()
+
+    def learning_rate(self, step: int, steps: int) -> float:
+        place = self.begin + (self.end - self.begin) * step / steps
+        return self.lr * 0.1 ** sum(place + 1e-9 >= drop for drop in self.drops)
+
+
+class Unlearning(Hooks):
+    """Adds images of the poison tail to each batch, and unlearns them near the weights on entering the stage."""
+
+    def __init__(self, settings: ProgressiveUnifiedDefense, model: nn.Module, poison: ImageSet, in_batch: int) -> None:
+        self.settings, self.poison, self.in_batch = settings, poison, in_batch
+        self.anchor = [weight.detach().clone() for weight in model.parameters()]
+
+    def batch(self, images: Tensor, labels: Tensor, step: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
+        picked = torch.randint(len(self.poison), (self.in_batch,), generator=source, device=images.device)
+        return torch.cat([images, self.poison.images[picked]]), torch.cat([labels, self.poison.labels[picked]])
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        pud = self.settings
+        loss = unlearning_loss(
+            model(images), labels, self.in_batch, weight=pud.unlearning_weight, limit=pud.ascent_limit
+        )
+        return loss + pud.anchor_weight * distance(list(model.parameters()), self.anchor)
+
+
+class MeanTeacher(AdversarialStart):
+    """A teacher that follows the student's weights, and draws its predictions towards its own."""
+
+    def __init__(self, settings: ProgressiveUnifiedDefense, student: Classifier, updates: int) -> None:
+        super().__init__(settings, updates if settings.teacher_adversarial else 0)
+        self.weight, self.momentum = settings.consistency_weight, settings.teacher_momentum
+        self.teacher = copy.deepcopy(student).eval().requires_grad_(False)
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        with torch.no_grad():
+            aim = self.teacher(images)
+        found = model(images)
+        return F.cross_entropy(found, labels, label_smoothing=smoothing) + self.weight * consistency_loss(found, aim)
+
+    def after_step(self, model: nn.Module, step: int, steps: int) -> None:
+        follow(self.teacher, model, min(1 - 1 / (step + 1), self.momentum))
+
+    def tensors(self) -> Tensors:
+        return self.teacher.state_dict()
+
+    def restore(self, tensors: Tensors) -> None:
+        self.teacher.load_state_dict(tensors)
+
+
+def unlearning_loss(logits: Tensor, labels: Tensor, poisoned: int, *, weight: float, limit: float) -> Tensor:
+    """Cross-entropy of the first images of a batch, less `weight` times that of the last `poisoned` ones.
+
+    From `limit` on the second stays constant: without a bound, ascent alone would destroy the model. An empty part of
+    the batch counts nothing.
+    """
+    clean = len(labels) - poisoned
+    loss = logits.new_zeros(())
+    if clean:
+        loss = loss + F.cross_entropy(logits[:clean], labels[:clean])
+    if poisoned:
+        loss = loss - weight * F.cross_entropy(logits[clean:], labels[clean:]).clamp(max=limit)
+    return loss
+
+
+def distance(weights: list[nn.Parameter], anchor: list[Tensor]) -> Tensor:
+    """The L1 distance of all weights to the anchor; buffers have no part in it."""
+    return torch.stack([(weight - at).abs().sum() for weight, at in zip(weights, anchor, strict=True)]).sum()
+
+
+def consistency_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared distance of the two softmax outputs, *summed* over batch and classes, from (B, classes) logits."""
+    return (student.softmax(dim=1) - teacher.softmax(dim=1)).square().sum()
+
+
+@torch.no_grad()
+def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum teacher + (1 - momentum) student, running statistics of batch norm included."""
+    now = student.state_dict()
+    for name, value in teacher.state_dict().items():
+        if value.is_floating_point():
+            value.lerp_(now[name], 1 - momentum)
+        else:
+            value.copy_(now[name])  # the number of batches seen is no quantity to average
+
+
+@torch.no_grad()
+def adversarial_target(
+    model: Classifier, data: ImageSet, num_classes: int, *, epsilon: float, seed: int, most: int = 2000
+) -> int | None:
+    """The class that untargeted adversarial examples of the infected model gather in; None if none fools it.
+
+    Of each class: the share of fooled images of other labels that end in it, on up to `most` images drawn at random
+    that the model gives their label; ten steps of a fifth of epsilon.
+    """
+    picked = torch.randperm(len(data), generator=generator(seed, "target search"))[:most].to(data.labels.device)
+    sample = data[picked]
+    sample = sample[predict(model, sample) == sample.labels]
+    if not len(sample):
+        return None
+    found = [
+        model(pgd(model, images, labels, epsilon=epsilon, step_size=epsilon / 5, steps=10)).argmax(dim=1)
+        for images, labels in sample.chunks(512)
+    ]
+    ends = torch.cat(found)
+    fooled = ends != sample.labels
+    if not fooled.any():
+        return None
+    ending = torch.bincount(ends[fooled], minlength=num_classes)
+    others = fooled.sum() - torch.bincount(sample.labels[fooled], minlength=num_classes)
+    return int((ending / others.clamp(min=1)).argmax())
+
+
+def widest_class(score: Tensor, labels: Tensor, num_classes: int) -> int:
+    """The class of given labels whose scores have the largest standard deviation: clean and poisoned images differ."""
+    counts = torch.bincount(labels, minlength=num_classes).clamp(min=1)
+    means = torch.bincount(labels, weights=score, minlength=num_classes) / counts
+    return int(
+        (torch.bincount(labels, weights=(score - means[labels]).square(), minlength=num_classes) / counts).argmax()
+    )
+
+
+def elected(votes: dict[str, int | None]) -> int | None:
+    """The class that two detectors name; None if no two agree, or if no class stands out for SPECTRE's."""
+    if votes.get("spectre") is None:
+        return None
+    top, count = Counter(label for label in votes.values() if label is not None).most_common(1)[0]
+    return top if count >= 2 else None
