@@ -86,7 +86,7 @@ class Curve(nn.Module):
     Attributes:
         start, end: the models at t = 0 and t = 1.
         bend: the middle point, which starts half-way between them.
-        t: where `forward` stands.
+        t: where the batch at hand is trained.
     """
 
     def __init__(self, start: Classifier, end: Classifier) -> None:
@@ -106,10 +106,6 @@ class Curve(nn.Module):
             name: (1 - t) ** 2 * first + 2 * t * (1 - t) * bend + t**2 * last
             for (name, bend), (first, last) in zip(self.bend.named_parameters(), ends, strict=True)
         }
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = functional_call(self.bend, self.point(self.t), (images,))
-        return logits
 
 
 class AlongTheCurve(Hooks):

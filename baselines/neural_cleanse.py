@@ -2,10 +2,11 @@
 
 Paper: Wang et al., IEEE Symposium on Security and Privacy 2019, doi:10.1109/SP.2019.00031.
 Differs: all classes are optimised in one batch, each with its own weight of the norm and its own early stop, on the
-same mini-batches of the reserve. Best masks are compared by the norm that is kept, not by its mean over a step. A model
-without a flagged class is returned as it came: the paper calls it clean. The paper unlearns for one epoch over 10 % of
-the training data; here the same 156 updates (5,000 CIFAR-10 images in batches of 32), since a reserve may be smaller.
-The paper's other mitigations, a filter of inputs and pruning by the reversed trigger, are left out.
+same mini-batches of the reserve. The stamp that is kept is the last one judged in its step; the released code keeps
+what the step's last update made of it. A model without a flagged class is returned as it came: the paper calls it
+clean. The paper unlearns for one epoch over 10 % of the training data; here the same 156 updates (5,000 CIFAR-10 images
+in batches of 32), since a reserve may be smaller. The paper's other mitigations, a filter of inputs and pruning by the
+reversed trigger, are left out.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class NeuralCleanse(Defense):
 
     Attributes:
         steps: most steps of the reversal; the weight of the norm is judged behind each.
-        batches, batch_size: mini-batches a step, and images of each.
+        batches, batch_size: mini-batches a step, and images of each; no more than one pass over the reserve.
         reversal_lr: of Adam with betas 0.5 and 0.9.
         success: share of images, in (0, 1], that a stamp must lead to its class.
         cost: first weight of the mask's L1 norm, set once stamps succeed without it.
@@ -118,6 +119,8 @@ class NeuralCleanse(Defense):
 
     def _reverse(self, model: Classifier, data: ImageSet, classes: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         count, (_, channels, height, width) = len(classes), data.images.shape
+        size = min(self.batch_size, len(data))
+        batches = min(self.batches, len(data) // size)
         shapes = {"mask": (1, height, width), "pattern": (channels, height, width)}
         raw = {name: self._start(seed, name, classes, shape).requires_grad_(True) for name, shape in shapes.items()}
         optimizer = torch.optim.Adam(raw.values(), lr=self.reversal_lr, betas=(0.5, 0.9))
@@ -130,28 +133,30 @@ class NeuralCleanse(Defense):
             cost = schedule.cost.to(classes.device)[running].float()
             # The same images for every class, whatever classes share its forward.
             source = generator(seed, "neural_cleanse", step)
-            order = torch.randint(len(data), (self.batches, self.batch_size), generator=source).to(classes.device)
+            order = torch.randperm(len(data), generator=source)[: batches * size].view(batches, size).to(classes.device)
             hits = torch.zeros(len(running), device=classes.device)
             for chosen in order:
                 mask, pattern = (bounded(raw[name][running]) for name in shapes)
                 stamped = stamp(to_float(data.images[chosen]), mask[:, None], pattern[:, None])  # (K, B, C, H, W)
                 logits = model(stamped.flatten(0, 1))
-                wanted = classes[running].repeat_interleave(self.batch_size)
+                wanted = classes[running].repeat_interleave(size)
                 # Summed over classes: each has the gradient that it would have alone.
-                loss = F.cross_entropy(logits, wanted, reduction="sum") / self.batch_size
+                loss = F.cross_entropy(logits, wanted, reduction="sum") / size
                 loss = loss + (cost * mask.flatten(1).sum(1)).sum()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
                 hits += (logits.detach().argmax(1) == wanted).view(len(running), -1).float().mean(1)
-            success = torch.zeros(count)
-            success[schedule.running] = (hits / self.batches).cpu()
-            now = {name: bounded(value.detach()) for name, value in raw.items()}
-            better = schedule.update(success, now["mask"].flatten(1).sum(1).cpu())
+            # Judged and kept is the stamp of the last mini-batch, not what its update made of it: with the few batches
+            # of a small reserve, the smallest mask would be one that has just stopped working.
+            success, norms = torch.zeros(count), torch.zeros(count)
+            success[schedule.running] = (hits / batches).cpu()
+            norms[schedule.running] = mask.detach().flatten(1).sum(1).cpu()
+            better = schedule.update(success, norms)
             # A class that no stamp has reached yet keeps its last one.
-            taken = (better | (schedule.running & schedule.best.isinf())).to(classes.device)
-            for name in best:
-                best[name][taken] = now[name][taken]
+            taken = (better | schedule.best.isinf()).to(classes.device)[running]
+            best["mask"][running[taken]] = mask.detach()[taken]
+            best["pattern"][running[taken]] = pattern.detach()[taken]
         return best["mask"], best["pattern"]
 
     @staticmethod
