@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from test_families import smallest
 
 from attacks.base import POISON, Attack
 from bench.door import plan
@@ -28,12 +29,6 @@ from defenses.base import (
     views_of,
     weights_of,
 )
-
-SMALL = {
-    "fine_tuning": {"epochs": 1},
-    "fine_pruning": {"epochs": 1},
-    "aft": {"updates": 2, "adversarial_updates": 1},
-}
 
 
 @pytest.fixture
@@ -166,7 +161,7 @@ def test_each_defense_states_its_paper_and_a_view(name):
 @pytest.mark.parametrize("name", sorted(defense))
 def test_each_defense_repeats_itself_and_leaves_the_global_random_state_and_its_images_alone(infected, name):
     bench, trials = infected
-    method = defense[name](**SMALL.get(name, {}))
+    method = smallest(name)
     setting = next(setting for setting in SETTINGS if offered(defense[name], setting))
     found = []
     for repeat in range(2):
