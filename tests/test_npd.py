@@ -159,3 +159,18 @@ def test_it_repeats_under_a_seed():
 def test_a_wrong_setting_says_what_to_write(setting, message):
     with pytest.raises(ValueError, match=message):
         NeuralPolarizer(**setting)
+
+
+@pytest.mark.slow
+def test_on_digits_it_removes_badnets_where_its_attack_can_draw_a_stroke(run_grid):
+    # Digits have full contrast: two steps of 0.1 change no pixel from black to white, and leave the backdoor.
+    status, trials = run_grid(
+        *("train.epochs=30", "train.batch_size=64", "model.stem=half", "grid.attacks=[badnets]"),
+        *("grid.defenses=[no_defense,npd]", "defense.npd.step_size=0.5", "defense.npd.epsilon=4", "defense.npd.lr=0.1"),
+        *("defense.npd.epochs=120", "defense.npd.batch_size=16"),
+    )
+    assert status == 0
+    found = trials.set_index("defense")
+    assert found.asr["no_defense"] > 0.9
+    assert found.asr["npd"] < 0.2
+    assert found.clean_accuracy["npd"] > 0.95
