@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from test_families import smallest
 
 from attacks.base import POISON, Attack
 from bench.door import plan
@@ -28,26 +29,6 @@ from defenses.base import (
     views_of,
     weights_of,
 )
-
-SMALL = {
-    "fine_tuning": {"epochs": 1},
-    "fine_pruning": {"epochs": 1},
-    "aft": {"updates": 2, "adversarial_updates": 1},
-    "aft_code": {"updates": 2, "adversarial_updates": 1},
-    "pbe": {"epochs": 1, "min_updates": 2, "attack_steps": 1},
-    "pbe_code": {"epochs": 1, "min_updates": 2, "attack_steps": 1},
-    "pud": {"epochs": [1] * 5, "min_updates": 2, "unlearning_epochs": 1, "teacher_epochs": 1, "attack_steps": 1},
-    "pud_code": {"epochs": [1] * 5, "min_updates": 2, "unlearning_epochs": 1, "teacher_epochs": 1, "attack_steps": 1},
-    "spectre": {"components": 9},
-    "strip": {"overlays": 2},
-    "anp": {"updates": 2},
-    "rnp": {"unlearn_epochs": 1, "recover_epochs": 1},
-    "awm": {"rounds": 1, "updates": 2},
-    "nad": {"epochs": 1, "teacher_epochs": 1},
-    "ft_sam": {"epochs": 1},
-    "i_bau": {"rounds": 1},
-    "sau": {"epochs": 1, "attack_steps": 2},
-}
 
 
 @pytest.fixture
@@ -180,7 +161,7 @@ def test_each_defense_states_its_paper_and_a_view(name):
 @pytest.mark.parametrize("name", sorted(defense))
 def test_each_defense_repeats_itself_and_leaves_the_global_random_state_and_its_images_alone(infected, name):
     bench, trials = infected
-    method = defense[name](**SMALL.get(name, {}))
+    method = smallest(name)
     setting = next(setting for setting in SETTINGS if offered(defense[name], setting))
     found = []
     for repeat in range(2):
