@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.base import Attack
-from bench.engine import connection, reactivation
+from bench.engine import connection, reactivation, robustness
 from bench.engine.data import Augmentation, ImageSet, generator, to_uint8
 from bench.engine.metrics import (
     accuracy,
@@ -109,6 +109,19 @@ def measured(
         "asr_by_class": success_by_class(triggered, wanted, test.labels, judged, case.num_classes),
         "warnings": [],
     }
+    if measure["autoattack_images"] is not None:
+        part = fixed_part(test, measure["autoattack_images"])
+        result["autoattack"] = rows = robustness.curve(model, part, seed=case.seed)
+        figures |= {"autoattack_accuracy": rows[-2]["accuracy"], "autoattack_l2_accuracy": rows[-1]["accuracy"]}
+        result["warnings"] = robustness.square_warnings(rows) + robustness.masking_warnings(
+            model,
+            part,
+            infected=case.infected(),
+            epsilon=measure["pgd_epsilon"],
+            step_size=measure["pgd_step_size"],
+            steps=measure["pgd_steps"],
+            seed=case.seed,
+        )
     if "relearn" in inspected:
         rows = relearned(model, case, measure["relearn_poisoned"])
         result["relearn"] = [
