@@ -72,9 +72,9 @@ class MeasureConfig:
     pgd_step_size: float = 2 / 255
     pgd_steps: int = 20
     pgd_images: int | None = None  # a fixed random part of the test set; null is all of it
-    # AutoAttack and checks for masked gradients on that many fixed test images. One image that survives everything
-    # costs about 10,000 passes for each of seven radii: 1000 images are hours of a GPU.
-    autoattack_images: int | None = None
+    # AutoAttack and checks for masked gradients on that many fixed test images; 0 is none. An image that survives
+    # everything costs about 10,000 passes for each of seven radii: far more than all the rest.
+    autoattack_images: int = 0
     # The next three also train a clean twin of each infected model (or find the one of the attack `none`).
     relearn: bool = False  # fine-tune on 2 % clean and a few poisoned images; about one fine-tuning for each number
     relearn_poisoned: list[int] = field(default_factory=lambda: [1, 5, 10, 50])  # 5, the paper's, is in the table

@@ -109,7 +109,7 @@ def measured(
         "asr_by_class": success_by_class(triggered, wanted, test.labels, judged, case.num_classes),
         "warnings": [],
     }
-    if measure["autoattack_images"] is not None:
+    if measure["autoattack_images"]:
         part = fixed_part(test, measure["autoattack_images"])
         result["autoattack"] = rows = robustness.curve(model, part, seed=case.seed)
         figures |= {"autoattack_accuracy": rows[-2]["accuracy"], "autoattack_l2_accuracy": rows[-1]["accuracy"]}

@@ -133,10 +133,8 @@ def check(cfg: DictConfig) -> None:
     measure, dispatch = cfg.measure, cfg.dispatch
     if measure.pgd_steps < 0 or (measure.pgd_images is not None and measure.pgd_images < 1):
         raise UserError("measure.pgd_steps is at least 0, and measure.pgd_images at least 1 (null: all test images)")
-    if measure.autoattack_images is not None and measure.autoattack_images < 1:
-        raise UserError(
-            f"measure.autoattack_images is {measure.autoattack_images}; write at least 1, or null for no AutoAttack"
-        )
+    if measure.autoattack_images < 0:
+        raise UserError(f"measure.autoattack_images is {measure.autoattack_images}; write 0 for none, or more")
     counts = list(measure.relearn_poisoned)
     if RELEARN_TABLE not in counts or min(counts) < 1 or len(set(counts)) < len(counts):
         raise UserError(

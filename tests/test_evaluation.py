@@ -25,7 +25,7 @@ MEASURE = {
     "pgd_epsilon": 0.0,
     "pgd_step_size": 0.1,
     "pgd_steps": 1,
-    "autoattack_images": None,
+    "autoattack_images": 0,
     "relearn_poisoned": [1, 5],
 }
 

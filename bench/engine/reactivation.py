@@ -113,12 +113,10 @@ def reactivate(
     with under_attack(model), torch.enable_grad():
         for step in range(steps):
             chosen = torch.randperm(len(data), generator=source, device=device)[:size]
-            images = trigger(data.images[chosen].float() / 255)
-            shift.requires_grad_(True)
-            loss = F.cross_entropy(model((images + shift).clamp(0, 1)), wanted[chosen])
-            (gradient,) = torch.autograd.grad(loss, shift)
-            with torch.no_grad():
-                # The whole way is twelve radii, in steps that fall to nothing: any corner of the ball can be reached.
-                length = 0.25 * epsilon * (1 - step / steps)
-                shift = (shift.detach() - length * gradient.sign()).clamp(-epsilon, epsilon)
-    return shift.detach()
+            # The slope at the clamped image: that of the clamp itself is 0 for black and white pixels.
+            points = (trigger(data.images[chosen].float() / 255) + shift).clamp(0, 1).requires_grad_(True)
+            (slope,) = torch.autograd.grad(F.cross_entropy(model(points), wanted[chosen]), points)
+            # The whole way is twelve radii, in steps that fall to nothing: any corner of the ball can be reached.
+            length = 0.25 * epsilon * (1 - step / steps)
+            shift = (shift - length * slope.sum(0, keepdim=True).sign()).clamp_(-epsilon, epsilon)
+    return shift
