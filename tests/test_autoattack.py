@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -310,3 +313,18 @@ def test_square_alone_finding_more_is_a_warning():
     assert robustness.square_warnings([row | {"behind": {"fab_t": 0.3015, "square": 0.3}}]) == []
     (line,) = robustness.square_warnings([row | {"behind": {"fab_t": 0.31, "square": 0.3}}])
     assert "another 1.0%" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_it_agrees_with_the_released_code_on_three_trained_models(norm, cache):
+    pytest.importorskip("pyautoattack", reason="pip install pyautoattack to compare with the released code")
+    path = Path(__file__).parents[1] / "results" / "autoattack_agreement" / "compare.py"
+    spec = importlib.util.spec_from_file_location("compare", path)
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    models, data = compare.models(str(cache))
+    for name, model in models.items():
+        epsilon = compare.RADII[name][norm]
+        ours, theirs = (run(model, data[:200], norm, epsilon, 200)["square"] for run in (compare.ours, compare.theirs))
+        assert ours == pytest.approx(theirs, abs=0.0051), name

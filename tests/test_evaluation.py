@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,9 +15,10 @@ from attacks.none import NoAttack
 from attacks.wanet import WaNet
 from bench import evaluation
 from bench.door import plan
+from bench.engine import robustness
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.evaluation import Case, measured
-from bench.pipeline import Bench
+from bench.pipeline import Bench, Busy
 from bench.store import Store, key_of
 
 CLASSES = 4
@@ -160,6 +162,44 @@ def test_the_infected_model_is_measured_once_for_all_its_repairs(tiny):
     assert first["infected_asr"] == first["asr"] == second["infected_asr"]
     assert first["infected_accuracy"] == first["clean_accuracy"] == second["infected_accuracy"]
     assert first["der"] == 0.5
+
+
+def test_autoattack_brings_two_figures_a_curve_and_a_place_for_warnings(tiny, monkeypatch):
+    short = functools.partial(robustness.curve, iterations=2, queries=2)
+    monkeypatch.setattr(evaluation.robustness, "curve", short)
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "measure.autoattack_images=6"])
+    bench, (trial,) = Bench(Store(opened.store.root), opened.infos, torch.device("cpu")), opened.trials
+    bench.run(trial)
+    result = bench.store.result("evaluate", trial.keys()[2])
+    rows, figures = result["autoattack"], result["figures"]
+    assert [row["norm"] for row in rows] == ["linf"] * 6 + ["l2"]
+    assert figures["autoattack_accuracy"] == rows[5]["accuracy"]
+    assert figures["autoattack_l2_accuracy"] == rows[6]["accuracy"]
+    assert rows[5]["epsilon"] == 8 / 255
+    assert isinstance(result["warnings"], list)
+
+
+def test_a_clean_twin_that_cannot_be_trained_fails_the_evaluation_with_its_reason(tiny, monkeypatch):
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "measure.reactivate=true"])
+    bench, (trial,) = Bench(Store(opened.store.root), opened.infos, torch.device("cpu")), opened.trials
+    bench.run(trial, ("implant", "defend"))
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no twin today")
+
+    monkeypatch.setattr(bench, "_implant", broken)
+    with pytest.raises(RuntimeError, match="no twin today"):
+        bench.run(trial, ("evaluate",))
+    assert "no twin today" in bench.store.failure("evaluate", trial.keys()[2])
+
+
+def test_a_twin_that_another_process_trains_is_waited_for_and_no_failure(tiny):
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "measure.reactivate=true"])
+    bench, (trial,) = Bench(Store(opened.store.root), opened.infos, torch.device("cpu")), opened.trials
+    bench.run(trial, ("implant", "defend"))
+    with bench.store.lock("implant", key_of(trial.control)), pytest.raises(Busy):
+        bench.run(trial, ("evaluate",))
+    assert bench.store.failure("evaluate", trial.keys()[2]) is None
 
 
 def test_a_measure_beside_a_clean_twin_names_it_in_the_plan(cache):
