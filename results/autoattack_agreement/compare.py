@@ -1,7 +1,7 @@
 """Our PGD and AutoAttack beside independent implementations, on the same weights and images of digits.
 
     pip install torchattacks pyautoattack     # pyautoattack is the authors' released code, as a package
-    python results/autoattack_agreement/compare.py [images=360] [queries=5000]
+    python results/autoattack_agreement/compare.py [images=360] [queries=5000]     # queries=0: PGD alone
 
 Three models: trained as usual, trained on adversarial images, and infected with BadNets and repaired by AFT.
 """
@@ -21,7 +21,7 @@ from bench.engine.adversarial import pgd
 from bench.engine.autoattack import ITERATIONS, NORMS, QUERIES, autoattack
 from bench.engine.data import Augmentation, ImageSet
 from bench.engine.datasets import prepare
-from bench.engine.metrics import accuracy, predict, robust_accuracy
+from bench.engine.metrics import accuracy, predict
 from bench.engine.models import Classifier
 from bench.engine.training import Hooks, Journal, Recipe, fit
 from bench.pipeline import split
@@ -104,19 +104,17 @@ def theirs(model: Classifier, data: ImageSet, norm: str, epsilon: float, queries
 
 
 def pgd_of_both(model: Classifier, data: ImageSet, epsilon: float) -> tuple[float, float]:
-    """PGD-20 with one random start, ours and that of torchattacks."""
+    """PGD-20, ours and that of torchattacks, from the images themselves: a random start would differ by its draws."""
     import torchattacks
 
-    images = data.images.float() / 255
-    theirs = torchattacks.PGD(model, eps=epsilon, alpha=epsilon / 4, steps=20, random_start=True)
-    torch.manual_seed(0)
+    images, labels = data.images.float() / 255, data.labels
+    settings = {"epsilon": epsilon, "step_size": epsilon / 4, "steps": 20}
+    peer = torchattacks.PGD(model, eps=epsilon, alpha=epsilon / 4, steps=20, random_start=False)
+    both = pgd(model, images, labels, **settings), peer(images, labels)
     with torch.no_grad():
-        clean = model(images).argmax(1) == data.labels
-    found = theirs(images, data.labels)
-    with torch.no_grad():
-        other = (clean & (model(found).argmax(1) == data.labels)).double().mean().item()
-    mine = robust_accuracy(model, data, epsilon=epsilon, step_size=epsilon / 4, steps=20, seed=0)
-    return mine, other
+        clean = model(images).argmax(1) == labels
+        mine, other = (clean & (model(found).argmax(1) == labels) for found in both)
+    return mine.double().mean().item(), other.double().mean().item()
 
 
 def main(arguments: list[str]) -> None:
@@ -134,6 +132,8 @@ def main(arguments: list[str]) -> None:
     for name, model in found.items():
         mine, other = pgd_of_both(model, data, RADII[name]["linf"])
         print(_row(name, "PGD-20, L∞", RADII[name]["linf"], mine, other), flush=True)
+    if not settings["queries"]:
+        return
     for norm, name in ((norm, name) for norm in NORMS for name in found):
         epsilon, started = RADII[name][norm], time.process_time()
         mine_all = ours(found[name], data, norm, epsilon, settings["queries"])
