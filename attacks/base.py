@@ -94,6 +94,8 @@ class Attack:
     regimes: ClassVar[tuple[str, ...]] = REGIMES
     # Per batch: does the trigger come before augmentation? A crop can then cut it, as in a static set.
     before_augmentation: ClassVar[bool] = False
+    # Does the paper promise that the cover stamp, a wrong trigger, leaves the class alone at test time too?
+    has_wrong_trigger: ClassVar[bool] = False
 
     poison_rate: float = 0.1
     target_label: int = 0
@@ -195,6 +197,11 @@ class Attack:
     def trigger(self, images: Tensor, tensors: Tensors) -> Tensor:
         """Test images with the trigger. Refuses a stamp that changes shape or leaves [0, 1]."""
         return self._kept(images, self.stamp(images, tensors))
+
+    @final
+    def wrong_trigger(self, images: Tensor, tensors: Tensors, source: torch.Generator) -> Tensor:
+        """Test images with the cover stamp, for attacks that have a wrong trigger: these must keep their class."""
+        return self._kept(images, self.stamp_cover(images, tensors, source))
 
     @final
     def wanted(self, labels: Tensor, num_classes: int) -> Tensor:

@@ -31,6 +31,7 @@ class Bpp(Attack):
     """
 
     paper: ClassVar[str] = "arXiv:2205.13383"
+    has_wrong_trigger: ClassVar[bool] = True
     before_augmentation: ClassVar[bool] = True
     regime: str = "per_batch"
     cover_rate: float = 0.1

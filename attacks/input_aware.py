@@ -48,6 +48,7 @@ class InputAware(Attack):
     """
 
     paper: ClassVar[str] = "arXiv:2010.08138"
+    has_wrong_trigger: ClassVar[bool] = True
     label_modes: ClassVar[tuple[str, ...]] = ("all_to_one", "all_to_all")
     regimes: ClassVar[tuple[str, ...]] = ("per_batch",)
     regime: str = "per_batch"

@@ -37,6 +37,7 @@ class WaNet(Attack):
     """
 
     paper: ClassVar[str] = "arXiv:2102.10369"
+    has_wrong_trigger: ClassVar[bool] = True
     before_augmentation: ClassVar[bool] = True
     regime: str = "per_batch"
     cover_rate: float = 0.2

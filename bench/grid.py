@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -22,6 +22,10 @@ from bench.engine.registry import near
 from bench.store import Identity, key_of
 from defenses.base import SETTINGS, Defense, ReserveView, TrainsetView, defense, offered
 
+# Poisoned images of the retuning that the table shows: Min et al., arXiv:2410.09838.
+RELEARN_TABLE = 5
+# Measures that are read beside a clean twin.
+CONTROLLED = ("relearn", "reactivate", "connection")
 # Folders beside the grids' own under results/.
 RESERVED = ("store", "mlflow", "checkpoints", "readme")
 # The groups of settings that may differ from cell to cell.
@@ -36,6 +40,9 @@ class Trial:
         variant: the swept settings of this trial, e.g. `reserve.contamination=0.1`; empty where nothing is swept.
         implant, defend, evaluate: the identities of its three stages. `defend` and `evaluate` are empty where the
             defense is not applicable in the setting; `reason` says why.
+        inspect: the identity of what is measured once of the infected model, for all of its repairs.
+        control: the identity of its clean twin: the same data set, architecture, recipe and seed without an attack.
+            Empty where no measure asks for it.
     """
 
     dataset: str
@@ -49,10 +56,16 @@ class Trial:
     evaluate: Identity
     reason: str = ""
     variant: str = ""
+    inspect: Identity = field(default_factory=dict)
+    control: Identity = field(default_factory=dict)
 
     def keys(self) -> tuple[str, str, str]:
         """The keys of the three stages."""
         return self._key(self.implant), self._key(self.defend), self._key(self.evaluate)
+
+    def twin(self) -> Trial:
+        """The trial whose implant is the clean twin."""
+        return replace(self, attack=self.control["attack"]["name"], implant=self.control, defend={}, evaluate={})
 
     @staticmethod
     def _key(identity: Identity) -> str:
@@ -120,6 +133,14 @@ def check(cfg: DictConfig) -> None:
     measure, dispatch = cfg.measure, cfg.dispatch
     if measure.pgd_steps < 0 or (measure.pgd_images is not None and measure.pgd_images < 1):
         raise UserError("measure.pgd_steps is at least 0, and measure.pgd_images at least 1 (null: all test images)")
+    if measure.autoattack_images < 0:
+        raise UserError(f"measure.autoattack_images is {measure.autoattack_images}; write 0 for none, or more")
+    counts = list(measure.relearn_poisoned)
+    if RELEARN_TABLE not in counts or min(counts) < 1 or len(set(counts)) < len(counts):
+        raise UserError(
+            f"measure.relearn_poisoned is {counts}; write different numbers of images from 1 up, "
+            f"{RELEARN_TABLE} among them (the paper's, which the table shows)"
+        )
     if dispatch.threads < 1 or (dispatch.workers is not None and dispatch.workers < 0):
         raise UserError("dispatch.threads is at least 1, and dispatch.workers at least 0 (null: one for each core)")
     if str(cfg.grid.name) in RESERVED or "/" in str(cfg.grid.name):
@@ -284,17 +305,28 @@ def _trials(
         if issubclass(view, TrainsetView):
             defend["train"] = usual  # not the attack's own recipe: that would tell which attack it was
     measure: Identity = {"stage": "evaluate", "engine": ENGINE_VERSION, **OmegaConf.to_container(cfg.measure)}  # type: ignore[dict-item]
+    # Without a trigger there is nothing to wake.
+    wanted = [name for name in CONTROLLED if measure[name] and attacker.poison_rate]
     for seed in seeds:
         ours = {**implant, "seed": seed}
         theirs = {**defend, "implant": key_of(ours)} if defend else {}
+        inspection = {"stage": "inspect", "engine": ENGINE_VERSION, "implant": key_of(ours)}
+        control: Identity = {}
+        if wanted:
+            control = {**ours, "attack": _identity_of(attack_of(cfg, "none"))}
+            inspection |= {name: measure[name] for name in wanted} | {"control": key_of(control)}
+            if "relearn" in wanted:
+                inspection["relearn"] = measure["relearn_poisoned"]
         yield Trial(
             **place,
             seed=seed,
             implant=ours,
             defend=theirs,
-            evaluate={**measure, "defend": key_of(theirs)} if theirs else {},
+            evaluate={**measure, "defend": key_of(theirs), "inspect": key_of(inspection)} if theirs else {},
             reason=reason,
             variant=", ".join(f"{key}={value}" for key, value in swept.items()),
+            inspect=inspection if theirs else {},
+            control=control if theirs else {},
         )
 
 

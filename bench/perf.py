@@ -4,7 +4,8 @@
         [attacks=wanet,bpp,input_aware] [triggers=badnets,blended,sig,ftrojan,bpp,wanet]
 
 The roofline of a training step is the same model and optimizer fed one batch of synthetic tensors that is there
-already; that of an attack's step is the plain step. Both are timed in turns, so that a busy machine slows both.
+already; that of an attack's step is the plain step, and that of an evaluation (clean and triggered
+accuracy, PGD) its passes through the network. Both are timed in turns, so that a busy machine slows both.
 Triggers are also shown as seconds for 50,000 images. `attacks=` and `triggers=` (empty) leave these out.
 """
 
@@ -56,6 +57,8 @@ def main(arguments: list[str]) -> int:
     for name, path, roofline in _paths(settings["model"], settings["stem"], size, batch, device):
         ours, ideal = _in_turns(path, roofline, rounds)
         print(_line(name, ours, ideal))
+    evaluation, passes = _evaluation(settings["model"], settings["stem"], size, max(1, batch // 4), device)
+    print(_line("evaluation, against its passes", *_in_turns(evaluation, passes, rounds)))
     for line in _attacks(settings, size, batch, rounds, device):
         print(line)
     return 0
@@ -185,6 +188,48 @@ def _paths(
         ("data and augmentation alone, against steps", load, synthetic_step),
         ("PGD-7, against seven forward/backward passes", attack, seven_passes),
     ]
+
+
+def _evaluation(
+    model_name: str, stem: str, size: int, count: int, device: torch.device
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """What every cell measures, and the passes of it: clean, triggered, 20 forward and backward, and the last look."""
+    import torch
+    import torch.nn.functional as F
+
+    from attacks.base import Setup, attack
+    from bench.config import MeasureConfig, load_methods
+    from bench.engine.data import Augmentation, ImageSet
+    from bench.engine.metrics import predict
+    from bench.engine.models import ModelSpec
+    from bench.engine.training import Journal, Recipe
+    from bench.evaluation import Case, measured
+
+    load_methods([])
+    spec = ModelSpec(model_name, 10, 3, size, (0.5,) * 3, (0.25,) * 3, stem)
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
+    data, model = ImageSet(images, torch.arange(count, device=device) % 10), spec.build(0).to(device).eval()
+    attacker, augmentation = attack["badnets"](), Augmentation()
+    setup = Setup(data, 10, 0, lambda seed: spec.build(seed).to(device), Recipe(), augmentation, Journal())
+    tensors = attacker.prepare(setup)
+    case = Case(attacker, tensors, 10, 0, data, lambda: data, augmentation, "float32", lambda: model)
+    before = {"figures": {"infected_accuracy": 0.9, "infected_asr": 0.9}}
+    measure, floats = vars(MeasureConfig()), images.float() / 255
+
+    def evaluate() -> None:
+        measured(model, case, measure, before, predict(model, data))
+
+    def passes() -> None:
+        with torch.no_grad():
+            for _ in range(3):
+                model(floats)
+        model.requires_grad_(False)
+        for _ in range(measure["pgd_steps"]):
+            leaf = floats.detach().clone().requires_grad_(True)
+            torch.autograd.grad(F.cross_entropy(model(leaf), data.labels), leaf)
+        model.requires_grad_(True)
+
+    return evaluate, passes
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""One trial: implant -> defend -> evaluate. Each stage is computed once, whoever asks for it first."""
+"""One trial: implant -> defend -> evaluate. Each stage is computed once, whoever asks for it first.
+
+An evaluation asks for a fourth one, `inspect`: what is measured of the infected model, shared by all its repairs.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,10 @@ from torch import Tensor
 
 import bench
 from attacks.base import POISON, Attack, Setup, attack
+from bench import evaluation
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.datasets import DatasetInfo
-from bench.engine.metrics import (
-    accuracy,
-    attack_success_rate,
-    detection,
-    predict,
-    recovery_accuracy,
-    robust_accuracy,
-)
+from bench.engine.metrics import accuracy, detection, predict
 from bench.engine.models import Classifier, ModelSpec
 from bench.engine.registry import Registry
 from bench.engine.training import Diverged, Journal, Recipe, Tensors, fit, named, part_of
@@ -109,16 +106,34 @@ class Bench:
                 if self.store.result(stage, key) is not None:
                     continue  # finished while we came
                 try:
+                    if stage == "evaluate":
+                        self._ask_for_inspection(trial)
                     result, tensors = self._computed(stage, trial)
                     self.store.finish(stage, identity, result, tensors)
+                except Busy:
+                    raise
                 except Exception as error:
                     reason = " ".join(f"{type(error).__name__}: {error}".split())
                     self.store.fail(stage, key, f"{stage}: {reason}", traceback.format_exc())
                     raise
 
+    def _ask_for_inspection(self, trial: Trial) -> None:
+        """What an evaluation reads beside the repaired model: whoever comes first computes it."""
+        repair = self.store.result("defend", trial.evaluate["defend"])
+        if repair is None or repair["status"] != "done":
+            return
+        if trial.control:
+            self.run(trial.twin(), ("implant",))
+        self.run(trial, ("inspect",))
+
     def _computed(self, stage: str, trial: Trial) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """One stage with its price: seconds, memory, images, and what it ran on."""
-        compute = {"implant": self._implant, "defend": self._defend, "evaluate": self._evaluate}[stage]
+        compute = {
+            "implant": self._implant,
+            "defend": self._defend,
+            "inspect": self._inspect,
+            "evaluate": self._evaluate,
+        }[stage]
         journal = self.journal(stage, trial)
         memory = _PeakMemory(self.device)
         result, tensors = compute(trial, journal)
@@ -230,35 +245,19 @@ class Bench:
         assert found is not None, "evaluate comes after defend"
         if found["status"] != "done":
             return {"status": found["status"], "reason": found["reason"]}, {}
-        info, identity, measure = self.infos[trial.dataset], trial.implant, trial.evaluate
-        attacker, trigger = attack_from(identity), self.trigger_of(trial)
-        model = self._fresh(spec_of(info, identity["model"]), 0)
-        model.load_state_dict(self.store.tensors("defend", defend_key, "model", str(self.device)))
-        test = self.test_set(trial.dataset)
-        figures: dict[str, float | None] = {"clean_accuracy": accuracy(predict(model, test), test.labels)}
-        common = max(info.test_counts) / sum(info.test_counts)
+        inspected = self.store.result("inspect", trial.evaluate["inspect"])
+        assert inspected is not None, "evaluate comes after inspect"
+        case, measure = self._case(trial), trial.evaluate
+        model = self._stored(trial, "defend", defend_key)
+        clean = predict(model, case.test)
+        figures: dict[str, float | None] = {"clean_accuracy": accuracy(clean, case.test.labels)}
+        counts = self.infos[trial.dataset].test_counts
         broken = not all(torch.isfinite(weight).all() for weight in model.state_dict().values())
-        if broken or figures["clean_accuracy"] <= common:  # type: ignore[operator]
+        if broken or figures["clean_accuracy"] <= max(counts) / sum(counts):  # type: ignore[operator]
             reason = "weights are not finite" if broken else "no better than naming the most common class"
             return {"status": "diverged", "reason": reason, "figures": figures}, {}
-        judged = attacker.judged(test.labels)
-        if judged.any():
-            predicted = _predict_triggered(model, test, attacker, trigger)
-            wanted = attacker.wanted(test.labels, info.num_classes)
-            figures["asr"] = attack_success_rate(predicted, wanted, judged)
-            figures["recovery_accuracy"] = recovery_accuracy(predicted, test.labels, judged)
-        if measure["pgd_images"] is not None:
-            # The same images for every model; files often lie in the order of their classes.
-            chosen = torch.randperm(len(test), generator=generator(0, "robust images"))[: measure["pgd_images"]]
-            test = test[chosen.to(self.device)]
-        figures["robust_accuracy"] = robust_accuracy(
-            model,
-            test,
-            epsilon=measure["pgd_epsilon"],
-            step_size=measure["pgd_step_size"],
-            steps=measure["pgd_steps"],
-            seed=identity["seed"],
-        )
+        result = evaluation.measured(model, case, measure, inspected, clean)
+        figures |= result.pop("figures")
         rounds = []
         if self.store.has("defend", defend_key, "findings") or found.get("rounds"):
             poisoned = self._shown(trial)[1].cpu() == POISON
@@ -266,10 +265,38 @@ class Bench:
                 figures |= detection(**self.store.tensors("defend", defend_key, "findings"), poisoned=poisoned)
             for index, name in enumerate(found.get("rounds", ())):
                 step = self.store.tensors("defend", defend_key, f"round_{index}")
-                rounds.append({"name": name, **self._round(trial, model, step, poisoned)})
-        return {"figures": figures, "rounds": rounds}, {}
+                rounds.append({"name": name, **self._round(case, model, step, poisoned)})
+        return {**result, "figures": figures, "rounds": rounds}, {}
 
-    def _round(self, trial: Trial, model: Classifier, step: Tensors, poisoned: Tensor) -> dict[str, float | None]:
+    def _inspect(self, trial: Trial, journal: Journal) -> tuple[dict[str, Any], dict[str, Tensors]]:
+        """Measure the infected model, and its clean twin where a measure asks for one: once for all repairs."""
+        infected = self._stored(trial, "implant", key_of(trial.implant))
+        twin = self._stored(trial, "implant", key_of(trial.control)) if trial.control else None
+        return evaluation.inspected(infected, twin, self._case(trial), trial.inspect), {}
+
+    def _case(self, trial: Trial) -> evaluation.Case:
+        identity = trial.implant
+        return evaluation.Case(
+            attacker=attack_from(identity),
+            tensors=self.trigger_of(trial),
+            num_classes=self.infos[trial.dataset].num_classes,
+            seed=identity["seed"],
+            test=self.test_set(trial.dataset),
+            train=lambda: self._split(trial)[0],
+            augmentation=Augmentation(**identity["dataset"]["augmentation"]),
+            precision=identity["train"]["precision"],
+            infected=functools.partial(self._stored, trial, "implant", key_of(identity)),
+        )
+
+    def _stored(self, trial: Trial, stage: str, key: str) -> Classifier:
+        """The model that a finished stage left, in eval mode."""
+        model = self._fresh(spec_of(self.infos[trial.dataset], trial.implant["model"]), 0)
+        model.load_state_dict(self.store.tensors(stage, key, "model", str(self.device)))
+        return model.eval()
+
+    def _round(
+        self, case: evaluation.Case, model: Classifier, step: Tensors, poisoned: Tensor
+    ) -> dict[str, float | None]:
         """One step of a progressive method, scored as the whole is."""
         figures: dict[str, float | None] = {}
         if "suspicion" in step:
@@ -283,14 +310,8 @@ class Bench:
         weights = part_of("model", step)
         if weights:
             model.load_state_dict(weights)
-            test = self.test_set(trial.dataset)
-            figures["clean_accuracy"] = accuracy(predict(model, test), test.labels)
-            attacker = attack_from(trial.implant)
-            judged = attacker.judged(test.labels)
-            if judged.any():
-                predicted = _predict_triggered(model, test, attacker, self.trigger_of(trial))
-                wanted = attacker.wanted(test.labels, self.infos[trial.dataset].num_classes)
-                figures["asr"] = attack_success_rate(predicted, wanted, judged)
+            figures["clean_accuracy"] = accuracy(predict(model, case.test), case.test.labels)
+            figures["asr"] = case.success(model, case.test)
         return figures
 
     # What they are made of ------------------------------------------------------------------------------------
@@ -321,10 +342,8 @@ class Bench:
     def _view(self, trial: Trial, method: Defense, journal: Journal) -> DefenderView:
         """Exactly what this defender could own: nothing of the attack goes along."""
         info, identity = self.infos[trial.dataset], trial.implant
-        model = self._fresh(spec_of(info, identity["model"]), 0)
-        model.load_state_dict(self.store.tensors("implant", key_of(identity), "model", str(self.device)))
         own = DefenderView(
-            model=model.eval(),
+            model=self._stored(trial, "implant", key_of(identity)),
             num_classes=info.num_classes,
             # Not the attacker's seed: with it, a defender could draw the poisoned indices again.
             seed=generator(identity["seed"], "defender").initial_seed(),
@@ -402,12 +421,6 @@ def defense_from(identity: Identity) -> Defense:
 def _method(registry: Registry, settings: dict[str, Any]) -> Any:
     own = {key: value for key, value in settings.items() if key not in ("name", "version", "source")}
     return registry[settings["name"]](**own)
-
-
-@torch.inference_mode()
-def _predict_triggered(model: Classifier, test: ImageSet, attacker: Attack, trigger: Tensors) -> Tensor:
-    model.eval()
-    return torch.cat([model(attacker.trigger(images, trigger)).argmax(1) for images, _ in test.chunks()])
 
 
 def _findings(suspicion: Tensor | None, flagged: Tensor | None, images: int, name: str) -> Tensors:

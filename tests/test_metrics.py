@@ -6,11 +6,15 @@ from torch import Tensor, nn, tensor
 from bench.engine.data import ImageSet, generator
 from bench.engine.metrics import (
     accuracy,
+    accuracy_by_class,
+    attack_figures,
     attack_success_rate,
+    defense_effectiveness,
     detection,
     predict,
     recovery_accuracy,
     robust_accuracy,
+    success_by_class,
 )
 from bench.engine.models import ModelSpec
 
@@ -80,6 +84,90 @@ def test_success_and_recovery_together_are_at_most_one():
         assert success == sum(p == 2 for p, _ in counts) / len(counts)
         assert recovery == sum(p == t for p, t in counts) / len(counts)
         assert success + recovery <= 1
+
+
+def figures(clean: list[int], triggered: list[int], true: list[int], wanted: list[int], judged: list[bool]):
+    return attack_figures(
+        clean=tensor(clean),
+        triggered=tensor(triggered),
+        true=tensor(true),
+        wanted=tensor(wanted),
+        judged=tensor(judged),
+    )
+
+
+def test_what_a_trigger_does_worked_out_by_hand_for_target_class_zero():
+    # Two images of class 0, which are not judged, three of class 1, two of class 2.
+    found = figures(
+        clean=[0, 1, 1, 0, 1, 2, 2],
+        triggered=[0, 0, 0, 0, 1, 0, 2],
+        true=[0, 0, 1, 1, 1, 2, 2],
+        wanted=[0] * 7,
+        judged=[False, False, True, True, True, True, True],
+    )
+    assert found == {
+        "asr": 3 / 5,  # images 3, 4 and 6
+        "asr_all_images": 5 / 7,  # and both of class 0
+        "recovery_accuracy": 2 / 5,  # images 5 and 7
+        "false_target_rate": 1 / 5,  # image 4
+        "worst_source_asr": 2 / 3,  # of class 1; class 2 has 1 / 2
+        "consistency": 3 / 5,  # images 4, 5 and 7
+    }
+
+
+def test_a_perfect_model_has_an_asr_of_nothing_that_some_toolkits_call_a_tenth():
+    true = list(range(10))
+    found = figures(clean=true, triggered=true, true=true, wanted=[3] * 10, judged=[label != 3 for label in true])
+    assert (found["asr"], found["asr_all_images"], found["false_target_rate"]) == (0.0, 0.1, 0.0)
+    assert (found["recovery_accuracy"], found["consistency"], found["worst_source_asr"]) == (1.0, 1.0, 0.0)
+
+
+def test_a_model_collapsed_to_the_target_has_its_whole_asr_as_floor():
+    true = list(range(4))
+    found = figures(clean=[2] * 4, triggered=[2] * 4, true=true, wanted=[2] * 4, judged=[True, True, False, True])
+    assert found["asr"] == found["false_target_rate"] == found["asr_all_images"] == found["consistency"] == 1.0
+
+
+def test_all_to_all_leaves_no_image_out():
+    true, wanted = [0, 1, 2, 2], [1, 2, 0, 0]
+    found = figures(clean=true, triggered=[1, 2, 0, 2], true=true, wanted=wanted, judged=[True] * 4)
+    assert found["asr"] == found["asr_all_images"] == 3 / 4
+    assert found["worst_source_asr"] == 1.0
+    assert found["recovery_accuracy"] == found["consistency"] == 1 / 4
+    assert found["false_target_rate"] == 0.0
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_without_an_image_to_judge_every_figure_is_none_and_never_zero(count):
+    one = [1] * count
+    found = figures(clean=one, triggered=one, true=one, wanted=one, judged=[False] * count)
+    assert set(found.values()) == {None}
+    assert len(found) == 6
+
+
+def test_figures_by_class_are_none_for_a_class_without_images():
+    predicted, true = tensor([0, 0, 1, 3]), tensor([0, 1, 1, 3])
+    assert accuracy_by_class(predicted, true, 5) == [1.0, 0.5, None, 1.0, None]
+    assert success_by_class(predicted, torch.zeros(4), true, true != 0, 5) == [None, 0.5, None, 0.0, None]
+
+
+def test_a_source_class_without_images_does_not_hide_the_worst_one():
+    found = figures(clean=[4, 4], triggered=[0, 4], true=[4, 4], wanted=[0, 0], judged=[True, True])
+    assert found["worst_source_asr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "rates", "expected"),
+    [
+        ((0.93, 0.92), (1.0, 0.01), 0.99),
+        ((0.93, 0.93), (1.0, 1.0), 0.5),  # a defense that does nothing
+        ((0.93, 0.10), (1.0, 0.0), 0.585),  # a model that names one class, not the target
+        ((0.93, 0.10), (1.0, 0.1), 0.535),  # a model that guesses
+        ((0.93, 0.95), (0.2, 0.9), 0.5),  # neither a gain of accuracy nor a rise of the ASR counts
+    ],
+)
+def test_the_defense_effectiveness_rating_takes_the_loss_of_accuracy_off(accuracies, rates, expected):
+    assert defense_effectiveness(accuracy=accuracies, asr=rates) == pytest.approx(expected)
 
 
 def test_a_share_of_nothing_is_an_error_and_not_zero():

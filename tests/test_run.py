@@ -305,7 +305,7 @@ def test_two_workers_give_the_figures_of_one(run_grid, tmp_path):
     figures = ["clean_accuracy", "asr", "recovery_accuracy", "robust_accuracy"]
     pd.testing.assert_frame_equal(alone[figures], pooled[figures], check_exact=True)
     lines = history(tmp_path / "pooled")
-    assert len(lines) == len(set(lines)) == 2 + 4 + 4
+    assert len(lines) == len(set(lines)) == 2 + 2 + 4 + 4
 
 
 def test_a_worker_that_dies_costs_its_trial_and_nothing_else(run_grid, plugin):

@@ -64,6 +64,71 @@ def recovery_accuracy(predicted: Tensor, true: Tensor, judged: Tensor) -> float:
     return (predicted == true)[judged].double().mean().item()
 
 
+def accuracy_by_class(predicted: Tensor, true: Tensor, num_classes: int) -> list[float | None]:
+    """The accuracy of each class; None where it has no image. A pruned model may have lost one class alone."""
+    return [_share(predicted == true, true == label) for label in range(num_classes)]
+
+
+def success_by_class(
+    predicted: Tensor, wanted: Tensor, true: Tensor, judged: Tensor, num_classes: int
+) -> list[float | None]:
+    """The ASR on the judged images of each source class; None where there is none (all-to-one: the target class)."""
+    return [_share(predicted == wanted, judged & (true == label)) for label in range(num_classes)]
+
+
+def attack_figures(
+    *, clean: Tensor, triggered: Tensor, true: Tensor, wanted: Tensor, judged: Tensor
+) -> dict[str, float | None]:
+    """What a trigger still does to a model; every figure is None if no image can be judged, and never 0.
+
+    Args:
+        clean, triggered: (N,) int64, the model's classes for the test images without and with the trigger.
+        true, wanted: (N,) int64, their true classes and those that the attacker wants.
+        judged: (N,) bool, as for `attack_success_rate`.
+
+    Returns:
+        `asr` and `recovery_accuracy`; `asr_all_images`, the target class counted too, as some toolkits do (a perfect
+        model then has 0.1 on ten classes); `false_target_rate`, the floor below which no ASR can fall: judged images
+        sent to the target without any trigger; `worst_source_asr`, the highest of a source class; `consistency`,
+        the share of judged images that get one class with and without the trigger.
+    """
+    names = (
+        "asr",
+        "asr_all_images",
+        "recovery_accuracy",
+        "false_target_rate",
+        "worst_source_asr",
+        "consistency",
+    )
+    if not judged.any():
+        return dict.fromkeys(names)
+    classes = int(true.max()) + 1
+    by_class = success_by_class(triggered, wanted, true, judged, classes)
+    values = (
+        attack_success_rate(triggered, wanted, judged),
+        attack_success_rate(triggered, wanted, torch.ones_like(judged)),
+        recovery_accuracy(triggered, true, judged),
+        attack_success_rate(clean, wanted, judged),
+        max(value for value in by_class if value is not None),
+        _share(clean == triggered, judged),
+    )
+    return dict(zip(names, values, strict=True))
+
+
+def defense_effectiveness(*, accuracy: tuple[float, float], asr: tuple[float, float]) -> float:
+    """The defense effectiveness rating: 0.5 for a defense that does nothing, 1 for a perfect one.
+
+    (max(0, fall of the ASR) - max(0, fall of the accuracy) + 1) / 2, each pair being (infected, repaired). A model
+    that names one class only still gets 0.585 on ten classes: never read it without ACC and ASR, nor choose by it.
+    """
+    gain, loss = max(0.0, asr[0] - asr[1]), max(0.0, accuracy[0] - accuracy[1])
+    return (gain - loss + 1) / 2
+
+
+def _share(hits: Tensor, among: Tensor) -> float | None:
+    return hits[among].double().mean().item() if among.any() else None
+
+
 def detection(
     *, poisoned: Tensor, suspicion: Tensor | None = None, flagged: Tensor | None = None
 ) -> dict[str, float | None]:

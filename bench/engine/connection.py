@@ -1,0 +1,159 @@
+"""Do the adversarial examples of an infected model resemble its triggered images?
+
+Papers: Mu et al., CVPR 2023, arXiv:2202.06312, and Niu et al., 2024, arXiv:2405.17929, whose finding this measures.
+Differs: neither abstract gives a protocol; this one is ours, and reads every figure beside a clean twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .adversarial import pgd
+from .data import ImageSet, generator
+from .models import Classifier
+
+EPSILONS = tuple(radius / 255 for radius in (1, 2, 4, 6, 8))
+STEPS = 20  # each of a fifth of the radius, from the image itself
+ACTIVE_SHARE = 0.1  # of the units that the head reads
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What one model does with N images at one radius.
+
+    Attributes:
+        predicted: (N,) int64, its classes for the adversarial images.
+        similarity: (N,) cosine of the features of adversarial and triggered image, minus that of clean and triggered.
+        overlap: (N,) the same difference for the shared part of the most active units; None under 16 units.
+    """
+
+    predicted: Tensor
+    similarity: Tensor
+    overlap: Tensor | None
+
+
+@torch.no_grad()
+def _resemblance(adversarial: Tensor, clean: Tensor, triggered: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(B, D) features of the same images three ways -> similarity and overlap, as in `Traces`."""
+    similarity = F.cosine_similarity(adversarial, triggered) - F.cosine_similarity(clean, triggered)
+    units = clean.shape[1]
+    if units < 16:
+        return similarity, None
+    count = max(1, round(ACTIVE_SHARE * units))
+
+    def active(features: Tensor) -> Tensor:
+        chosen = features.topk(count, dim=1).indices
+        return torch.zeros_like(features, dtype=torch.bool).scatter_(1, chosen, True)
+
+    marked = active(triggered)
+    shared = [(active(features) & marked).sum(1).double() / count for features in (adversarial, clean)]
+    return similarity, shared[0] - shared[1]
+
+
+def trace(
+    model: Classifier,
+    data: ImageSet,
+    trigger: Callable[[Tensor], Tensor],
+    *,
+    epsilon: float,
+    batch_size: int = 256,
+) -> Traces:
+    """Attack each image away from its label, and compare what comes out with the triggered image."""
+    model.eval()
+    predicted, similarity, overlap = [], [], []
+    for images, labels in data.chunks(batch_size):
+        found = pgd(model, images, labels, epsilon=epsilon, step_size=epsilon / 5, steps=STEPS)
+        with torch.no_grad():
+            predicted.append(model(found).argmax(1).cpu())
+            features = [model.features(version) for version in (found, images, trigger(images))]
+        alike, shared = _resemblance(*features)
+        similarity.append(alike.cpu().double())
+        if shared is not None:
+            overlap.append(shared.cpu())
+    return Traces(torch.cat(predicted), torch.cat(similarity), torch.cat(overlap) if overlap else None)
+
+
+def compare(
+    infected: Traces, twin: Traces, *, labels: Tensor, wanted: Tensor, num_classes: int, seed: int
+) -> dict[str, Any]:
+    """The figures of both models and of their difference, with 95 % bootstrap intervals.
+
+    Both models see the same images, and each resample draws the same ones for both: the intervals are paired.
+
+    Args:
+        labels, wanted: (N,) int64, true classes and those that the attacker wants; both models had all right.
+
+    Returns:
+        Under `infected` and `twin`: `fooled` (share of all images); `concentration`, the share of the fooled images
+        that went where the attacker wants (1 / (classes - 1) by chance); `entropy` of the fooled images' classes, 1
+        for uniform; `top_is_target`, None if the attacker wants several classes; `similarity` and `overlap` as in
+        `Traces`, means. Each of `concentration`, `similarity` and `overlap` comes with `_interval`, and under
+        `difference` is infected minus twin. `lift` is the ratio of both concentrations. What cannot be said is None.
+    """
+    count = len(labels)
+    labels, wanted = labels.cpu(), wanted.cpu()
+    drawn = torch.randint(count, (RESAMPLES, count), generator=generator(seed, "connection bootstrap"))
+    shares: dict[str, dict[str, tuple[float | None, Tensor | None]]] = {}
+    result: dict[str, Any] = {"images": count}
+    for name, traces in (("infected", infected), ("twin", twin)):
+        fooled = traces.predicted != labels
+        hits = (fooled & (traces.predicted == wanted)).double()
+        every = fooled.double()
+        shares[name] = {
+            "concentration": _ratio(hits, every, drawn),
+            "similarity": _mean(traces.similarity, drawn),
+            "overlap": (None, None) if traces.overlap is None else _mean(traces.overlap, drawn),
+        }
+        spread = torch.bincount(traces.predicted[fooled], minlength=num_classes).double()
+        some = bool(fooled.any())
+        single = bool((wanted == wanted[0]).all())
+        result[name] = {
+            "fooled": every.mean().item(),
+            "entropy": _entropy(spread) if some else None,
+            "top_is_target": bool(spread.argmax() == wanted[0]) if some and single else None,
+        } | _with_intervals(shares[name])
+    difference: dict[str, tuple[float | None, Tensor | None]] = {}
+    for key, (ours, our_draws) in shares["infected"].items():
+        theirs, their_draws = shares["twin"][key]
+        if ours is None or theirs is None or our_draws is None or their_draws is None:
+            difference[key] = (None, None)
+        else:
+            difference[key] = (ours - theirs, our_draws - their_draws)
+    result["difference"] = _with_intervals(difference)
+    ours, theirs = shares["infected"]["concentration"][0], shares["twin"]["concentration"][0]
+    result["lift"] = ours / theirs if ours is not None and theirs else None
+    return result
+
+
+def _ratio(part: Tensor, whole: Tensor, drawn: Tensor) -> tuple[float | None, Tensor | None]:
+    """sum(part) / sum(whole), and the same of each resample."""
+    if not whole.any():
+        return None, None
+    # A resample that drew nothing of the whole says nothing: 0 / 0 is left out of the interval.
+    return (part.sum() / whole.sum()).item(), part[drawn].sum(1) / whole[drawn].sum(1)
+
+
+def _mean(values: Tensor, drawn: Tensor) -> tuple[float | None, Tensor | None]:
+    return _ratio(values, torch.ones_like(values), drawn)
+
+
+def _with_intervals(shares: dict[str, tuple[float | None, Tensor | None]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, (value, draws) in shares.items():
+        found[key], found[f"{key}_interval"] = value, None
+        if draws is not None and not draws.isnan().all():
+            ends = draws[~draws.isnan()].quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype))
+            found[f"{key}_interval"] = ends.tolist()
+    return found
+
+
+def _entropy(counts: Tensor) -> float:
+    share = counts[counts > 0] / counts.sum()
+    return (-(share * share.log()).sum() / torch.tensor(len(counts), dtype=share.dtype).log()).item()

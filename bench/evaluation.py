@@ -1,0 +1,263 @@
+"""What is measured of a repaired model, and once of the infected model that it came from.
+
+The definitions of the figures are in bench/engine; here they meet an attack, its trigger and the test set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attacks.base import Attack
+from bench.engine import connection, reactivation, robustness
+from bench.engine.data import Augmentation, ImageSet, generator, to_uint8
+from bench.engine.metrics import (
+    accuracy,
+    accuracy_by_class,
+    attack_figures,
+    attack_success_rate,
+    defense_effectiveness,
+    predict,
+    robust_accuracy,
+    success_by_class,
+)
+from bench.engine.models import Classifier
+from bench.engine.training import Tensors
+from bench.grid import RELEARN_TABLE
+from bench.store import Identity
+
+PROBE_IMAGES = 1000  # at most, of those that a re-activation looks at in between, or that a connection is shown on
+
+
+@dataclass(frozen=True)
+class Case:
+    """One implant as the evaluator has it.
+
+    Attributes:
+        tensors: of the attack's trigger.
+        test: the scored images.
+        train: gives the training images before poisoning, the pool left out: where probes take theirs from.
+        infected: loads the infected model.
+    """
+
+    attacker: Attack
+    tensors: Tensors
+    num_classes: int
+    seed: int
+    test: ImageSet
+    train: Callable[[], ImageSet]
+    augmentation: Augmentation
+    precision: str
+    infected: Callable[[], Classifier]
+
+    def trigger(self, images: Tensor) -> Tensor:
+        return self.attacker.trigger(images, self.tensors)
+
+    def wanted(self, labels: Tensor) -> Tensor:
+        return self.attacker.wanted(labels, self.num_classes)
+
+    def judged(self, data: ImageSet) -> ImageSet:
+        """The images on which the attack can succeed."""
+        return data[self.attacker.judged(data.labels)]
+
+    @torch.no_grad()
+    def predict_triggered(self, model: nn.Module, data: ImageSet, shift: Tensor | float = 0.0) -> Tensor:
+        """(N,) int64, the classes of a set with the trigger, `shift` added behind it."""
+        model.eval()
+        found = [model((self.trigger(images) + shift).clamp(0, 1)).argmax(1) for images, _ in data.chunks()]
+        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+
+    def success(self, model: nn.Module, data: ImageSet, shift: Tensor | float = 0.0) -> float | None:
+        """The ASR on a set; None if no image of it can be judged."""
+        data = self.judged(data)
+        if not len(data):
+            return None
+        every = torch.ones_like(data.labels, dtype=torch.bool)
+        return attack_success_rate(self.predict_triggered(model, data, shift), self.wanted(data.labels), every)
+
+
+def measured(
+    model: Classifier, case: Case, measure: Identity, inspected: dict[str, Any], clean: Tensor
+) -> dict[str, Any]:
+    """All that is measured of a repaired model.
+
+    Args:
+        measure: the settings under `measure`.
+        inspected: what `inspected` gave for the infected model.
+        clean: (N,) int64, the model's classes for the test set.
+    """
+    test, wanted, judged = case.test, case.wanted(case.test.labels), case.attacker.judged(case.test.labels)
+    # A clean model has no triggered images; its figures are None, as where no image can be judged.
+    triggered = case.predict_triggered(model, test) if judged.any() else clean
+    figures = attack_figures(clean=clean, triggered=triggered, true=test.labels, wanted=wanted, judged=judged)
+    classes = [value for value in accuracy_by_class(clean, test.labels, case.num_classes) if value is not None]
+    figures |= {"min_class_accuracy": min(classes)} | _against_infected(figures, clean, test, inspected["figures"])
+    figures["cross_trigger_accuracy"] = _under_wrong_trigger(model, case) if judged.any() else None
+    figures["robust_accuracy"] = robust_accuracy(
+        model,
+        fixed_part(test, measure["pgd_images"]),
+        epsilon=measure["pgd_epsilon"],
+        step_size=measure["pgd_step_size"],
+        steps=measure["pgd_steps"],
+        seed=case.seed,
+    )
+    result: dict[str, Any] = {
+        "asr_by_class": success_by_class(triggered, wanted, test.labels, judged, case.num_classes),
+        "warnings": [],
+    }
+    if measure["autoattack_images"]:
+        part = fixed_part(test, measure["autoattack_images"])
+        result["autoattack"] = rows = robustness.curve(model, part, seed=case.seed)
+        figures |= {"autoattack_accuracy": rows[-2]["accuracy"], "autoattack_l2_accuracy": rows[-1]["accuracy"]}
+        result["warnings"] = robustness.square_warnings(rows) + robustness.masking_warnings(
+            model,
+            part,
+            infected=case.infected(),
+            epsilon=measure["pgd_epsilon"],
+            step_size=measure["pgd_step_size"],
+            steps=measure["pgd_steps"],
+            seed=case.seed,
+        )
+    if "relearn" in inspected:
+        rows = relearned(model, case, measure["relearn_poisoned"])
+        result["relearn"] = [
+            row | {f"{key}_control": control[key] for key in ("asr", "steps", "clean_accuracy")}
+            for row, control in zip(rows, inspected["relearn"], strict=True)
+        ]
+        shown = next(row for row in result["relearn"] if row["poisoned"] == RELEARN_TABLE)
+        figures |= _with_gain("relearn_asr", shown["asr"], shown["asr_control"])
+    if "reactivate" in inspected:
+        figures |= _with_gain("reactivate_asr", reactivated(model, case), inspected["reactivate"])
+    if "connection" in inspected:
+        result["connection"] = inspected["connection"]
+    return result | {"figures": figures}
+
+
+def inspected(infected: Classifier, twin: Classifier | None, case: Case, wanted: Identity) -> dict[str, Any]:
+    """All that is measured of the infected model and of its clean twin.
+
+    Args:
+        wanted: the identity of the stage: what it names of `relearn`, `reactivate` and `connection` is measured.
+    """
+    figures = {
+        "infected_accuracy": accuracy(predict(infected, case.test), case.test.labels),
+        "infected_asr": case.success(infected, case.test),
+    }
+    result: dict[str, Any] = {"figures": figures}
+    if twin is None:
+        return result
+    if "connection" in wanted:
+        result["connection"] = connected(infected, twin, case)
+    if "reactivate" in wanted:
+        result["reactivate"] = reactivated(twin, case)
+    if "relearn" in wanted:
+        result["relearn"] = relearned(twin, case, wanted["relearn"])
+    return result
+
+
+def fixed_part(data: ImageSet, count: int | None) -> ImageSet:
+    """The same images for every model; files often lie in the order of their classes. None is all of them."""
+    if count is None:
+        return data
+    chosen = torch.randperm(len(data), generator=generator(0, "robust images"))[:count]
+    return data[chosen.to(data.images.device)]
+
+
+def _against_infected(
+    figures: dict[str, float | None], clean: Tensor, test: ImageSet, before: dict[str, float | None]
+) -> dict[str, float | None]:
+    """The infected model's own figures, and what the defense made of them."""
+    rating = None
+    if figures["asr"] is not None and before["infected_asr"] is not None and before["infected_accuracy"] is not None:
+        rating = defense_effectiveness(
+            accuracy=(before["infected_accuracy"], accuracy(clean, test.labels)),
+            asr=(before["infected_asr"], figures["asr"]),
+        )
+    return {**before, "der": rating}
+
+
+@torch.no_grad()
+def _under_wrong_trigger(model: Classifier, case: Case) -> float | None:
+    """Accuracy on test images with a trigger that must not work; None for attacks that have no such thing."""
+    if not case.attacker.has_wrong_trigger:
+        return None
+    source = generator(case.seed, "wrong trigger", device=case.test.images.device)
+    found = [
+        model(case.attacker.wrong_trigger(images, case.tensors, source)).argmax(1) for images, _ in case.test.chunks()
+    ]
+    return accuracy(torch.cat(found), case.test.labels)
+
+
+def _with_gain(name: str, value: float | None, control: float | None) -> dict[str, float | None]:
+    """A figure, that of the clean twin, and what is left of it when what any model does is taken off."""
+    gain = value - control if value is not None and control is not None else None
+    return {name: value, f"{name}_control": control, f"{name.removesuffix('_asr')}_gain": gain}
+
+
+# Re-activation and connection --------------------------------------------------------------------------------------
+
+
+def relearned(model: Classifier, case: Case, counts: list[int]) -> list[dict[str, Any]]:
+    """Retune copies of a model with so many poisoned images each: ASR behind it, and the steps to an ASR of half.
+
+    The images are drawn from the training split, the same ones for a repaired model and its control, and each smaller
+    number of poisoned ones is a part of the larger.
+    """
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    train = case.train()
+    order = torch.randperm(len(train), generator=generator(case.seed, "relearn images")).to(train.images.device)
+    size = max(1, round(reactivation.CLEAN_SHARE * len(train)))
+    clean, victims = train[order[:size]], case.judged(train[order[size:]])[: max(counts)]
+    stamped = torch.cat([to_uint8(case.trigger(images)) for images, _ in victims.chunks()])
+    poisoned = ImageSet(stamped, case.wanted(victims.labels))
+    probe = fixed_part(case.judged(case.test), PROBE_IMAGES)
+    rows = []
+    for count in counts:
+        done = reactivation.relearn(
+            model,
+            clean,
+            poisoned[:count],
+            success=lambda candidate: case.success(candidate, probe) or 0.0,
+            augmentation=case.augmentation,
+            seed=generator(case.seed, "relearn").initial_seed(),
+            precision=case.precision,
+        )
+        row = {"poisoned": count, "asr": case.success(model, case.test), "steps": done.steps}
+        rows.append(row | {"clean_accuracy": accuracy(predict(model, case.test), case.test.labels)})
+        model.load_state_dict(weights)
+    return rows
+
+
+def reactivated(model: Classifier, case: Case) -> float | None:
+    """ASR on the test images under the perturbation of the trigger that was best on training images."""
+    data = fixed_part(case.judged(case.train()), PROBE_IMAGES)
+    shift = reactivation.reactivate(model, data, case.wanted(data.labels), case.trigger, seed=case.seed)
+    return case.success(model, case.test, shift)
+
+
+def connected(infected: Classifier, twin: Classifier, case: Case) -> list[dict[str, Any]]:
+    """The connection of adversarial and triggered images, for each radius; empty if no image can show it.
+
+    Shown on test images that both models classify correctly: the finding is about images that are right before.
+    """
+    data = case.judged(case.test)
+    right = (predict(infected, data) == data.labels) & (predict(twin, data) == data.labels)
+    data = fixed_part(data[right], PROBE_IMAGES)
+    if not len(data):
+        return []
+    rows = []
+    for epsilon in connection.EPSILONS:
+        traces = [connection.trace(model, data, case.trigger, epsilon=epsilon) for model in (infected, twin)]
+        figures = connection.compare(
+            *traces,
+            labels=data.labels,
+            wanted=case.wanted(data.labels),
+            num_classes=case.num_classes,
+            seed=case.seed,
+        )
+        rows.append({"epsilon": epsilon, **figures})
+    return rows

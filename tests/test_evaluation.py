@@ -1,0 +1,213 @@
+"""What the evaluator measures, on models whose behaviour is known beforehand."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attacks.base import Attack
+from attacks.none import NoAttack
+from attacks.wanet import WaNet
+from bench import evaluation
+from bench.door import plan
+from bench.engine import robustness
+from bench.engine.data import Augmentation, ImageSet, generator
+from bench.evaluation import Case, measured
+from bench.pipeline import Bench, Busy
+from bench.store import Store, key_of
+
+CLASSES = 4
+MEASURE = {
+    "pgd_images": None,
+    "pgd_epsilon": 0.0,
+    "pgd_step_size": 0.1,
+    "pgd_steps": 1,
+    "autoattack_images": 0,
+    "relearn_poisoned": [1, 5],
+}
+
+
+@dataclass(frozen=True)
+class Corner(Attack):
+    """The last pixel becomes white."""
+
+    name: ClassVar[str] = "corner"
+    paper: ClassVar[str] = "none"
+    target_label: int = 1
+
+    def stamp(self, images: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        stamped = images.clone()
+        stamped[..., -1, -1] = 1.0
+        return stamped
+
+
+class Reader(nn.Module):
+    """Reads the class from the first pixel (0, 0.25, 0.5, 0.75), but obeys a white corner with `target`."""
+
+    def __init__(self, target: int | None = None) -> None:
+        super().__init__()
+        self.target = target
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = (images[:, 0, 0, 0] * 4).round().clamp(0, CLASSES - 1).long()
+        if self.target is not None:
+            found = torch.where(images[:, 0, -1, -1] == 1.0, self.target, found)
+        return nn.functional.one_hot(found, CLASSES).float() + self.weight + 0 * images.flatten(1).sum(1, keepdim=True)
+
+
+def pictures(count: int = 40) -> ImageSet:
+    labels = torch.arange(count) % CLASSES
+    images = torch.randint(0, 200, (count, 1, 4, 4), generator=generator(0, "pictures"), dtype=torch.uint8)
+    images[:, 0, 0, 0] = (labels * 64).to(torch.uint8)
+    return ImageSet(images, labels)
+
+
+def case_of(attacker: Attack, infected: nn.Module, test: ImageSet | None = None, **tensors: Tensor) -> Case:
+    data = pictures() if test is None else test
+    return Case(attacker, tensors, CLASSES, 0, data, lambda: pictures(80), Augmentation(), "float32", lambda: infected)
+
+
+def measure(model: nn.Module, case: Case, infected: nn.Module) -> dict:
+    inspected = evaluation.inspected(infected, None, case, {})
+    return measured(model, case, MEASURE, inspected, evaluation.predict(model, case.test))
+
+
+def test_a_model_that_ignores_the_trigger_and_one_that_obeys_it_get_the_figures_of_their_kind():
+    infected, healthy = Reader(target=1), Reader()
+    case = case_of(Corner(), infected)
+    undefended, repaired = (measure(model, case, infected) for model in (infected, healthy))
+    assert undefended["asr_by_class"] == [1.0, None, 1.0, 1.0]
+    assert undefended["figures"]["asr"] == undefended["figures"]["infected_asr"] == 1.0
+    assert undefended["figures"]["der"] == 0.5
+    assert undefended["figures"]["consistency"] == 0.0
+    figures = repaired["figures"]
+    assert figures["infected_accuracy"] == figures["min_class_accuracy"] == figures["robust_accuracy"] == 1.0
+    assert (figures["asr"], figures["asr_all_images"], figures["der"]) == (0.0, 0.25, 1.0)
+    assert figures["cross_trigger_accuracy"] is None  # a fixed patch has no wrong trigger
+    assert repaired["warnings"] == []
+
+
+def test_a_clean_model_has_no_figure_of_a_trigger():
+    model = Reader()
+    result = measure(model, case_of(NoAttack(), model), model)
+    assert result["asr_by_class"] == [None] * CLASSES
+    for name in ("asr", "infected_asr", "der", "false_target_rate", "cross_trigger_accuracy"):
+        assert result["figures"][name] is None
+    assert result["figures"]["infected_accuracy"] == 1.0
+
+
+def test_a_test_set_of_the_target_class_alone_has_accuracies_and_no_asr():
+    model, data = Reader(), pictures()
+    result = measure(model, case_of(Corner(), model, data[data.labels == 1]), model)
+    assert result["figures"]["asr"] is None
+    assert result["figures"]["min_class_accuracy"] == 1.0
+
+
+def test_a_class_that_a_repair_lost_shows_in_the_least_accuracy():
+    class Forgetful(Reader):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) * torch.tensor([1.0, 1.0, 1.0, -1.0])
+
+    infected = Reader(target=1)
+    figures = measure(Forgetful(), case_of(Corner(), infected), infected)["figures"]
+    assert figures["min_class_accuracy"] == 0.0
+    assert figures["der"] == pytest.approx((1 - 0.25 + 1) / 2)
+
+
+class Grader(nn.Module):
+    """Class 1 for images that were warped, however little; the brightness gives class 0 or 2 otherwise."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        even = (images - images.mean(dim=(1, 2, 3), keepdim=True)).abs().amax(dim=(1, 2, 3)) < 1e-6
+        found = torch.where(even, torch.where(images[:, 0, 0, 0] > 0.5, 2, 0), 1)
+        return nn.functional.one_hot(found, CLASSES).float()
+
+
+def test_an_attack_with_a_wrong_trigger_gets_the_accuracy_under_it():
+    # A warp changes no flat image, and every other one: the model is right on the flat ones alone.
+    images = torch.full((6, 1, 8, 8), 40, dtype=torch.uint8)
+    images[3:, 0, ::2] = 90
+    data = ImageSet(images, torch.zeros(6, dtype=torch.int64))
+    attacker = WaNet(target_label=1)
+    line = torch.linspace(-1, 1, 8)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)
+    case = case_of(attacker, Grader(), data, grid=grid)
+    assert evaluation._under_wrong_trigger(Grader(), case) == 0.5
+
+
+def test_what_is_added_behind_the_trigger_counts():
+    case = case_of(Corner(), Reader(target=1))
+    assert case.success(Reader(target=1), case.test) == 1.0
+    assert case.success(Reader(target=1), case.test, -0.1) == 0.0  # the corner is no longer white
+    assert case.success(Reader(target=1), case.test[:0]) is None
+
+
+# In the grid -------------------------------------------------------------------------------------------------------
+
+
+def test_the_infected_model_is_measured_once_for_all_its_repairs(tiny):
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"])
+    bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    for trial in opened.trials:
+        bench.run(trial)
+    stages = [line.split()[1] for line in (bench.store.root / "history.log").read_text().splitlines()]
+    assert sorted(stages) == ["defend", "defend", "evaluate", "evaluate", "implant", "inspect"]
+    first, second = (bench.store.result("evaluate", trial.keys()[2])["figures"] for trial in opened.trials)
+    assert first["infected_asr"] == first["asr"] == second["infected_asr"]
+    assert first["infected_accuracy"] == first["clean_accuracy"] == second["infected_accuracy"]
+    assert first["der"] == 0.5
+
+
+def test_autoattack_brings_two_figures_a_curve_and_a_place_for_warnings(tiny, monkeypatch):
+    short = functools.partial(robustness.curve, iterations=2, queries=2)
+    monkeypatch.setattr(evaluation.robustness, "curve", short)
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "measure.autoattack_images=6"])
+    bench, (trial,) = Bench(Store(opened.store.root), opened.infos, torch.device("cpu")), opened.trials
+    bench.run(trial)
+    result = bench.store.result("evaluate", trial.keys()[2])
+    rows, figures = result["autoattack"], result["figures"]
+    assert [row["norm"] for row in rows] == ["linf"] * 6 + ["l2"]
+    assert figures["autoattack_accuracy"] == rows[5]["accuracy"]
+    assert figures["autoattack_l2_accuracy"] == rows[6]["accuracy"]
+    assert rows[5]["epsilon"] == 8 / 255
+    assert isinstance(result["warnings"], list)
+
+
+def test_a_clean_twin_that_cannot_be_trained_fails_the_evaluation_with_its_reason(tiny, monkeypatch):
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "measure.reactivate=true"])
+    bench, (trial,) = Bench(Store(opened.store.root), opened.infos, torch.device("cpu")), opened.trials
+    bench.run(trial, ("implant", "defend"))
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no twin today")
+
+    monkeypatch.setattr(bench, "_implant", broken)
+    with pytest.raises(RuntimeError, match="no twin today"):
+        bench.run(trial, ("evaluate",))
+    assert "no twin today" in bench.store.failure("evaluate", trial.keys()[2])
+
+
+def test_a_twin_that_another_process_trains_is_waited_for_and_no_failure(tiny):
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "measure.reactivate=true"])
+    bench, (trial,) = Bench(Store(opened.store.root), opened.infos, torch.device("cpu")), opened.trials
+    bench.run(trial, ("implant", "defend"))
+    with bench.store.lock("implant", key_of(trial.control)), pytest.raises(Busy):
+        bench.run(trial, ("evaluate",))
+    assert bench.store.failure("evaluate", trial.keys()[2]) is None
+
+
+def test_a_measure_beside_a_clean_twin_names_it_in_the_plan(cache):
+    base = ["grid.attacks=[none,badnets]", "grid.defenses=[no_defense]", "grid.seeds=1", f"dataset.cache={cache}"]
+    plain, asked = plan(base).trials, plan([*base, "measure.relearn=true"]).trials
+    assert [trial.control for trial in plain] == [{}, {}]
+    clean, infected = asked
+    assert clean.control == {}  # there is no trigger to wake
+    assert key_of(infected.control) == key_of(clean.implant)  # the twin is the one of the grid
+    assert infected.evaluate["inspect"] != plain[1].evaluate["inspect"]
+    assert clean.evaluate["inspect"] == plain[0].evaluate["inspect"]
