@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.engine.adversarial import pgd, under_attack
+from bench.engine.data import ImageSet
+from bench.engine.models import Classifier
 from bench.engine.training import Hooks, Recipe, fit
-from defenses.base import Defense, ReserveView, Verdict, defense
+from defenses.base import Defense, ReserveView, TrainsetView, Verdict, defense
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,29 @@ class AdversarialRepair(Defense):
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             optimizer="sgd_plain",
+        )
+
+    def train(
+        self,
+        view: TrainsetView | ReserveView,
+        images: ImageSet,
+        recipe: Recipe,
+        hooks: Hooks,
+        part: str,
+        optimizer: torch.optim.Optimizer | None = None,
+        augment: bool = True,
+    ) -> Classifier:
+        """One part of the defense: train the view's model on some of its images."""
+        return fit(
+            view.model,
+            images,
+            recipe,
+            seed=view.seed,
+            augmentation=view.augmentation if augment else None,
+            hooks=hooks,
+            journal=view.progress,
+            part=part,
+            optimizer=optimizer,
         )
 
 
@@ -149,18 +174,9 @@ class AdversarialFineTuning(AdversarialRepair):
         self._one_of("schedule", "cosine", "constant")
 
     def defend(self, view: ReserveView) -> Verdict:
-        model = fit(
-            view.model,
-            view.reserve,
-            self.recipe(self.updates, self.schedule),
-            seed=view.seed,
-            augmentation=view.augmentation,
-            hooks=AdversarialStart(self, self.adversarial_updates),
-            journal=view.progress,
-            # Named as the plain fine-tune, so that without an adversarial step the two are the same, bit for bit.
-            part="fine_tuning",
-        )
-        return Verdict(model)
+        recipe, hooks = self.recipe(self.updates, self.schedule), AdversarialStart(self, self.adversarial_updates)
+        # Named as the plain fine-tune, so that without an adversarial step the two are the same, bit for bit.
+        return Verdict(self.train(view, view.reserve, recipe, hooks, "fine_tuning"))
 
 
 @defense("aft_code")

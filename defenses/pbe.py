@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.engine.data import ImageSet, equal_batches, generator
-from bench.engine.training import fit, make_optimizer
+from bench.engine.training import make_optimizer
 from defenses.aft import AdversarialRepair, AdversarialStart
 from defenses.base import DefenderView, ReserveView, Round, TrainsetView, Verdict, defense, weights_of
 
@@ -97,20 +97,13 @@ class ProgressiveBackdoorErasing(AdversarialRepair):
         def fine_tune(step: int, again: bool = False) -> tuple[Tensor, Tensor]:
             """Fine-tune on the chosen images; then each image's score, and whether its predicted class changed."""
             updates, adversarial = self.schedule(step, int(chosen.sum()))
-            fit(
-                model,
-                data[chosen],
-                self.recipe(updates),
-                seed=view.seed,
-                augmentation=view.augmentation,
-                hooks=AdversarialStart(self, adversarial),
-                journal=view.progress,
-                part=f"step_{step}_again" if again else f"step_{step}",
-                optimizer=optimizer,
+            part = f"step_{step}_again" if again else f"step_{step}"
+            self.train(
+                view, data[chosen], self.recipe(updates), AdversarialStart(self, adversarial), part, optimizer=optimizer
             )
             current = logits_of(model, data)
             score = similarity(reference, current, self.disagreement)
-            rounds.append(Round(f"step {step}{' again' if again else ''}", chosen, -score, weights_of(model)))
+            rounds.append(Round(part.replace("_", " "), chosen, -score, weights_of(model)))
             return score, reference.argmax(dim=1) != current.argmax(dim=1)
 
         for step in range(len(self.rates) + 1):

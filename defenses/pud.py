@@ -2,14 +2,17 @@
 
 Paper: Niu et al., Towards Unified Robustness Against Both Backdoor and Adversarial Attacks, arXiv:2405.17929.
 Differs: `pud` is the defense of the paper's claim: its mean-teacher stage trains on adversarial images, at a rate of
-1e-2 with a cosine to zero. `pud_code` is the released schedule, whose last adversarial update comes long before. Beyond
-that, what the released code leaves open or undone is done: the infected weights are loaded, the attack runs in eval
-mode and in pixel units, training images are augmented as is usual for the data set. The target label is not known: the
-detectors of `_votes` name it, and without two that agree SPECTRE is left out. SPECTRE's budgets follow the class
-(at most a third of it) instead of fixed numbers. The anchor of unlearning is the weights on entering the stage, its
-ascent is bounded, and clean and poisoned images pass in one batch. The teacher follows behind each optimizer step,
-running statistics of batch norm included. A step makes at least `min_updates` updates, as in PBE; on 50,000 images
-without SPECTRE every count is the released code's. The released rates have a fifth, 0.9, whose set nothing trains on.
+1e-2 with a cosine to zero. `pud_code` is the released schedule, whose last adversarial update comes long before.
+Beyond that, what the released code leaves open or undone is done: the infected weights are loaded, the attack runs in
+eval mode and in pixel units, adversarial images are clamped to [0, 1], training images are augmented as is usual for
+the data set. The target label is not known: detectors name it (`elected`), and without two that agree SPECTRE is left
+out. Its features are what the head reads, its budgets follow the class (at most a third of it) instead of fixed
+numbers. The anchor of unlearning is the weights on entering the stage, its ascent is bounded, and clean and poisoned
+images pass in one batch. The teacher follows behind each optimizer step, running statistics of batch norm included. A
+step makes at least `min_updates` updates, as in PBE; on 50,000 images without SPECTRE every count is the released
+code's. The released rates have a fifth, 0.9, whose set nothing trains on.
+Limits: PBE's, which all steps share. SPECTRE needs poison to be the smaller part of its class (see its own file), and
+in a small reserve its classes are too small to be asked.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from bench.engine.adversarial import pgd
 from bench.engine.data import ImageSet, generator
 from bench.engine.metrics import features, predict
 from bench.engine.models import Classifier
-from bench.engine.training import Hooks, Recipe, Tensors, fit, make_optimizer
+from bench.engine.training import Hooks, Recipe, Tensors, make_optimizer
 from defenses.aft import AdversarialRepair, AdversarialStart
 from defenses.base import ReserveView, Round, TrainsetView, Verdict, assumed_poison, defense, weights_of
 from defenses.pbe import (
@@ -175,19 +178,6 @@ class ProgressiveUnifiedDefense(AdversarialRepair):
         reference = logits_of(model, data)
         rounds: list[Round] = []
 
-        def train(part: str, images: ImageSet, recipe: Recipe, hooks: Hooks, augment: bool = True) -> None:
-            fit(
-                model,
-                images,
-                recipe,
-                seed=view.seed,
-                augmentation=view.augmentation if augment else None,
-                hooks=hooks,
-                journal=view.progress,
-                part=part,
-                optimizer=optimizer,
-            )
-
         votes = self._votes(view, data)
         everything = torch.ones(len(data), dtype=torch.bool, device=view.device)
         trusted = self._filtered(view, data, everything, votes, inner=False) if self.spectre else everything
@@ -203,7 +193,7 @@ class ProgressiveUnifiedDefense(AdversarialRepair):
             updates, adversarial = self.schedule(step, int(chosen.sum()))
             radius = self.epsilons[step] * self.epsilon
             attack = AdversarialStart(self, adversarial, epsilon=radius, step_size=self.step_sizes[step])
-            train(f"step_{step}", data[chosen], self.step_recipe(step, updates), attack)
+            self.train(view, data[chosen], self.step_recipe(step, updates), attack, f"step_{step}", optimizer)
             current = logits_of(model, data)
             score = similarity(reference, current, self.disagreement)
             rounds.append(Round(f"step {step}", chosen, -score, weights_of(model)))
@@ -220,29 +210,45 @@ class ProgressiveUnifiedDefense(AdversarialRepair):
                 votes["scores"] = named
             chosen, tail = best, self._tail(score)
 
-        clean = data[chosen]
-        last_lr = self.lr * 0.1 ** len(self.lr_drops)
         if self.unlearning and tail.any():
-            poison = data[tail]
-            forget = round(self.batch_size * len(poison) / (len(poison) + len(clean)))
-            forget = min(max(1, forget), self.batch_size - 1)
-            recipe = replace(self.recipe(0), lr=last_lr, batch_size=self.batch_size - forget)
-            updates = updates_in(len(clean), recipe.batch_size, self.unlearning_epochs, self.min_updates)
-            train("unlearning", clean, replace(recipe, updates=updates), Unlearning(self, model, poison, forget), False)
+            self._unlearn(view, data[chosen], data[tail], optimizer)
             rounds.append(Round("unlearning", chosen, None, weights_of(model)))
         if self.teacher:
-            updates = updates_in(len(clean), self.batch_size, self.teacher_epochs, self.min_updates)
-            recipe = replace(self.recipe(updates), lr=last_lr)
-            if self.teacher_lr is not None:
-                recipe = replace(self.recipe(updates, "cosine"), lr=self.teacher_lr)
-            pair = MeanTeacher(self, model, updates)
-            train("teacher", clean, recipe, pair)
+            teacher = self._teach(view, data[chosen], optimizer)
             score = similarity(reference, logits_of(model, data), self.disagreement)
             rounds.append(Round("student", chosen, -score, weights_of(model)))
-            rounds.append(Round("teacher", chosen, None, weights_of(pair.teacher)))
+            rounds.append(Round("teacher", chosen, None, weights_of(teacher)))
             if self.shipped == "teacher":
-                model.load_state_dict(pair.teacher.state_dict())
+                model.load_state_dict(teacher.state_dict())
         return Verdict(model, suspicion=-score, flagged=self._tail(score), rounds=tuple(rounds))
+
+    def _unlearn(
+        self, view: TrainsetView | ReserveView, clean: ImageSet, poison: ImageSet, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """The unlearning stage: no augmentation, the poison's share of each batch as of both sets, but never none."""
+        in_batch = round(self.batch_size * len(poison) / (len(poison) + len(clean)))
+        in_batch = min(max(1, in_batch), self.batch_size - 1)
+        beside = self.batch_size - in_batch
+        updates = updates_in(len(clean), beside, self.unlearning_epochs, self.min_updates)
+        recipe = replace(self.recipe(updates), lr=self._last_lr, batch_size=beside)
+        hooks = Unlearning(self, view.model, poison, in_batch)
+        self.train(view, clean, recipe, hooks, "unlearning", optimizer, augment=False)
+
+    def _teach(self, view: TrainsetView | ReserveView, clean: ImageSet, optimizer: torch.optim.Optimizer) -> Classifier:
+        """The mean-teacher stage: trains the view's model as the student, and returns the teacher."""
+        updates = updates_in(len(clean), self.batch_size, self.teacher_epochs, self.min_updates)
+        if self.teacher_lr is None:
+            recipe = replace(self.recipe(updates), lr=self._last_lr)
+        else:
+            recipe = replace(self.recipe(updates, "cosine"), lr=self.teacher_lr)
+        pair = MeanTeacher(self, view.model, updates)
+        self.train(view, clean, recipe, pair, "teacher", optimizer)
+        return pair.teacher
+
+    @property
+    def _last_lr(self) -> float:
+        """The rate at which the steps end."""
+        return self.lr * 0.1 ** len(self.lr_drops)
 
     def _tail(self, score: Tensor) -> Tensor:
         """(N,) bool: the worst scores, N - floor((1 - tail) N) of them as in the released code."""

@@ -166,7 +166,7 @@ class Seen:
             self.attacks.append({"part": len(self.fits) - 1, **given})
             return pgd(net, batch, labels, **given)
 
-        monkeypatch.setattr(pbe, "fit", watch_fit)
+        monkeypatch.setattr(aft, "fit", watch_fit)
         monkeypatch.setattr(aft, "pgd", watch_pgd)
 
 

@@ -152,7 +152,7 @@ class Seen:
             self.attacks.append({"part": self.fits[-1]["part"] if self.fits else "search", **given})
             return pgd(net, batch, labels, **given)
 
-        monkeypatch.setattr(pud, "fit", watch_fit)
+        monkeypatch.setattr(aft, "fit", watch_fit)
         monkeypatch.setattr(aft, "pgd", watch_pgd)
 
 
@@ -528,7 +528,7 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, monkeypatch
         return fit(net, shown, recipe, **given, after_epoch=after)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pud, "fit", dies)
+        patch.setattr(aft, "fit", dies)
         with pytest.raises(KeyboardInterrupt):
             settings.defend(view(data, Journal(tmp_path, every_s=0)))
     begun = {path.stem for path in tmp_path.iterdir()}
