@@ -93,6 +93,13 @@ class TrackingConfig:
 
 
 @dataclass
+class ReportConfig:
+    """What stands in the tables beside what was measured."""
+
+    reported: str | None = None  # a CSV of figures that others report, with their provenance
+
+
+@dataclass
 class Config:
     """All settings; `attack.NAME` and `defense.NAME` hold those of each method, from its own dataclass."""
 
@@ -104,6 +111,7 @@ class Config:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     attack: dict[str, Any] = field(default_factory=dict)
     defense: dict[str, Any] = field(default_factory=dict)
     plugins: list[str] = field(default_factory=list)

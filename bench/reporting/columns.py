@@ -32,10 +32,14 @@ class Column:
         return {"lower": 1, "higher": -1, "": 0}[self.better]
 
     def text(self, value: float | None) -> str:
-        """A figure as every table prints it: one decimal; an en dash where there is none."""
+        """A figure as every table prints it; an en dash where there is none."""
         if value is None or math.isnan(value):
             return "–"
-        return f"{100 * value if self.unit == '%' else value:.1f}"
+        return f"{100 * value if self.unit == '%' else value:.{self.decimals}f}"
+
+    @property
+    def decimals(self) -> int:
+        return 1 if self.unit in ("%", "s") else 0
 
     def spread(self, mean: float, std: float) -> str:
         """`93.4±0.2`; one seed has no deviation."""

@@ -188,8 +188,8 @@ class Ranking:
         pairs, least = len(self.ranks) - 1, least_p(self.blocks)
         if least * pairs >= ALPHA:
             text += (
-                f"; with {self.blocks} blocks and {pairs} comparisons with the best, Wilcoxon's p with Holm cannot fall "
-                f"below {min(1.0, least * pairs):.2g}, so no difference of two can be significant"
+                f"; with {self.blocks} blocks and {pairs} comparisons with the best, Wilcoxon's p with Holm cannot "
+                f"fall below {min(1.0, least * pairs):.2g}, so no difference of two can be significant"
             )
         return text
 
