@@ -177,7 +177,7 @@ function layout() {
   const hasAsr = ASR && state.columns.has("asr");
   const extra = hasAsr ? [
     { id: "median", title: "median ASR", value: (row) => row.median, show: (row) => figure(ASR, row.median) + (row.done || !row.count ? "" : "†") },
-    { id: "high", title: `ASR > ${100 * data.high} %`, value: (row) => (row.count ? row.high / row.count : NaN), show: (row) => (row.count ? `${row.high} of ${row.count}` : "–") },
+    { id: "high", title: `ASR >\u00a0${100 * data.high}\u00a0%`, value: (row) => (row.count ? row.high / row.count : NaN), show: (row) => (row.count ? `${row.high} of ${row.count}` : "–") },
   ] : [];
   const after = means.findIndex((column) => column.id === "asr") + 1 || means.length;
   return [
@@ -264,7 +264,7 @@ function drawPages(total) {
 
 function menu(id, title, options, isOn, change) {
   const boxes = options.map(([value, text]) => el("label", {}, el("input", { type: "checkbox", value, onchange: change }), " ", text));
-  const node = el("details", { class: "menu", id }, el("summary", {}), el("fieldset", {}, el("legend", {}, title), el("button", { type: "button", onclick: () => change(null) }, "All"), ...boxes));
+  const node = el("details", { class: "menu", id }, el("summary", {}), el("fieldset", {}, el("legend", {}, title), el("button", { type: "button", onclick: () => change(null) }, "All"), " ", el("button", { type: "button", onclick: () => change() }, "None"), ...boxes));
   node.refresh = () => {
     const on = boxes.filter((box) => (box.firstChild.checked = isOn(box.firstChild.value)));
     node.firstChild.textContent = `${title}: ${on.length === boxes.length ? "all" : on.length === 1 ? on[0].textContent.trim() : on.length + " of " + boxes.length}`;
@@ -277,17 +277,14 @@ function drawControls() {
   const menus = AXES.filter((axis) => values[axis].length > 1).map((axis) => menu("filter-" + axis, NAMES[axis], values[axis].map((value) => [value, value]),
     (value) => !state.filters[axis] || state.filters[axis].has(value),
     (event) => {
-      const box = event?.target;
-      let chosen = new Set(state.filters[axis] ?? values[axis]);
+      const box = event?.target, chosen = event === undefined ? new Set() : new Set(state.filters[axis] ?? values[axis]);
       if (box) box.checked ? chosen.add(box.value) : chosen.delete(box.value);
-      // The first box that is touched while all are on picks its value alone: that is what people mean.
-      if (box && !state.filters[axis]) chosen = new Set([box.value]);
-      state.filters[axis] = !box || !chosen.size || chosen.size === values[axis].length ? null : chosen;
+      state.filters[axis] = event === null || chosen.size === values[axis].length ? null : chosen;
       state.page = 0;
       refresh();
     }));
   menus.push(menu("columns", "columns", columns.map((column) => [column.name, column.title]), (value) => state.columns.has(value), (event) => {
-    if (!event) state.columns = new Set(columns.map((column) => column.name));
+    if (!event) state.columns = new Set(event === null ? columns.map((column) => column.name) : []);
     else event.target.checked ? state.columns.add(event.target.value) : state.columns.delete(event.target.value);
     refresh();
   }));

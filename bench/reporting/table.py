@@ -6,7 +6,7 @@ import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pandas as pd
@@ -139,16 +139,29 @@ def _wreck(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def read_trials(path: Path) -> pd.DataFrame:
-    """`trials.csv` as `write` left it."""
+def read_trials(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
+    """`trials.csv` as `write` left it.
+
+    Args:
+        name: what an error calls it; the path if it is one.
+
+    Raises:
+        UserError: it is no such table.
+    """
     from bench.config import UserError
 
     try:
-        table = pd.read_csv(path, keep_default_na=False, na_values={name: ["", "nan"] for name in FIGURES}, dtype=str)
-        table = trial_table(table.to_dict("records"))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is no trials.csv of this benchmark: {' '.join(str(error).split())[:200]}") from error
-    return table
+        table = pd.read_csv(source, keep_default_na=False, dtype=str)
+        missing = [column for column in (*AXES, "seed", "status") if column not in table]
+        if missing:
+            raise ValueError(f"it has no column {missing[0]!r}")
+        for column in FIGURES:
+            if column in table:
+                table[column] = table[column].replace("", "nan")
+        return trial_table(table.to_dict("records"))  # type: ignore[arg-type]
+    except (OSError, ValueError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise UserError(f"{name or source} is no trials.csv of this benchmark: {text}") from error
 
 
 def cells(trials: pd.DataFrame) -> pd.DataFrame:
@@ -220,7 +233,7 @@ def _labelled(found: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
-def read_reported(path: Path) -> pd.DataFrame:
+def read_reported(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
     """Cells that somebody else reports: a CSV with dataset, model, setting, attack, defense, provenance and figures.
 
     Figures are shares in [0, 1] under this project's names, e.g. `asr`; `asr_std` may stand beside it, and `seeds`.
@@ -230,8 +243,9 @@ def read_reported(path: Path) -> pd.DataFrame:
     """
     from bench.config import UserError
 
+    path = name or source
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = pd.read_csv(source, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise UserError(f"report.reported: {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     needed = [*AXES, "provenance"]
