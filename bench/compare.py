@@ -142,20 +142,16 @@ def changes(one: pd.DataFrame, two: pd.DataFrame, figures: list[str]) -> tuple[l
     """
     from bench.reporting import statistics
     from bench.reporting.columns import COLUMN
-    from bench.reporting.table import PLACE
-
-    # A table of an earlier version does not say how large the reserve was.
-    known = [name for name in PLACE[5:] if one[name].notna().any() and two[name].notna().any()]
+    from bench.reporting.table import AXES
 
     def grouped(table: pd.DataFrame) -> dict[tuple[Any, ...], pd.DataFrame]:
-        table = table.assign(**{name: table[name].fillna(-1.0) if name in known else -1.0 for name in PLACE[5:]})
-        return {place: group.set_index("seed") for place, group in table.groupby(PLACE, sort=False)}  # type: ignore[misc]
+        return {place: group.set_index("seed") for place, group in table.groupby(AXES, sort=False)}  # type: ignore[misc]
 
     before, after = grouped(one), grouped(two)
     common = [place for place in before if place in after]
     found, broken = [], []
     for place in common:
-        a, b, title = before[place], after[place], "/".join(map(str, place[:5]))
+        a, b, title = before[place], after[place], "/".join(name for name in place if name)
         lost = a.index[a.status == "done"].intersection(b.index[~b.status.isin(["done", "not applicable"])])
         if len(lost):
             states = ", ".join(dict.fromkeys(b.status[lost]))
@@ -208,7 +204,7 @@ def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: li
                 parts.append(f"{COLUMN[name].title} {100 * x:.1f} | {100 * y:.1f} | {100 * (y - x):+.1f}")
         protocols = "; ".join(text for text in (row.protocol, row.protocol_other) if text)
         text = ", ".join(parts) or "no figure in common"
-        print(f"{'/'.join(row[AXES])}: {text}{f' [{protocols}]' if protocols else ''}")
+        print(f"{'/'.join(name for name in row[AXES] if name)}: {text}{f' [{protocols}]' if protocols else ''}")
     for name in figures:
         if f"{name}_mean" not in both or f"{name}_mean_other" not in both:
             continue

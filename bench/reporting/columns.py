@@ -100,10 +100,4 @@ COSTS = (
     Column("peak_memory_mib", "memory", "MiB", "", True, "peak memory of the defense"),
     Column("defend_images", "images", "", "", False, "images that went through the defense's training"),
 )
-# What a grid may sweep: together with its names they tell one cell from another.
-SWEPT = (
-    Column("poison_rate", "poison rate", "%", "", False, "poisoned share of all training images"),
-    Column("reserve_size", "reserve", "%", "", False, "the defender's share of the training split"),
-    Column("contamination", "contamination", "%", "", False, "poisoned share of the reserve"),
-)
-COLUMN = {column.name: column for column in (*SWEPT, *MEASURES, *COSTS)}
+COLUMN = {column.name: column for column in (*MEASURES, *COSTS)}

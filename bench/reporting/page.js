@@ -1,7 +1,7 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const AXES = ["dataset", "model", "setting", "attack", "rate", "defense"];
-const NAMES = { dataset: "data set", model: "architecture", setting: "setting", attack: "attack", rate: "poison rate", defense: "defense" };
+const AXES = ["dataset", "model", "variant", "setting", "attack", "rate", "defense"];
+const NAMES = { dataset: "data set", model: "architecture", variant: "swept", setting: "setting", attack: "attack", rate: "poison rate", defense: "defense" };
 const ROWS = 100;
 const $ = (id) => document.getElementById(id);
 
@@ -25,8 +25,8 @@ const cells = data.cells.map((cell, id) => {
   const place = Object.fromEntries(AXES.map((axis, i) => [axis, cell.place[i]]));
   return { ...cell, ...place, id, means: cell.means.map(number), stds: cell.stds.map(number), t95: cell.t95.map(number) };
 });
-const rankings = new Map(data.rankings.map(([d, m, s, ranks]) => [JSON.stringify([d, m, s]), ranks]));
-const rowMarks = new Map(data.row_marks.map((entry) => [JSON.stringify(entry.slice(0, 5)), entry[5]]));
+const rankings = new Map(data.rankings.map((entry) => [JSON.stringify(entry.slice(0, 4)), entry[4]]));
+const rowMarks = new Map(data.row_marks.map((entry) => [JSON.stringify(entry.slice(0, 6)), entry[6]]));
 const values = Object.fromEntries(AXES.map((axis) => [axis, [...new Set(cells.map((cell) => cell[axis]))]]));
 const attacks = values.attack;
 const cleanAttacks = new Set(cells.filter((cell) => cell.clean).map((cell) => cell.attack));
@@ -92,7 +92,7 @@ const passes = (cell) => AXES.every((axis) => !state.filters[axis] || state.filt
 function defenses(found) {
   const rows = new Map();
   for (const cell of found) {
-    const key = JSON.stringify([cell.kind, cell.dataset, cell.model, cell.setting, cell.defense]);
+    const key = JSON.stringify([cell.kind, cell.dataset, cell.model, cell.variant, cell.setting, cell.defense]);
     if (!rows.has(key)) rows.set(key, { ...cell, cells: new Map(), all: [] });
     rows.get(key).cells.set(cell.attack, cell);
     rows.get(key).all.push(cell);
@@ -108,7 +108,7 @@ function defenses(found) {
     row.high = asr.filter((value) => value > data.high).length;
     row.count = asr.length;
     row.done = row.kind === "reported" || row.all.every((cell) => cell.states[0] === cell.seeds);
-    const place = [row.dataset, row.model, row.setting];
+    const place = [row.dataset, row.model, row.variant, row.setting];
     row.rank = whole && row.kind === "measured" ? rankings.get(JSON.stringify(place))?.[row.defense] ?? NaN : NaN;
     row.mark = (name) => (whole && row.kind === "measured" ? rowMarks.get(JSON.stringify([...place, row.defense, name])) : 0);
     row.worth = Number.isNaN(row.means[index.asr] ?? NaN) ? Infinity : row.means[index.asr];
@@ -213,7 +213,7 @@ function draw() {
     // Within a setting only: a defender with clean data is not the rival of one without.
     const byPlace = new Map();
     for (const row of defenses(found)) {
-      const name = `${row.dataset} · ${row.model} · setting ${row.setting}` + (row.kind === "reported" ? " · reported, not measured here, not ranked" : "");
+      const name = [row.dataset, row.model, row.variant, `setting ${row.setting}`].filter((text) => text).join(" · ") + (row.kind === "reported" ? " · reported, not measured here, not ranked" : "");
       byPlace.set(name, [...(byPlace.get(name) ?? []), row]);
     }
     groups = [...byPlace].map(([name, rows]) => [name, rows.sort(sorted ? compare(sorted) : usual)]);
@@ -385,7 +385,7 @@ function openCell(cell) {
   const dialog = $("cell");
   dialog.replaceChildren(
     el("header", {}, el("h2", { id: "cell-title" }, title), el("button", { type: "button", id: "close", onclick: () => dialog.close() }, "Close")),
-    el("p", { class: "faint wrap" }, `${cell.dataset}, ${cell.model}, setting ${cell.setting}, poison rate ${cell.rate}` + (cell.source ? `; reported, not measured here: ${cell.source}` : "")),
+    el("p", { class: "faint wrap" }, [cell.dataset, cell.model, cell.variant, `setting ${cell.setting}`, `poison rate ${cell.rate}`].filter((text) => text).join(", ") + (cell.source ? `; reported, not measured here: ${cell.source}` : "")),
     el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "figures of each seed" }, el("table", {}, el("caption", { class: "vh" }, `Figures of each seed: ${title}`),
       el("thead", {}, el("tr", {}, el("th", { scope: "col", class: "name" }, "seed"), el("th", { scope: "col" }, "state"), ...known.map((column) => el("th", { scope: "col", title: column.about }, column.title)))),
       el("tbody", {}, ...trials.map((trial) => line(String(trial.seed), [trial.status, ...known.map((column) => figure(column, trial.values[column.i]))])),
@@ -438,7 +438,7 @@ $("theme").addEventListener("click", () => setTheme(THEMES[(THEMES.indexOf(docum
 
 $("notes").append(
   el("dl", { class: "about" }, ...columns.flatMap((column) => [el("dt", {}, column.title), el("dd", {}, column.about)])),
-  el("ul", {}, ...data.rankings.map(([d, m, s, , text]) => el("li", {}, `${d}, ${m}, setting ${s}: ${text}`)), ...data.notes.map((note) => el("li", {}, note)),
+  el("ul", {}, ...data.rankings.map(([d, m, v, s, , text]) => el("li", {}, `${[d, m, v].filter((name) => name).join(", ")}, setting ${s}: ${text}`)), ...data.notes.map((note) => el("li", {}, note)),
     ...(data.commits.length ? [el("li", {}, "commit: " + data.commits.join(", "))] : [])),
 );
 if (data.plots.length) $("plots").append(el("details", {}, el("summary", {}, "Plots"), ...data.plots.map(([name, uri]) => el("figure", {}, el("img", { src: uri, alt: name }), el("figcaption", {}, name)))));

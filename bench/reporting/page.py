@@ -20,11 +20,11 @@ import pandas as pd
 
 from bench.grid import Trial
 from bench.reporting import table
-from bench.reporting.columns import SWEPT
 from bench.store import STAGES, Identity, Store
 
 NAME = "leaderboard.html"
 POINTS = 100  # of a curve that is drawn; the store has them all
+MORE = ("rounds", "relearn", "autoattack", "connection", "asr_by_class")  # of an evaluation, beside its figures
 MANY, FEW_POINTS = 2000, 30  # beyond so many trials a page with whole curves would take seconds to open
 
 
@@ -33,7 +33,7 @@ def evidence(trial: Trial, store: Store, command: str) -> dict[str, Any]:
     keys = trial.keys()
     results = [store.result(stage, key) if key else None for stage, key in zip(STAGES, keys, strict=True)]
     own: list[Identity] = [
-        {key: value for key, value in identity.items() if key not in ("stage", "seed", "implant", "defend")}
+        {key: value for key, value in identity.items() if key not in ("stage", "seed", "implant", "defend", "inspect")}
         for identity in (trial.implant, trial.defend, trial.evaluate)
     ]
     curves = {}
@@ -49,8 +49,7 @@ def evidence(trial: Trial, store: Store, command: str) -> dict[str, Any]:
     for result in results:
         if result:
             found["device"] = result.get("provenance", {}).get("device", "")
-            found["rounds"] = result.get("rounds") or []
-            found["connection"] = result.get("connection")
+            found["more"] = {name: result[name] for name in MORE if result.get(name)}
     return found
 
 
@@ -141,7 +140,7 @@ def _data(
     halves = [
         both[f"{name}_t95"].to_numpy(float) if f"{name}_t95" in both else np.full(len(both), np.nan) for name in names
     ]
-    number = trials.groupby(table.PLACE, sort=False, dropna=False).ngroup().to_numpy()
+    number = trials.groupby(table.AXES, sort=False).ngroup().to_numpy()
     order = np.lexsort((trials.seed.to_numpy(), number))
     ends = np.cumsum(np.bincount(number, minlength=len(measured)))
     per_cell: list[dict[int, int]] = [{} for _ in range(len(both))]
@@ -154,7 +153,15 @@ def _data(
         start = int(ends[index - 1]) if 0 < index < len(ends) else 0
         listed.append(
             {
-                "place": [cell.dataset, cell.model, cell.setting, cell.attack_label, rates[index], cell.defense_label],
+                "place": [
+                    cell.dataset,
+                    cell.model,
+                    cell.variant,
+                    cell.setting,
+                    cell.attack,
+                    rates[index],
+                    cell.defense,
+                ],
                 "clean": bool(cell.poison_rate == 0),
                 "base": cell.defense == table.BASELINE,
                 "kind": cell.kind,
@@ -189,7 +196,7 @@ def _data(
                 own.get("keys", []),
                 [configs.place(json.dumps({k: v}, default=str)) for k, v in own.get("config", {}).items() if v],
                 [drawn[key] for key in own.get("curves", {})],
-                [[key, _plain(value)] for key, value in own.items() if key in ("rounds", "connection") and value],
+                [[key, _plain(value)] for key, value in own.get("more", {}).items()],
                 own.get("device", ""),
             ]
         )
@@ -216,7 +223,6 @@ def _data(
             for column in columns
         ],
         "states": list(table.STATES),
-        "swept": [column.name for column in SWEPT],
         "high": table.HIGH_ASR,
         "cells": listed,
         "trials": rows,

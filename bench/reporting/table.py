@@ -13,15 +13,16 @@ import pandas as pd
 
 from bench.grid import Trial
 from bench.reporting import statistics
-from bench.reporting.columns import COLUMN, COSTS, MEASURES, SWEPT, Column
+from bench.reporting.columns import COLUMN, COSTS, MEASURES, Column
 from bench.store import STAGES, Store
 
-AXES = ["dataset", "model", "setting", "attack", "defense"]
+AXES = ["dataset", "model", "variant", "setting", "attack", "defense"]  # what tells one cell from another
+BOARD = AXES[:3]
 TEXTS = [*AXES, "status", "reason", "warnings", "trial", "commit"]
-FIGURES = [column.name for column in (*SWEPT, *MEASURES, *COSTS)]
+FIGURES = ["poison_rate", *(column.name for column in (*MEASURES, *COSTS))]
 COLUMNS = [
     *AXES,
-    *(column.name for column in SWEPT),
+    "poison_rate",
     "seed",
     "status",
     "reason",
@@ -31,8 +32,6 @@ COLUMNS = [
     "clean",
     "trial",
 ]
-PLACE = [*AXES, *(column.name for column in SWEPT)]  # what tells one cell from another
-BOARD = ["dataset", "model"]
 
 STATES = ("done", "not applicable", "wrecked", "diverged", "failed", "missing")
 LOST = ("wrecked", "diverged", "failed")  # these count against a method
@@ -72,9 +71,6 @@ def trial_row(trial: Trial, store: Store) -> dict[str, Any]:
     row["poison_rate"] = trial.implant["attack"]["poison_rate"]
     if not trial.defend:
         return row | {"status": "not applicable", "reason": trial.reason, "trial": ""}
-    if "reserve" in trial.defend:
-        row["reserve_size"] = trial.defend["reserve"]["size"]
-        row["contamination"] = trial.defend["reserve"]["contamination"]
     for stage, key in zip(STAGES, keys, strict=True):
         result = store.result(stage, key)
         if result is None:
@@ -124,7 +120,7 @@ def _printable(text: Any) -> str:
 
 def _wreck(table: pd.DataFrame) -> pd.DataFrame:
     """Tell apart the finished trials whose model lost what it was good for: their low ASR is no defense."""
-    place = ["dataset", "model", "attack", "poison_rate", "seed"]
+    place = [*BOARD, "attack", "seed"]
     done = table.status == "done"
     base = table[done & (table.defense == BASELINE)].drop_duplicates(place)[[*place, "clean_accuracy"]]
     before = table[place].merge(base, on=place, how="left").clean_accuracy.to_numpy()
@@ -168,14 +164,13 @@ def cells(trials: pd.DataFrame) -> pd.DataFrame:
     """One row for each cell: mean, sample standard deviation, 95 % intervals and number of seeds of each figure.
 
     Only finished trials are averaged; a wrecked, diverged or failed one is counted in its own column with its reason.
-    `NAME_t95` is half of the t-interval, `NAME_low` and `NAME_high` are the bootstrap's. `attack_label` and
-    `defense_label` also tell apart what the grid sweeps.
+    `NAME_t95` is half of the t-interval, `NAME_low` and `NAME_high` are the bootstrap's.
     """
     trials = trials.reset_index(drop=True)
-    groups = trials.groupby(PLACE, sort=False, dropna=False)
+    groups = trials.groupby(AXES, sort=False)
     number = groups.ngroup().to_numpy()
     count = int(number.max()) + 1 if len(number) else 0
-    found = trials.loc[~pd.Series(number).duplicated().to_numpy(), PLACE].reset_index(drop=True)
+    found = trials.loc[~pd.Series(number).duplicated().to_numpy(), [*AXES, "poison_rate"]].reset_index(drop=True)
     found["seeds"] = np.bincount(number, minlength=count)
     added: dict[str, Any] = {}
     for state in STATES:
@@ -196,7 +191,7 @@ def cells(trials: pd.DataFrame) -> pd.DataFrame:
             added |= _intervals(column.name, values[there], number[there], std.to_numpy())
     found = pd.concat([found, pd.DataFrame(added, index=found.index)], axis=1)
     found["kind"] = "measured"
-    return _labelled(found)
+    return found
 
 
 def _field(state: str) -> str:
@@ -219,20 +214,6 @@ def _intervals(
     return {f"{name}_t95": statistics.t_halfwidth(std, sizes), f"{name}_low": low, f"{name}_high": high}
 
 
-def _labelled(found: pd.DataFrame) -> pd.DataFrame:
-    """Name the rate beside an attack that has several, and the reserve beside a defense that has several."""
-    for axis, swept in (("attack", SWEPT[:1]), ("defense", SWEPT[1:])):
-        labels = found[axis].astype(object)
-        for column in swept:
-            several = found.groupby([*BOARD, axis])[column.name].transform("nunique") > 1
-            named = several & found[column.name].notna()
-            labels = labels.where(
-                ~named, labels + [f", {column.heading} {100 * value:g} %" for value in found[column.name]]
-            )
-        found[f"{axis}_label"] = labels
-    return found
-
-
 def read_reported(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
     """Cells that somebody else reports: a CSV with dataset, model, setting, attack, defense, provenance and figures.
 
@@ -248,26 +229,26 @@ def read_reported(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
         table = pd.read_csv(source, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise UserError(f"report.reported: {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
-    needed = [*AXES, "provenance"]
-    known = {*needed, "seeds", "protocol", "poison_rate", *COLUMN, *(f"{name}_std" for name in COLUMN)}
+    needed = [axis for axis in AXES if axis != "variant"] + ["provenance"]
+    known = {*needed, "variant", "seeds", "protocol", "poison_rate", *COLUMN, *(f"{name}_std" for name in COLUMN)}
     missing, odd = [name for name in needed if name not in table], [name for name in table if name not in known]
     if missing or odd:
         fault = f"has no column {missing[0]!r}" if missing else f"has a column {odd[0]!r} that is not known"
         raise UserError(f"report.reported: {path} {fault}; it needs {', '.join(needed)} and figures such as asr")
     if (table.provenance.str.strip() == "").any():
         raise UserError(f"report.reported: {path} has a row without provenance; say where its figures were printed")
-    rows: dict[str, Any] = {axis: table[axis].astype(object) for axis in AXES}
-    rows |= {column.name: np.nan for column in SWEPT}
+    rows: dict[str, Any] = {axis: table[axis].astype(object) if axis in table else "" for axis in AXES}
+    rows["poison_rate"] = np.nan
     for name, column in COLUMN.items():
-        for source, goal in ((name, name if column in SWEPT else f"{name}_mean"), (f"{name}_std", f"{name}_std")):
-            if source in table:
-                values = pd.to_numeric(table[source].replace("", "nan"), errors="coerce")
-                wrong = values.isna() & ~table[source].str.lower().isin(["", "nan"])
+        for figure, goal in ((name, f"{name}_mean"), (f"{name}_std", f"{name}_std")):
+            if figure in table:
+                values = pd.to_numeric(table[figure].replace("", "nan"), errors="coerce")
+                wrong = values.isna() & ~table[figure].str.lower().isin(["", "nan"])
                 if column.unit == "%":
                     wrong |= (values < 0) | (values > 1)
                 if wrong.any():
                     raise UserError(
-                        f"report.reported: {path}: {source} is {table[source][wrong].iloc[0]!r}; write a number"
+                        f"report.reported: {path}: {figure} is {table[figure][wrong].iloc[0]!r}; write a number"
                         + (", a share in [0, 1] (0.93 for 93 %)" if column.unit == "%" else "")
                     )
                 rows[goal] = values
@@ -276,7 +257,7 @@ def read_reported(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
     found["protocol"] = table.protocol if "protocol" in table else ""
     found["seeds"] = pd.to_numeric(table.seeds, errors="coerce").fillna(1).astype(int) if "seeds" in table else 1
     found["kind"] = "reported"
-    return _labelled(found)
+    return found
 
 
 def with_reported(table: pd.DataFrame, reported: pd.DataFrame | None) -> pd.DataFrame:
@@ -298,14 +279,14 @@ class Marks:
 
     Attributes:
         cells: (row of the table of cells, figure) -> `best` or `alike`.
-        rows: (data set, model, setting, defense label, figure) -> the same, for means over attacks.
-        rankings: (data set, model, setting) -> ranks over attacks.
-        overall: setting -> ranks over all attacks, data sets and architectures.
+        rows: (data set, model, variant, setting, defense, figure) -> the same, for means over attacks.
+        rankings: (data set, model, variant, setting) -> ranks over attacks.
+        overall: setting -> ranks over all attacks, data sets, architectures and variants.
     """
 
     cells: dict[tuple[int, str], str] = field(default_factory=dict)
-    rows: dict[tuple[str, str, str, str, str], str] = field(default_factory=dict)
-    rankings: dict[tuple[str, str, str], statistics.Ranking] = field(default_factory=dict)
+    rows: dict[tuple[str, ...], str] = field(default_factory=dict)
+    rankings: dict[tuple[str, ...], statistics.Ranking] = field(default_factory=dict)
     overall: dict[str, statistics.Ranking] = field(default_factory=dict)
 
 
@@ -330,7 +311,7 @@ def marks(trials: pd.DataFrame, table: pd.DataFrame) -> Marks:
     rivals = measured[measured.defense != BASELINE]
     columns = [column for column in shown(measured, everything=True) if column.sign]
     trials = trials.reset_index(drop=True)
-    number = trials.groupby(PLACE, sort=False, dropna=False).ngroup().to_numpy()
+    number = trials.groupby(AXES, sort=False).ngroup().to_numpy()
     order = np.lexsort((trials.seed.to_numpy(), number))
     ends = np.cumsum(np.bincount(number)) if len(number) else np.empty(0, int)
     figures = {column.name: trials[column.name].to_numpy()[order] for column in columns}
@@ -342,9 +323,9 @@ def marks(trials: pd.DataFrame, table: pd.DataFrame) -> Marks:
 
     for place, part in rivals.groupby([*BOARD, "setting"], sort=False):
         place = tuple(map(str, place))
-        whole = [label for label, row in part.groupby("defense_label", sort=False) if complete[row.index].all()]
-        ranked = part[part.defense_label.isin(whole)]
-        for _, column_cells in ranked.groupby("attack_label", sort=False):
+        whole = [label for label, row in part.groupby("defense", sort=False) if complete[row.index].all()]
+        ranked = part[part.defense.isin(whole)]
+        for _, column_cells in ranked.groupby("attack", sort=False):
             for column in columns:
                 members = [i for i in column_cells.index if not math.isnan(means[column.name][i])]
                 marked = _marked(
@@ -357,7 +338,7 @@ def marks(trials: pd.DataFrame, table: pd.DataFrame) -> Marks:
                 found.cells |= {(members[i], column.name): mark for i, mark in marked.items()}
         for column in columns:
             wide = ranked.pivot_table(
-                index="attack_label", columns="defense_label", values=f"{column.name}_mean", sort=False
+                index="attack", columns="defense", values=f"{column.name}_mean", sort=False
             ).reindex(columns=whole)
             wide = wide.loc[:, wide.notna().any()]
             names = list(wide.columns)
@@ -371,7 +352,7 @@ def marks(trials: pd.DataFrame, table: pd.DataFrame) -> Marks:
                 ),
             )
             found.rows |= {(*place, names[i], column.name): mark for i, mark in marked.items()}  # type: ignore[misc]
-        ranking = _ranking(part, ["attack_label"])
+        ranking = _ranking(part, ["attack"])
         if ranking:
             found.rankings[place] = ranking  # type: ignore[index]
             # A low rank with a model wrecked elsewhere, be it the clean one, is no first place.
@@ -382,7 +363,7 @@ def marks(trials: pd.DataFrame, table: pd.DataFrame) -> Marks:
                 if mark or (reachable and name in ranking.alike):
                     found.rows[(*place, name, "rank")] = mark or ALIKE  # type: ignore[index]
     for setting, part in rivals.groupby("setting", sort=False):
-        ranking = _ranking(part, [*BOARD, "attack_label"])
+        ranking = _ranking(part, [*BOARD, "attack"])
         if ranking:
             found.overall[str(setting)] = ranking
     return found
@@ -407,7 +388,7 @@ def _ranking(part: pd.DataFrame, blocks: list[str]) -> statistics.Ranking | None
     lost = poisoned[[_field(state) for state in LOST]].sum(axis=1) > 0
     value = poisoned.asr_mean.where(poisoned.done == poisoned.seeds).where(~lost, math.inf)
     wide = poisoned.assign(value=value).pivot_table(
-        index=blocks, columns="defense_label", values="value", sort=False, aggfunc="first", dropna=False
+        index=blocks, columns="defense", values="value", sort=False, aggfunc="first", dropna=False
     )
     wide = wide.dropna(how="all").dropna(axis=1)
     if wide.empty or wide.shape[1] < 2:
@@ -435,7 +416,7 @@ class Entry:
 
 @dataclass
 class Board:
-    """A leaderboard as text: for one data set and architecture.
+    """A leaderboard as text: for one data set, architecture and combination of swept settings.
 
     Attributes:
         rows: a row of one entry is a heading.
@@ -486,7 +467,7 @@ def _outer_underscores(text: str) -> str:
 
 
 def boards(trials: pd.DataFrame, protocol: list[str], reported: pd.DataFrame | None = None) -> list[Board]:
-    """The leaderboards of a grid, one for each data set and architecture.
+    """The leaderboards of a grid, one for each data set, architecture and combination of swept settings.
 
     Rows are grouped by what the defender owns: one with clean data is not the rival of one without. In each group the
     undefended model comes first, then defenses by their mean ASR; those with a cell that is not done come last.
@@ -498,28 +479,31 @@ def boards(trials: pd.DataFrame, protocol: list[str], reported: pd.DataFrame | N
 def _boards(trials: pd.DataFrame, table: pd.DataFrame, marked: Marks, protocol: list[str]) -> list[Board]:
     found = []
     columns = shown(table)
-    for (data, model), part in table.groupby(BOARD, sort=False):
-        attacks = list(dict.fromkeys(part.attack_label))
-        clean = set(part[part.poison_rate == 0].attack_label)  # nothing was poisoned: no ASR
+    for place, part in table.groupby(BOARD, sort=False):
+        place = tuple(map(str, place))
+        attacks = list(dict.fromkeys(part.attack))
+        clean = set(part[part.poison_rate == 0].attack)  # nothing was poisoned: no ASR
         header = ["defense", *(f"{a} ACC" if a in clean else f"{a} ACC / ASR" for a in attacks)]
         header += ["mean ACC", "mean ASR", "median ASR", f"ASR > {100 * HIGH_ASR:.0f} %", "rank"]
         rest = [column for column in columns if column.name not in ("clean_accuracy", "asr")]
         header += [column.title if column in COSTS else f"mean {column.title}" for column in rest]
-        board = Board(f"{data}, {model}", header)
+        board = Board(", ".join(name for name in place if name), header)
         sources = []
         for (kind, setting), group in part.groupby(["kind", "setting"], sort=False):
             remark = "" if kind == "measured" else "; reported, not measured here, not ranked"
             board.rows.append([Entry(((f"setting: {setting}{remark}", ""),))])
-            board.rows += _group((str(data), str(model), str(setting)), group, attacks, clean, rest, marked)
+            board.rows += _group((*place, str(setting)), group, attacks, clean, rest, marked)
             if kind == "reported":
                 sources += [
-                    f"reported: {name}: {source}"
-                    for name, source in dict.fromkeys(zip(group.defense_label, group.provenance, strict=True))
+                    f"reported: {name}: {source}{f' ({protocol_})' if protocol_ else ''}"
+                    for name, source, protocol_ in dict.fromkeys(
+                        zip(group.defense, group.provenance, group.protocol, strict=True)
+                    )
                 ]
         rankings = [
-            f"setting {place[2]}: {ranking.sentence()}"
-            for place, ranking in marked.rankings.items()
-            if place[:2] == (data, model)
+            f"setting {setting}: {ranking.sentence()}"
+            for (*where, setting), ranking in marked.rankings.items()
+            if tuple(where) == place
         ]
         board.notes = _notes(part[part.kind == "measured"], trials) + sources + rankings + list(RULES) + protocol
         found.append(board)
@@ -541,7 +525,7 @@ def summary(row: pd.DataFrame) -> dict[str, float]:
 
 
 def _group(
-    place: tuple[str, str, str],
+    place: tuple[str, ...],
     group: pd.DataFrame,
     attacks: list[str],
     clean: set[str],
@@ -551,7 +535,7 @@ def _group(
     """The rows of one setting."""
     lines = []
     reported = (group.kind == "reported").any()
-    for name, row in group.groupby("defense_label", sort=False):
+    for name, row in group.groupby("defense", sort=False):
         whole = bool((row.done == row.seeds).all()) or reported
         lines.append((str(name), row, whole, summary(row)))
     lines.sort(key=lambda line: (line[1].defense.iloc[0] != BASELINE, not line[2], _or_inf(line[3]["asr"])))
@@ -580,9 +564,7 @@ def _group(
 
 
 def _cells_of(row: pd.DataFrame) -> list[tuple[str, int, Any]]:
-    return [
-        (label, index, cell) for label, index, cell in zip(row.attack_label, row.index, row.itertuples(), strict=True)
-    ]
+    return [(label, index, cell) for label, index, cell in zip(row.attack, row.index, row.itertuples(), strict=True)]
 
 
 def _entry(index: int, cell: Any, is_clean: bool, marked: Marks) -> Entry:
@@ -612,7 +594,7 @@ def _notes(part: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
     for state in STATES[1:-1]:
         count, reason = _field(state), f"{_field(state)}_reason"
         for _, cell in part[part[count] > 0].drop_duplicates(["defense", "setting", reason]).iterrows():
-            notes.append(f"{state}: {cell.defense_label} against {cell.attack_label}: {cell[reason]}")
+            notes.append(f"{state}: {cell.defense} against {cell.attack}: {cell[reason]}")
     if (part.missing > 0).any():
         notes.append(f"missing: {int(part.missing.sum())} trials are not computed yet; run the grid to fill them")
     if (part.done < part.seeds).any():
@@ -641,28 +623,25 @@ def commits_of(trials: pd.DataFrame) -> list[str]:
 def wide(table: pd.DataFrame, marked: Marks) -> pd.DataFrame:
     """One row for each defense, all figures in columns, as the printed boards have them but unrounded."""
     rows = []
-    for (*place, name), row in table.groupby([*BOARD, "setting", "defense_label", "kind"], sort=False):
-        data, model, setting, defense = *place[:3], place[3]
-        means = summary(row)
-        ranking = marked.rankings.get((data, model, setting)) if name == "measured" else None
-        out: dict[str, Any] = dict(zip([*BOARD, "setting", "defense", "kind"], (*place, name), strict=True))
-        out["rank"] = ranking.ranks.get(defense, math.nan) if ranking else math.nan
-        out |= {("median ASR" if key == "asr_median" else key): value for key, value in means.items()}
+    axes = [*BOARD, "setting", "defense", "kind"]
+    for place, row in table.groupby(axes, sort=False):
+        out: dict[str, Any] = dict(zip(axes, place, strict=True))
+        ranking = marked.rankings.get(tuple(place[:4])) if out["kind"] == "measured" else None
+        out["rank"] = ranking.ranks.get(out["defense"], math.nan) if ranking else math.nan
+        out |= summary(row)
         for column in shown(table, everything=True):
-            for attack, mean, std in zip(
-                row.attack_label,
-                row[f"{column.name}_mean"],
-                row.get(f"{column.name}_std", pd.Series(math.nan, row.index)),
-                strict=True,
-            ):
+            stds = row.get(f"{column.name}_std", pd.Series(math.nan, row.index))
+            for attack, mean, std in zip(row.attack, row[f"{column.name}_mean"], stds, strict=True):
                 out[f"{attack}: {column.name}"], out[f"{attack}: {column.name}_std"] = mean, std
         rows.append(out)
-    return pd.DataFrame(rows).rename(columns={"median ASR": "asr_median"})
+    return pd.DataFrame(rows)
 
 
 def _compact(table: pd.DataFrame) -> pd.DataFrame:
     """Without the columns of optional figures that nobody measured."""
-    optional = [name for name in table if str(name).removesuffix("_mean") not in FIGURES[:7]]
+    optional = [
+        name for name in table if str(name).removesuffix("_mean") not in ("poison_rate", "clean_accuracy", "asr")
+    ]
     empty = [name for name in optional if table[name].isna().all()]
     return table.drop(columns=empty)
 
