@@ -94,9 +94,10 @@ class TrackingConfig:
 
 @dataclass
 class ReportConfig:
-    """What stands in the tables beside what was measured."""
+    """What a report holds; nothing here changes a figure."""
 
     reported: str | None = None  # a CSV of figures that others report, with their provenance
+    plots: bool = True  # they take most of a report's seconds
 
 
 @dataclass

@@ -147,7 +147,7 @@ def command(opened: Plan, trial: Trial) -> str:
     The precision is named: on another kind of device `auto` would be another one.
     """
     mine = ("grid.datasets", "grid.models", "grid.attacks", "grid.defenses", "grid.settings", "grid.seeds")
-    mine += ("results", "train.precision", "dry_run", "report.reported")
+    mine += ("results", "train.precision", "dry_run", "report.reported", "report.plots")
     words = [word for word in opened.arguments if word.partition("=")[0].lstrip("+") not in mine]
     if trial.variant:
         words = [word for word in words if not word.startswith("grid.sweep=")]
@@ -185,8 +185,9 @@ def report(opened: Plan) -> Any:
         )
     lines = protocol(opened)
     boards = table.write(trials, lines, opened.folder, opened.title, reported)
-    drawn = plots.write(trials, opened.folder, f"grid {opened.cfg.grid.name}")
     evidence = [page.evidence(trial, store, command(opened, trial)) for trial in opened.trials]
+    name = f"Grid {opened.cfg.grid.name}"
+    drawn = plots.write(trials, opened.folder, name, evidence) if opened.cfg.report.plots else []
     page.write(trials, evidence, lines, opened.folder, opened.title, reported, drawn)
     return boards, trials
 

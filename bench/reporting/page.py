@@ -46,11 +46,32 @@ def evidence(trial: Trial, store: Store, command: str) -> dict[str, Any]:
         "curves": curves,
         "command": command,
     }
+    if keys[1] and store.has("defend", keys[1], "findings") and trial.setting == "trainset":
+        found["roc"] = _roc(store, *keys[:2])
     for result in results:
         if result:
             found["device"] = result.get("provenance", {}).get("device", "")
             found["more"] = {name: result[name] for name in MORE if result.get(name)}
     return found
+
+
+def _roc(store: Store, implant: str, defend: str) -> dict[str, list[float]] | None:
+    """Share of clean and of poisoned training images above each threshold; None if there are no scores or no poison."""
+    from safetensors import safe_open
+    from sklearn.metrics import roc_curve
+
+    from attacks.base import POISON
+
+    with safe_open(store.folder("defend", defend) / "findings.safetensors", framework="pt") as file:
+        if "suspicion" not in set(file.keys()):
+            return None
+        scores = file.get_tensor("suspicion").float().numpy()
+    with safe_open(store.folder("implant", implant) / "trigger.safetensors", framework="pt") as file:
+        poisoned = (file.get_tensor("roles") == POISON).numpy()
+    if not poisoned.any():
+        return None
+    fpr, tpr, _ = roc_curve(poisoned, scores)
+    return {"fpr": fpr.tolist(), "tpr": tpr.tolist()}
 
 
 def write(
