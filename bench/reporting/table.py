@@ -96,21 +96,22 @@ def trial_row(trial: Trial, store: Store) -> dict[str, Any]:
 
 def trial_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """All trials, typed and in one order, whether they come from the store, from MLflow or from a file."""
-    table = pd.DataFrame(rows, columns=COLUMNS)
+    # Before pandas sees them: a text that is no Unicode ends it.
+    texts = [{name: _printable(row.get(name)) for name in TEXTS} for row in rows]
+    table = pd.DataFrame([row | text for row, text in zip(rows, texts, strict=True)], columns=COLUMNS)
     for column in FIGURES:
         # Not to_numeric: it is off by a bit for some decimals.
         table[column] = table[column].astype("object").astype("float64")
     table["seed"] = table["seed"].astype("int64")
     table["clean"] = table["clean"].map({True: "True", False: "False", "True": "True", "False": "False"}).fillna("")
     for column in TEXTS:
-        table[column] = [_printable(text) for text in table[column].fillna("").astype("object")]
         table[column] = table[column].astype("object")
     return _wreck(table)
 
 
 def _printable(text: Any) -> str:
     """The text with what no file and no terminal can show written as its number: \\x00, \\udcff."""
-    text = str(text)
+    text = "" if text is None or text != text else str(text)
     return (
         text
         if text.isprintable()
