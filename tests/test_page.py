@@ -434,14 +434,14 @@ def test_ten_thousand_trials_sort_in_a_fifth_of_a_second(visit):
     tab = visit(large(), fragment="#view=cells")
     assert "3360 of 3360 cells" in tab.locator("#count").inner_text()
     took = tab.evaluate(
-        """() => ['ASR', 'defense', 'ACC', 'ASR', 'attack'].map(name => {
+        """() => ['ASR', 'defense', 'ACC', 'attack'].map(name => Math.min(...[1, 2, 3, 4].map(() => {
             const button = [...document.querySelectorAll('[data-sort]')].find(b => b.textContent.startsWith(name));
             const start = performance.now();
             button.click();
             document.body.offsetHeight;
             return performance.now() - start;
-        })"""
+        })))"""
     )
-    assert sorted(took)[2] < 200  # the median: other work shares the machine
+    assert max(took) < 200, took  # milliseconds; the best of four clicks, since other work shares the machine
     tab.get_by_role("button", name="Next").click()
     assert "page 2 of 34" in tab.locator("#pages").inner_text()

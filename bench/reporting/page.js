@@ -192,14 +192,14 @@ function layout() {
   ];
 }
 
-function compare(column) {
+const collator = new Intl.Collator("en", { numeric: true });
+
+/** Rows in the order of a column; what has no figure comes last, whichever way. */
+function ordered(rows, column) {
   const way = state.down ? -1 : 1;
-  return (one, two) => {
-    const a = column.value(one), b = column.value(two);
-    if (typeof a === "string") return way * a.localeCompare(b, "en", { numeric: true });
-    const none = Number.isNaN(a) - Number.isNaN(b);  // what has no figure comes last, whichever way
-    return none || way * (a === b ? 0 : a - b);
-  };
+  const keyed = rows.map((row) => [column.value(row), row]);
+  keyed.sort(([a], [b]) => (typeof a === "string" ? way * collator.compare(a, b) : Number.isNaN(a) - Number.isNaN(b) || way * (a === b ? 0 : a - b)));
+  return keyed.map(([, row]) => row);
 }
 
 const usual = (a, b) => b.base - a.base || b.done - a.done || (a.worth === b.worth ? 0 : a.worth - b.worth);
@@ -208,7 +208,7 @@ function draw() {
   const found = cells.filter(passes), shape = layout();
   const sorted = shape.find((column) => column.id === state.sort);
   let groups;
-  if (state.view === "cells") groups = [["", sorted ? found.sort(compare(sorted)) : found]];
+  if (state.view === "cells") groups = [["", sorted ? ordered(found, sorted) : found]];
   else {
     // Within a setting only: a defender with clean data is not the rival of one without.
     const byPlace = new Map();
@@ -216,7 +216,7 @@ function draw() {
       const name = [row.dataset, row.model, row.variant, `setting ${row.setting}`].filter((text) => text).join(" · ") + (row.kind === "reported" ? " · reported, not measured here, not ranked" : "");
       byPlace.set(name, [...(byPlace.get(name) ?? []), row]);
     }
-    groups = [...byPlace].map(([name, rows]) => [name, rows.sort(sorted ? compare(sorted) : usual)]);
+    groups = [...byPlace].map(([name, rows]) => [name, sorted ? ordered(rows, sorted) : rows.sort(usual)]);
   }
   const total = groups.reduce((sum, [, rows]) => sum + rows.length, 0);
   state.page = Math.max(0, Math.min(state.page, Math.ceil(total / ROWS) - 1));

@@ -170,7 +170,7 @@ def _data(
     rates = [f"{100 * rate:g} %" if not math.isnan(rate) else "–" for rate in both.poison_rate]
     states = both[[table._field(state) for state in table.STATES]].to_numpy(int).tolist()
     listed = []
-    for index, cell in enumerate(both.itertuples()):
+    for index, cell in enumerate(table.records(both)):
         start = int(ends[index - 1]) if 0 < index < len(ends) else 0
         listed.append(
             {

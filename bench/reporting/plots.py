@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from bench.reporting.columns import COLUMN
-from bench.reporting.table import BASELINE, BOARD, STATES, cells, marks
+from bench.reporting.table import BASELINE, BOARD, STATES, cells, marks, records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,7 @@ class _Grid:
 
     def more(self, name: str) -> Iterator[tuple[Any, Any]]:
         """Finished trials that have something beside their figures: the trial's row, and that."""
-        for row, own in zip(self.trials.itertuples(), self.behind, strict=True):
+        for row, own in zip(records(self.trials), self.behind, strict=True):
             value = own.get("more", {}).get(name)
             if row.status == "done" and value:
                 yield row, value
@@ -206,7 +206,7 @@ def _heatmap(grid: _Grid) -> Figure | None:
                 annot_kws={"size": 6},
                 cbar=False,
             )
-            for row in part[part.asr_mean.isna()].itertuples():
+            for row in records(part[part.asr_mean.isna()]):
                 states = [state for state in STATES if getattr(row, state.replace(" ", "_"))]
                 where = wide.columns.get_loc(row.attack) + 0.5, wide.index.get_loc(row.defense) + 0.5
                 text = {"not applicable": "n/a"}.get(states[0], states[0]) if states else ""
@@ -229,7 +229,7 @@ def _scatter(grid: _Grid) -> Figure | None:
     with _paper() as plt:
         figure, axes = _panels(plt, len(places), WIDTH, 2.5)
         for axis, (place, part) in zip(axes, places, strict=True):
-            for row in part.itertuples():
+            for row in records(part):
                 look = _look(str(row.defense))
                 own = points[(points[[*BOARD, "setting", "defense"]] == [*place, row.defense]).all(axis=1)]
                 faint = {"color": look["color"], "marker": look["marker"], "s": 7, "alpha": 0.35, "linewidths": 0.5}
@@ -375,7 +375,7 @@ def _cost(grid: _Grid) -> Figure | None:
     with _paper() as plt:
         figure, axes = _panels(plt, len(places), WIDTH, 2.3)
         for axis, (place, part) in zip(axes, places, strict=True):
-            for row in part.itertuples():
+            for row in records(part):
                 look = _look(str(row.defense)) | {"linestyle": "none"}
                 axis.plot(row.defend_seconds, 100 * row.asr, label=row.defense, **look)
             axis.set(
@@ -388,7 +388,7 @@ def _cost(grid: _Grid) -> Figure | None:
 def _sweep(grid: _Grid) -> Figure | None:
     """Curves over each numeric setting that the grid sweeps."""
     found = []
-    for row in grid.table[grid.table.variant != ""].itertuples():
+    for row in records(grid.table[grid.table.variant != ""]):
         pairs = [pair.partition("=") for pair in row.variant.split(", ")]
         for index, (key, _, value) in enumerate(pairs):
             rest = ", ".join("=".join((k, v)) for i, (k, _, v) in enumerate(pairs) if i != index)
@@ -495,7 +495,7 @@ def _detection(grid: _Grid) -> Figure | None:
     at = np.linspace(0, 1, 201)
     rows = [
         (_where(row), row.defense, fpr, 100 * tpr)
-        for row, own in zip(grid.trials.itertuples(), grid.behind, strict=True)
+        for row, own in zip(records(grid.trials), grid.behind, strict=True)
         if row.status == "done" and own.get("roc")
         for fpr, tpr in zip(100 * at, np.interp(at, own["roc"]["fpr"], own["roc"]["tpr"]), strict=True)
     ]

@@ -195,6 +195,11 @@ def cells(trials: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
+def records(frame: pd.DataFrame) -> list[Any]:
+    """The rows of a frame with its columns as attributes."""
+    return list(frame.itertuples())
+
+
 def _field(state: str) -> str:
     return state.replace(" ", "_")
 
@@ -565,7 +570,7 @@ def _group(
 
 
 def _cells_of(row: pd.DataFrame) -> list[tuple[str, int, Any]]:
-    return [(label, index, cell) for label, index, cell in zip(row.attack, row.index, row.itertuples(), strict=True)]
+    return [(label, index, cell) for label, index, cell in zip(row.attack, row.index, records(row), strict=True)]
 
 
 def _entry(index: int, cell: Any, is_clean: bool, marked: Marks) -> Entry:
@@ -603,7 +608,7 @@ def _notes(part: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
     if BASELINE not in set(part.defense):
         notes.append(f"without {BASELINE} in the grid nobody can tell whether a model is wrecked")
     warned = trials[trials.warnings != ""].drop_duplicates(["defense", "attack", "warnings"])
-    notes += [f"warning: {row.defense} against {row.attack}: {row.warnings}" for row in warned.itertuples()]
+    notes += [f"warning: {row.defense} against {row.attack}: {row.warnings}" for row in records(warned)]
     commits = commits_of(trials)
     if commits:
         notes.append(f"commit: {', '.join(commits)}")
