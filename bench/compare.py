@@ -142,10 +142,10 @@ def changes(one: pd.DataFrame, two: pd.DataFrame, figures: list[str]) -> tuple[l
     """
     from bench.reporting import statistics
     from bench.reporting.columns import COLUMN
-    from bench.reporting.table import AXES
+    from bench.reporting.table import AXES, parts
 
     def grouped(table: pd.DataFrame) -> dict[tuple[Any, ...], pd.DataFrame]:
-        return {place: group.set_index("seed") for place, group in table.groupby(AXES, sort=False)}  # type: ignore[misc]
+        return {place: group.set_index("seed") for place, group in parts(table, AXES)}
 
     before, after = grouped(one), grouped(two)
     common = [place for place in before if place in after]

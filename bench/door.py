@@ -146,14 +146,14 @@ def command(opened: Plan, trial: Trial) -> str:
 
     The precision is named: on another kind of device `auto` would be another one.
     """
-    mine = ("grid.datasets", "grid.models", "grid.attacks", "grid.defenses", "grid.settings", "grid.seeds")
-    mine += ("results", "train.precision", "dry_run", "report.reported", "report.plots")
+    axes = ("dataset", "model", "attack", "defense", "setting")
+    mine = [*(f"grid.{axis}s" for axis in axes), "grid.seeds"]
+    mine += ["results", "train.precision", "dry_run", "report.reported", "report.plots"]
     words = [word for word in opened.arguments if word.partition("=")[0].lstrip("+") not in mine]
     if trial.variant:
         words = [word for word in words if not word.startswith("grid.sweep=")]
         swept = [pair.partition("=") for pair in trial.variant.split(", ")]
         words.append("grid.sweep=[" + ",".join(f"{{key:{key},values:[{value}]}}" for key, _, value in swept) + "]")
-    axes = ("dataset", "model", "attack", "defense", "setting")
     words += [f"grid.{axis}s=[{_quoted(getattr(trial, axis))}]" for axis in axes]
     words += ["results=reproduced", f"train.precision={trial.implant['train']['precision']}"]
     return shlex.join(["python", "-m", "bench.run", *words, f"grid.seeds=[{trial.seed}]"])

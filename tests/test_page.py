@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -276,6 +277,36 @@ def test_ten_thousand_trials_are_tables_and_a_page_in_ten_seconds(tmp_path):
     table.write(trials, RULES, tmp_path, "large")
     page.write(trials, evidence, RULES, tmp_path, "large")
     assert time.process_time() - start < 10
+
+
+def test_the_command_of_a_cell_computes_the_same_figures_anew(run_grid, tiny, tmp_path, monkeypatch):
+    from bench.door import command, plan
+    from bench.run import main
+
+    sweep = "grid.sweep=[{key:reserve.size,values:[0.02,0.05]}]"
+    axes = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]", sweep]
+    _, trials = run_grid(*axes)
+    opened = plan([*tiny, *axes])
+    chosen = 3
+    words = shlex.split(command(opened, opened.trials[chosen]))
+    assert words[:3] == ["python", "-m", "bench.run"]
+    monkeypatch.chdir(tmp_path)
+    assert main(words[3:]) == 0
+    again = table.read_trials(tmp_path / "reproduced" / "quick" / "trials.csv")
+    assert len(again) == 1
+    same = [*table.AXES, "seed", "clean_accuracy", "asr", "recovery_accuracy", "robust_accuracy", "trial"]
+    assert again.loc[0, same].tolist() == trials.loc[chosen, same].tolist()
+    assert trials.variant[chosen] == "reserve.size=0.05"
+
+
+@pytest.mark.parametrize("name", ["folder:my pets", 'a"b', "plain_1", "a,b]", "it's"])
+def test_a_name_in_a_command_comes_through_the_shell_and_hydra(name):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from bench.door import _quoted
+
+    (word,) = shlex.split(shlex.join([f"grid.datasets=[{_quoted(name)}]"]))
+    assert OverridesParser.create().parse_override(word).value() == [name]
 
 
 # In a browser ----------------------------------------------------------------------------------------------------

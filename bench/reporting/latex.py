@@ -70,7 +70,7 @@ def _sign(sign: str) -> str:
         return _SIGNS[sign]
     if sign.isascii():
         return sign if sign.isprintable() else f"[U+{ord(sign):04X}]"
-    base, *accents = unicodedata.normalize("NFD", sign)
+    base, *accents = list(unicodedata.normalize("NFD", sign))
     if base.isascii() and base.isalpha() and len(accents) == 1 and accents[0] in _ACCENTS:
         return f"\\{_ACCENTS[accents[0]]}{{{base}}}"
     return f"[U+{ord(sign):04X}]"

@@ -28,6 +28,11 @@ MORE = ("rounds", "relearn", "autoattack", "connection", "asr_by_class")  # of a
 MANY, FEW_POINTS = 2000, 30  # beyond so many trials a page with whole curves would take seconds to open
 
 
+def picture_of(dataset: str, attack: str) -> str:
+    """The name of the file that shows a trigger."""
+    return "trigger_" + re.sub(r"[^\w-]", "_", f"{dataset}_{attack}") + ".png"
+
+
 def evidence(trial: Trial, store: Store, command: str) -> dict[str, Any]:
     """What stands behind a trial: where it is stored, its settings, its curves, and how to compute it again."""
     keys = trial.keys()
@@ -90,9 +95,7 @@ def write(
         plots: PNG files to be shown beneath the table.
     """
     data = _data(trials, evidence, protocol, title, reported)
-    data["pictures"] = {
-        path.stem.removeprefix("trigger_"): _picture(path) for path in sorted(folder.glob("trigger_*.png"))
-    }
+    data["pictures"] = {path.name: _picture(path) for path in sorted(folder.glob("trigger_*.png"))}
     data["plots"] = [[path.stem.replace("_", " "), _picture(path)] for path in plots or [] if path.suffix == ".png"]
     path = folder / NAME
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,7 +197,7 @@ def _data(
                 "marks": per_cell[index],
                 "trials": [start, int(ends[index])] if index < len(ends) else [0, 0],
                 "source": str(getattr(cell, "provenance", "") or ""),
-                "picture": f"{cell.dataset}_{cell.attack}",
+                "picture": picture_of(cell.dataset, cell.attack),
             }
         )
     configs, curves, commands = _Shared(), _Shared(), []

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from bench.reporting.columns import COLUMN
-from bench.reporting.table import BASELINE, BOARD, STATES, cells, marks, records
+from bench.reporting.table import BASELINE, BOARD, STATES, cells, marks, parts, records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,8 +107,7 @@ def _paper() -> Iterator[Any]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sizes = {f"{axis}tick.labelsize": 6.5 for axis in "xy"}
-    settings = {
+    settings: dict[Any, Any] = {
         "font.size": 7,
         "axes.titlesize": 7,
         "axes.labelsize": 7,
@@ -121,7 +120,8 @@ def _paper() -> Iterator[Any]:
         "pdf.fonttype": 42,  # type 3 fonts are refused by some publishers
         "text.usetex": False,
         "text.parse_math": False,  # a name may hold dollars
-        **sizes,
+        "xtick.labelsize": 6.5,
+        "ytick.labelsize": 6.5,
     }
     with plt.rc_context(settings):
         yield plt
@@ -185,7 +185,7 @@ def _heatmap(grid: _Grid) -> Figure | None:
         return None
     import seaborn as sns
 
-    places = list(table.groupby([*BOARD, "setting"], sort=False))
+    places = parts(table, [*BOARD, "setting"])
     attacks, defenses = table.attack.nunique(), table.defense.nunique()
     width = max(WIDTH, 1.2 + 0.37 * attacks)
     with _paper() as plt:
@@ -208,7 +208,7 @@ def _heatmap(grid: _Grid) -> Figure | None:
             )
             for row in records(part[part.asr_mean.isna()]):
                 states = [state for state in STATES if getattr(row, state.replace(" ", "_"))]
-                where = wide.columns.get_loc(row.attack) + 0.5, wide.index.get_loc(row.defense) + 0.5
+                where = list(wide.columns).index(row.attack) + 0.5, list(wide.index).index(row.defense) + 0.5
                 text = {"not applicable": "n/a"}.get(states[0], states[0]) if states else ""
                 axis.text(*where, text, ha="center", va="center", size=5, color="0.25")
             axis.set(title=_place(place), xlabel="", ylabel="")
@@ -225,7 +225,7 @@ def _scatter(grid: _Grid) -> Figure | None:
     if points.empty:
         return None
     means = _means(points, ["asr", "clean_accuracy"])
-    places = list(means.groupby([*BOARD, "setting"], sort=False))
+    places = parts(means, [*BOARD, "setting"])
     with _paper() as plt:
         figure, axes = _panels(plt, len(places), WIDTH, 2.5)
         for axis, (place, part) in zip(axes, places, strict=True):
@@ -296,7 +296,7 @@ def _bars(grid: _Grid, table: pd.DataFrame, names: list[str], label: str, what: 
     """Bars of several figures side by side for each defense."""
     import seaborn as sns
 
-    places = list(_means(table, names).groupby([*BOARD, "setting"], sort=False))
+    places = parts(_means(table, names), [*BOARD, "setting"])
     rows = max(len(part) for _, part in places)
     with _paper() as plt:
         figure, axes = _panels(plt, len(places), WIDTH, 0.9 + rows * (0.12 + 0.1 * len(names)))
@@ -371,7 +371,7 @@ def _cost(grid: _Grid) -> Figure | None:
     if points.empty or not (points.defend_seconds_mean > 0).any():
         return None
     means = _means(points[points.defend_seconds_mean > 0], ["asr", "defend_seconds"])
-    places = list(means.groupby([*BOARD, "setting"], sort=False))
+    places = parts(means, [*BOARD, "setting"])
     with _paper() as plt:
         figure, axes = _panels(plt, len(places), WIDTH, 2.3)
         for axis, (place, part) in zip(axes, places, strict=True):
@@ -401,13 +401,13 @@ def _sweep(grid: _Grid) -> Figure | None:
     columns = ["key", "dataset", "model", "setting", "rest", "figure", "defense", "attack", "value", "mean"]
     table = pd.DataFrame(found, columns=columns)
     axes_of = ["key", "dataset", "model", "setting", "rest", "figure"]
-    panels = [(place, part) for place, part in table.groupby(axes_of, sort=False) if part.value.nunique() > 1]
+    panels = [(place, part) for place, part in parts(table, axes_of) if part.value.nunique() > 1]
     if not panels:
         return None
     with _paper() as plt:
         figure, axes = _panels(plt, len(panels), WIDTH, 1.9)
         for axis, (place, part) in zip(axes, panels, strict=True):
-            for defense, own in part.groupby("defense", sort=False):
+            for defense, own in parts(part, "defense"):
                 curve = 100 * own.groupby("value")["mean"].mean()
                 axis.plot(curve.index, curve, label=defense, **_look(str(defense)))
             values = sorted(part.value.unique())
@@ -423,13 +423,13 @@ def _sweep(grid: _Grid) -> Figure | None:
 def _lines(grid: _Grid, rows: list[tuple[Any, ...]], xlabel: str, ylabel: str, what: str) -> Figure | None:
     """Mean curves of defenses: rows of (place, defense, x, y)."""
     table = pd.DataFrame(rows, columns=["place", "defense", "x", "y"]).dropna()
-    panels = [(place, part) for place, part in table.groupby("place", sort=False) if part.x.nunique() > 1]
+    panels = [(place, part) for place, part in parts(table, "place") if part.x.nunique() > 1]
     if not panels:
         return None
     with _paper() as plt:
         figure, axes = _panels(plt, len(panels), WIDTH, 1.9)
         for axis, (place, part) in zip(axes, panels, strict=True):
-            for defense, own in part.groupby("defense", sort=False):
+            for defense, own in parts(part, "defense"):
                 curve = own.groupby("x").y.mean()
                 axis.plot(curve.index, curve, label=defense, **_look(str(defense)))
             axis.set(title=place, xlabel=xlabel, ylabel=ylabel)
@@ -469,9 +469,7 @@ def _rounds(grid: _Grid) -> Figure | None:
         if step.get(figure) is not None
     ]
     table = pd.DataFrame(found, columns=["place", "defense", "figure", "step", "name", "value"])
-    panels = [
-        (place, part) for place, part in table.groupby(["place", "defense"], sort=False) if part.step.nunique() > 1
-    ]
+    panels = [(place, part) for place, part in parts(table, ["place", "defense"]) if part.step.nunique() > 1]
     if not panels:
         return None
     import seaborn as sns
@@ -533,7 +531,7 @@ def _connection(grid: _Grid) -> Figure | None:
             if step.get(kind, {}).get("concentration") is not None
         ]
     table = pd.DataFrame(rows, columns=["place", "kind", "radius", "share"])
-    panels = list(table.groupby("place", sort=False))
+    panels = parts(table, "place")
     if not panels:
         return None
     import seaborn as sns
@@ -618,3 +616,23 @@ def gallery(drawn: dict[str, tuple[Tensor, Tensor]], rows: list[dict[str, Any]],
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
+
+
+def trigger_picture(clean: Tensor, triggered: Tensor, path: Path) -> None:
+    """One image (C, H, W) in [0, 1] without and with a trigger, and the difference at full contrast, side by side.
+
+    Small, for the page of the leaderboard; every pixel is shown as a square.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import torch
+
+    change = triggered - clean
+    reach = float(change.abs().amax()) or 1.0
+    gap = clean.new_ones(clean.shape[0], clean.shape[1], 1)
+    strip = torch.cat([clean, gap, triggered, gap, (0.5 + 0.5 * change / reach).clamp(0, 1)], dim=2)
+    zoom = max(1, 96 // clean.shape[1])
+    picture = strip.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+    plt.imsave(path, picture.repeat(zoom, axis=0).repeat(zoom, axis=1))

@@ -200,6 +200,11 @@ def records(frame: pd.DataFrame) -> list[Any]:
     return list(frame.itertuples())
 
 
+def parts(frame: pd.DataFrame, by: str | list[str]) -> list[tuple[Any, pd.DataFrame]]:
+    """The groups of a frame in the order in which they come: their names, and their rows."""
+    return list(frame.groupby(by, sort=False))
+
+
 def _field(state: str) -> str:
     return state.replace(" ", "_")
 
@@ -327,18 +332,18 @@ def marks(trials: pd.DataFrame, table: pd.DataFrame) -> Marks:
     def seeds(cell: int, name: str) -> np.ndarray[Any, Any]:
         return figures[name][(ends[cell - 1] if cell else 0) : ends[cell]]
 
-    for place, part in rivals.groupby([*BOARD, "setting"], sort=False):
+    for place, part in parts(rivals, [*BOARD, "setting"]):
         place = tuple(map(str, place))
-        whole = [label for label, row in part.groupby("defense", sort=False) if complete[row.index].all()]
+        whole = [label for label, row in parts(part, "defense") if complete[row.index].all()]
         ranked = part[part.defense.isin(whole)]
-        for _, column_cells in ranked.groupby("attack", sort=False):
+        for _, column_cells in parts(ranked, "attack"):
             for column in columns:
                 members = [i for i in column_cells.index if not math.isnan(means[column.name][i])]
                 marked = _marked(
                     column,
                     [means[column.name][i] for i in members],
-                    lambda one, two, members=members, name=column.name: (  # type: ignore[misc]
-                        statistics.paired_t(seeds(members[one], name), seeds(members[two], name))
+                    lambda one, two, members=members, name=column.name: statistics.paired_t(
+                        seeds(members[one], name), seeds(members[two], name)
                     ),
                 )
                 found.cells |= {(members[i], column.name): mark for i, mark in marked.items()}
@@ -353,22 +358,22 @@ def marks(trials: pd.DataFrame, table: pd.DataFrame) -> Marks:
             marked = _marked(
                 column,
                 [wide[name].mean() for name in names],
-                lambda one, two, blocks=blocks, reachable=reachable: (  # type: ignore[misc]
+                lambda one, two, blocks=blocks, reachable=reachable: (
                     statistics.signed_ranks(blocks.iloc[:, one], blocks.iloc[:, two]) if reachable else math.nan
                 ),
             )
-            found.rows |= {(*place, names[i], column.name): mark for i, mark in marked.items()}  # type: ignore[misc]
+            found.rows |= {(*place, names[i], column.name): mark for i, mark in marked.items()}
         ranking = _ranking(part, ["attack"])
         if ranking:
-            found.rankings[place] = ranking  # type: ignore[index]
+            found.rankings[place] = ranking
             # A low rank with a model wrecked elsewhere, be it the clean one, is no first place.
             first = {name: rank for name, rank in ranking.ranks.items() if name in whole}
             reachable = statistics.least_p(ranking.blocks) * (len(ranking.ranks) - 1) < statistics.ALPHA
             for name, rank in first.items():
                 mark = BEST if f"{rank:.1f}" == f"{min(first.values()):.1f}" else ""
                 if mark or (reachable and name in ranking.alike):
-                    found.rows[(*place, name, "rank")] = mark or ALIKE  # type: ignore[index]
-    for setting, part in rivals.groupby("setting", sort=False):
+                    found.rows[(*place, name, "rank")] = mark or ALIKE
+    for setting, part in parts(rivals, "setting"):
         ranking = _ranking(part, [*BOARD, "attack"])
         if ranking:
             found.overall[str(setting)] = ranking
@@ -485,7 +490,7 @@ def boards(trials: pd.DataFrame, protocol: list[str], reported: pd.DataFrame | N
 def _boards(trials: pd.DataFrame, table: pd.DataFrame, marked: Marks, protocol: list[str]) -> list[Board]:
     found = []
     columns = shown(table)
-    for place, part in table.groupby(BOARD, sort=False):
+    for place, part in parts(table, BOARD):
         place = tuple(map(str, place))
         attacks = list(dict.fromkeys(part.attack))
         clean = set(part[part.poison_rate == 0].attack)  # nothing was poisoned: no ASR
@@ -495,7 +500,7 @@ def _boards(trials: pd.DataFrame, table: pd.DataFrame, marked: Marks, protocol: 
         header += [column.title if column in COSTS else f"mean {column.title}" for column in rest]
         board = Board(", ".join(name for name in place if name), header)
         sources = []
-        for (kind, setting), group in part.groupby(["kind", "setting"], sort=False):
+        for (kind, setting), group in parts(part, ["kind", "setting"]):
             remark = "" if kind == "measured" else "; reported, not measured here, not ranked"
             board.rows.append([Entry(((f"setting: {setting}{remark}", ""),))])
             board.rows += _group((*place, str(setting)), group, attacks, clean, rest, marked)
@@ -540,9 +545,9 @@ def _group(
 ) -> list[list[Entry]]:
     """The rows of one setting."""
     lines = []
-    reported = (group.kind == "reported").any()
-    for name, row in group.groupby("defense", sort=False):
-        whole = bool((row.done == row.seeds).all()) or reported
+    reported = bool((group.kind == "reported").any())
+    for name, row in parts(group, "defense"):
+        whole = bool((row.done == row.seeds).all() or reported)
         lines.append((str(name), row, whole, summary(row)))
     lines.sort(key=lambda line: (line[1].defense.iloc[0] != BASELINE, not line[2], _or_inf(line[3]["asr"])))
     ranking = None if reported else marked.rankings.get(place)
@@ -582,13 +587,13 @@ def _entry(index: int, cell: Any, is_clean: bool, marked: Marks) -> Entry:
         return Entry((), "n/a")
     if not reported and not cell.done:
         return Entry((), ", ".join(state for state, _ in others))
-    parts = []
+    found = []
     for name in ("clean_accuracy", "asr"):
         value = getattr(cell, f"{name}_mean", math.nan)
         if name == "clean_accuracy" or not (math.isnan(value) if reported else is_clean or math.isnan(value)):
             mark = marked.cells.get((index, name), "") if (name == "asr" or is_clean) and not reported else ""
-            parts.append((COLUMN[name].spread(value, getattr(cell, f"{name}_std", math.nan)), mark))
-    return Entry(tuple(parts), ", ".join(f"{count} {state}" for state, count in others))
+            found.append((COLUMN[name].spread(value, getattr(cell, f"{name}_std", math.nan)), mark))
+    return Entry(tuple(found), ", ".join(f"{count} {state}" for state, count in others))
 
 
 def _or_inf(value: float) -> float:
@@ -630,7 +635,7 @@ def wide(table: pd.DataFrame, marked: Marks) -> pd.DataFrame:
     """One row for each defense, all figures in columns, as the printed boards have them but unrounded."""
     rows = []
     axes = [*BOARD, "setting", "defense", "kind"]
-    for place, row in table.groupby(axes, sort=False):
+    for place, row in parts(table, axes):
         out: dict[str, Any] = dict(zip(axes, place, strict=True))
         ranking = marked.rankings.get(tuple(place[:4])) if out["kind"] == "measured" else None
         out["rank"] = ranking.ranks.get(out["defense"], math.nan) if ranking else math.nan
