@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: leaderboard test test-slow test-realdata test-gpu check lock setup clean
+.PHONY: leaderboard test test-slow test-realdata test-gpu test-browser check lock setup clean
 
 leaderboard: setup
 	$(BIN)/python -m bench.run grid=quick
@@ -18,6 +18,11 @@ test-slow: setup
 # Needs the real data sets under $$BENCH_DATA.
 test-realdata: setup
 	$(BIN)/python -m pytest -m realdata
+
+# Needs Debian's chromium; what drives it is installed here.
+test-browser: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python 'playwright>=1.49' 'axe-playwright-python>=0.1.4' 'scikit-posthocs>=0.11'
+	$(BIN)/python -m pytest -m browser
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

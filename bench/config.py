@@ -101,6 +101,14 @@ class TrackingConfig:
 
 
 @dataclass
+class ReportConfig:
+    """What a report holds; nothing here changes a figure."""
+
+    reported: str | None = None  # a CSV of figures that others report, with their provenance
+    plots: bool = True  # they take most of a report's seconds
+
+
+@dataclass
 class Config:
     """All settings; `attack.NAME` and `defense.NAME` hold those of each method, from its own dataclass."""
 
@@ -112,6 +120,7 @@ class Config:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
     attack: dict[str, Any] = field(default_factory=dict)
     defense: dict[str, Any] = field(default_factory=dict)
     plugins: list[str] = field(default_factory=list)

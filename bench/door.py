@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ class Plan:
     store: Store
     device: torch.device
     explicit: frozenset[str]
+    arguments: list[str]
 
     @property
     def folder(self) -> Path:
@@ -73,7 +76,7 @@ def plan(arguments: list[str]) -> Plan:
         raise UserError(str(error)) from error
     explicit = frozenset(argument.partition("=")[0].lstrip("+") for argument in arguments)
     trials = expand(cfg, infos, "bfloat16" if device.type == "cuda" else "float32", explicit)
-    return Plan(cfg, trials, infos, Store(Path(cfg.results) / "store"), device, explicit)
+    return Plan(cfg, trials, infos, Store(Path(cfg.results) / "store"), device, explicit, arguments)
 
 
 def protocol(opened: Plan) -> list[str]:
@@ -98,7 +101,7 @@ def protocol(opened: Plan) -> list[str]:
         f"robust: accuracy under PGD-{measure.pgd_steps}, L∞ {measure.pgd_epsilon * 255:.3g}/255, step "
         f"{measure.pgd_step_size * 255:.3g}/255, one random start, on {images}",
         "the last checkpoint is measured; nothing is chosen on test data or by ASR",
-        "mean ACC and mean robust: over all attacks and the clean model; mean ASR and recovery: over attacks",
+        "means: over all attacks, and over the clean model for figures that need no trigger",
         "seconds and MiB: of the defense alone, mean seconds and largest peak memory over attacks (on a CPU: of the "
         "whole process, interpreter and data included)",
         f"infected models: stem {cfg.model.stem}; train: "
@@ -138,19 +141,54 @@ def _changed(cfg: DictConfig) -> str:
     return ", ".join(found)
 
 
-def report(opened: Plan) -> Any:
-    """Write tables and plots of what is finished; returns the boards and the table of trials."""
-    from bench.config import UserError
-    from bench.reporting import plots, table
+def command(opened: Plan, trial: Trial) -> str:
+    """The line for a shell that computes one cell anew, apart from what is stored; its last word names the seed.
 
-    trials = table.trial_table([table.trial_row(trial, opened.store) for trial in opened.trials])
+    The precision is named: on another kind of device `auto` would be another one.
+    """
+    axes = ("dataset", "model", "attack", "defense", "setting")
+    mine = [*(f"grid.{axis}s" for axis in axes), "grid.seeds"]
+    mine += ["results", "train.precision", "dry_run", "report.reported", "report.plots"]
+    words = [word for word in opened.arguments if word.partition("=")[0].lstrip("+") not in mine]
+    if trial.variant:
+        words = [word for word in words if not word.startswith("grid.sweep=")]
+        swept = [pair.partition("=") for pair in trial.variant.split(", ")]
+        words.append("grid.sweep=[" + ",".join(f"{{key:{key},values:[{value}]}}" for key, _, value in swept) + "]")
+    words += [f"grid.{axis}s=[{_quoted(getattr(trial, axis))}]" for axis in axes]
+    words += ["results=reproduced", f"train.precision={trial.implant['train']['precision']}"]
+    return shlex.join(["python", "-m", "bench.run", *words, f"grid.seeds=[{trial.seed}]"])
+
+
+def _quoted(name: str) -> str:
+    """A name inside a list of Hydra's."""
+    if re.fullmatch(r"[A-Za-z_][\w./:-]*", name):
+        return name
+    return '"' + re.sub(r'(\\*)"', r'\1\1\\"', name) + '"'
+
+
+def report(opened: Plan) -> Any:
+    """Write tables, page and plots of what is finished, computing nothing; returns the boards and the trials.
+
+    Raises:
+        UserError: nothing of the grid is stored with these settings, or `report.reported` is no such table.
+    """
+    from bench.config import UserError
+    from bench.reporting import page, plots, table
+
+    reported = table.read_reported(Path(opened.cfg.report.reported)) if opened.cfg.report.reported else None
+    store = table.Snapshot(opened.store)
+    trials = table.trial_table([table.trial_row(trial, store) for trial in opened.trials])
     if (trials.status == "missing").all() and (opened.folder / "leaderboard.md").exists():
         raise UserError(
             f"nothing of this grid is stored with these settings, and {opened.folder}/leaderboard.md is left as it is; "
             "for what another kind of device computed add train.precision=bfloat16 (a GPU) or float32 (a CPU)"
         )
-    boards = table.write(trials, protocol(opened), opened.folder, opened.title)
-    plots.write(trials, opened.folder, f"grid {opened.cfg.grid.name}")
+    lines = protocol(opened)
+    boards = table.write(trials, lines, opened.folder, opened.title, reported)
+    evidence = [page.evidence(trial, store, command(opened, trial)) for trial in opened.trials]
+    name = f"Grid {opened.cfg.grid.name}"
+    drawn = plots.write(trials, opened.folder, name, evidence) if opened.cfg.report.plots else []
+    page.write(trials, evidence, lines, opened.folder, opened.title, reported, drawn)
     return boards, trials
 
 
@@ -162,17 +200,20 @@ def show(boards: Any) -> None:
     from rich.text import Text
 
     console = Console()
+    style = {"best": "bold", "alike": "italic", "": ""}
     for board in boards:
         if not console.is_terminal:
             print(board.markdown())
             continue
-        table = Table(*[escape(name) for name in board.header], title=board.title, title_justify="left")
+        table = Table(*[escape(name) for name in board.header], title=escape(board.title), title_justify="left")
         for row in board.rows:
             cells = []
-            for text, best in row:
-                rest, slash, figure = text.rpartition(" / ")
-                bold = "bold" if best or len(row) == 1 else ""
-                cells.append(Text.assemble(rest + slash, (figure, bold)))
+            for entry in row:
+                text = Text(" / ").join(
+                    Text(figure, "bold" if len(row) == 1 else style[mark]) for figure, mark in entry.parts
+                )
+                text.append(f" ({entry.note})" if entry.parts and entry.note else entry.note)
+                cells.append(text)
             table.add_row(*cells)
         console.print(table)
         for note in board.notes:

@@ -3,7 +3,8 @@
     python -m bench.gallery [grid=NAME] [key=value ...]     the same settings as bench.run
 
 Drawn from the infected models that are in the store, with the tensors of the trigger that they were trained with;
-computes nothing else. Writes gallery.png and gallery.csv beside the leaderboard, the mean scores over 100 test images:
+computes nothing else. Writes gallery.png and gallery.csv beside the leaderboard, and trigger_*.png, which the next
+bench.report takes into the page. The scores are means over 100 test images:
 L0 (share of pixels changed), L2 (norm, pixels in [0, 1]), L-infinity (levels of 255) and SSIM (1: no difference).
 """
 
@@ -25,7 +26,8 @@ def main(arguments: list[str]) -> int:
 
     from bench.config import UserError
     from bench.pipeline import Bench, attack_from
-    from bench.reporting.plots import gallery
+    from bench.reporting.page import picture_of
+    from bench.reporting.plots import gallery, trigger_picture
 
     bench = Bench(opened.store, opened.infos, torch.device("cpu"))
     drawn: dict[str, tuple[Tensor, Tensor]] = {}
@@ -40,10 +42,11 @@ def main(arguments: list[str]) -> int:
         images = chosen.images.float() / 255
         triggered = attacker.trigger(images, bench.trigger_of(trial))
         drawn[title] = images[:3], triggered[:3]
+        opened.folder.mkdir(parents=True, exist_ok=True)
+        trigger_picture(images[0], triggered[0], opened.folder / picture_of(trial.dataset, trial.attack))
         rows.append({"attack": trial.attack, "dataset": trial.dataset, **scores(images, triggered)})
     if not rows:
         raise UserError(f"no infected model of grid {opened.cfg.grid.name} is stored yet; run it with bench.run first")
-    opened.folder.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(opened.folder / "gallery.csv", index=False)
     path: Path = gallery(drawn, rows, opened.folder)
     print(pd.DataFrame(rows).to_string(index=False, float_format="%.3f"))

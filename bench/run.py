@@ -14,6 +14,7 @@
     dispatch.workers=2               worker processes; 0 computes in this one
     tracking.uri=URI                 an MLflow server in place of the sqlite file under results/
     plugins=[my_package.my_defense]  methods of your own, in a module of yours
+    report.plots=false               tables and the page alone; report.reported=FILE.csv adds figures that others report
     results=DIR                      where the store, tables and plots go (results/)
     dry_run=true                     print the plan: what is there, what would be computed
 
@@ -116,7 +117,9 @@ def _track(opened: Plan) -> None:
     name, artifacts = str(opened.cfg.grid.name), Path(opened.cfg.results) / "mlflow"
     try:
         tracking.sync(opened.trials, opened.store, opened.tracking_uri, name, artifacts)
-        files = [path for path in sorted(opened.folder.iterdir()) if path.suffix in (".md", ".csv", ".png")]
+        files = [
+            path for path in sorted(opened.folder.iterdir()) if path.suffix in (".md", ".csv", ".tex", ".html", ".png")
+        ]
         tracking.log_files(opened.tracking_uri, name, artifacts, files)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]

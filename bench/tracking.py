@@ -46,20 +46,20 @@ def sync(trials: list[Trial], store: Store, uri: str, experiment: str, artifacts
 
 
 def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
-    there: set[str] = set()
+    there: set[tuple[str, str]] = set()
     for run in _runs(client, place):
         if run.info.status == "FINISHED":
-            there.add(run.data.tags["trial"])
+            there.add(_name(run))
         else:  # begun when the tracking broke
             client.delete_run(run.info.run_id)
     sent = 0
     for trial in trials:
         key = trial.keys()[2]
         # A state that can still change is not sent: a run in MLflow is final.
-        if not key or key in there or store.result("evaluate", key) is None:
+        if not key or (key, trial.variant) in there or store.result("evaluate", key) is None:
             continue
         _send(client, place, trial, trial_row(trial, store), store)
-        there.add(key)
+        there.add((key, trial.variant))
         sent += 1
     return sent
 
@@ -90,9 +90,9 @@ def read(uri: str, experiment: str, trials: list[Trial] | None = None) -> pd.Dat
     if found is None:
         raise LookupError(f"MLflow at {uri} has no experiment {experiment!r}; run the grid with tracking.enabled=true")
     rows: list[dict[str, Any]] = []
-    wanted = None if trials is None else {trial.keys()[2] for trial in trials}
+    wanted = None if trials is None else {(trial.keys()[2], trial.variant) for trial in trials}
     for run in _runs(client, found.experiment_id):
-        if wanted is not None and run.data.tags["trial"] not in wanted:
+        if wanted is not None and _name(run) not in wanted:
             continue
         row: dict[str, Any] = {name: run.data.tags.get(name, "") for name in (*TEXTS, "clean")}
         row["seed"] = int(run.data.tags["seed"])
@@ -155,6 +155,11 @@ def _runs(client: Any, place: str) -> list[Any]:
         token = page.token
         if not token:
             return found
+
+
+def _name(run: Any) -> tuple[str, str]:
+    """What tells one run from another: where a sweep does not touch a defense, several trials are one stage."""
+    return run.data.tags["trial"], run.data.tags.get("variant", "")
 
 
 def _send(client: Any, place: str, trial: Trial, row: dict[str, Any], store: Store) -> None:

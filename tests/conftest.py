@@ -27,6 +27,7 @@ TINY = [
     "defense.aft.updates=2",
     "defense.aft.adversarial_updates=1",
     "tracking.enabled=false",
+    "report.plots=false",
     "dispatch.workers=0",
     "dispatch.device=cpu",
 ]

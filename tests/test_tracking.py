@@ -50,7 +50,7 @@ def test_each_trial_is_one_run_however_often_it_is_sent(run_grid, tiny, uri, tmp
 
 
 def test_a_run_holds_params_curves_and_the_commit(run_grid, tiny, uri):
-    run_grid(*FIRST, "tracking.enabled=true", f"tracking.uri={uri}")
+    run_grid(*FIRST, "tracking.enabled=true", "report.plots=true", f"tracking.uri={uri}")
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
@@ -67,7 +67,7 @@ def test_a_run_holds_params_curves_and_the_commit(run_grid, tiny, uri):
         for found in client.search_runs([place], "tags.kind = 'leaderboard'")
         for file in client.list_artifacts(found.info.run_id)
     }
-    assert {"leaderboard.md", "asr_heatmap.png"} <= artifacts
+    assert {"leaderboard.md", "leaderboard.html", "leaderboard.tex", "trials.csv", "asr_heatmap.png"} <= artifacts
 
 
 def test_a_tracking_failure_loses_no_result_and_is_sent_later(run_grid, tiny, uri, capsys, monkeypatch):

@@ -1,105 +1,580 @@
-"""The figures of a grid, as PNG files. matplotlib is imported here, and only when a figure is due."""
+"""The figures of a grid for a paper, as PNG and PDF. matplotlib is imported here, and only when a figure is due.
+
+A defense has one colour and one marker in every figure; the palette can be told apart by colour-blind readers.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
+import textwrap
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
-from bench.reporting.table import cells
+from bench.reporting.columns import COLUMN
+from bench.reporting.table import BASELINE, BOARD, STATES, cells, marks, parts, records
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from torch import Tensor
 
+WIDTH = 3.35  # inches: one column of a two-column paper
+PAGE = 6.9
+_MARKERS = "osD^vP*X<>"
+_LINES = ("-", "--", "-.", ":")
 
-def write(trials: pd.DataFrame, folder: Path, title: str) -> list[Path]:
-    """Draw what the grid has data for, and never an empty axis.
 
-    `asr_heatmap.png`: mean ASR, defenses down, attacks across. `accuracy_against_asr.png`: each cell as a point.
+def write(trials: pd.DataFrame, folder: Path, title: str, evidence: list[dict[str, Any]] | None = None) -> list[Path]:
+    """Draw what the grid has data for, and never an empty axis; figures of an earlier run that are not due go.
+
+    Args:
+        title: opens every caption.
+        evidence: what `page.evidence` found behind each trial, in the order of the table.
+
+    Returns:
+        the PNG files; a PDF lies beside each.
     """
-    table = cells(trials[trials.poison_rate > 0])
-    if table.empty or table.asr_mean.notna().sum() == 0:
-        for name in ("asr_heatmap.png", "accuracy_against_asr.png"):
-            (folder / name).unlink(missing_ok=True)  # of an earlier run: not of this table
-        return []
+    table = cells(trials)
+    behind = pd.Series(evidence or [{}] * len(trials), dtype=object)
+    found = []
+    for name, draw in _DRAWN.items():
+        figure = draw(_Grid(trials.reset_index(drop=True), table, behind, title))
+        path = folder / f"{name}.png"
+        if figure is None:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".pdf").unlink(missing_ok=True)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            _save(figure, path)
+            found.append(path)
+    return found
+
+
+class _Grid:
+    """What the figures are drawn from."""
+
+    def __init__(self, trials: pd.DataFrame, table: pd.DataFrame, behind: pd.Series, title: str) -> None:
+        self.trials, self.table, self.behind, self.title = trials, table, behind, title
+        self.attacked = table[table.poison_rate > 0]
+
+    def caption(self, what: str, table: pd.DataFrame | None = None) -> str:
+        done = (self.table if table is None else table).done
+        seeds = sorted({int(count) for count in done if count})
+        count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}" if seeds else "no"
+        return f"{what} {self.title}; n = {count} seed{'' if count == '1' else 's'}."
+
+    def more(self, name: str) -> Iterator[tuple[Any, Any]]:
+        """Finished trials that have something beside their figures: the trial's row, and that."""
+        for row, own in zip(records(self.trials), self.behind, strict=True):
+            value = own.get("more", {}).get(name)
+            if row.status == "done" and value:
+                yield row, value
+
+
+def _look(name: str) -> dict[str, Any]:
+    """Colour, marker and line of a defense, the same wherever it is drawn."""
+    import seaborn as sns
+
+    if name == BASELINE:
+        return {"color": "0.35", "marker": "x", "linestyle": ":"}
+    known = _known()
+    place = known.index(name) if name in known else zlib.crc32(name.encode())
+    return {
+        "color": sns.color_palette("colorblind")[place % 10],
+        "marker": _MARKERS[(place + place // 10) % len(_MARKERS)],
+        "linestyle": _LINES[place // 10 % len(_LINES)],
+    }
+
+
+@functools.cache
+def _known() -> list[str]:
+    from defenses.base import defense
+
+    return sorted(name for name in defense if name != BASELINE)
+
+
+@contextmanager
+def _paper() -> Iterator[Any]:
     import matplotlib
 
     matplotlib.use("Agg")
-    folder.mkdir(parents=True, exist_ok=True)
-    return [_heatmap(table, folder, title), _scatter(table, folder, title)]
-
-
-def _caption(table: pd.DataFrame, title: str) -> str:
-    seeds = sorted({int(count) for count in table.done if count})
-    return f"{title}; mean over {'–'.join(map(str, {min(seeds), max(seeds)}))} seed{'' if seeds == [1] else 's'}"
-
-
-def _heatmap(table: pd.DataFrame, folder: Path, title: str) -> Path:
     import matplotlib.pyplot as plt
-    import seaborn as sns
 
-    places = list(table.groupby(["dataset", "model", "setting"], sort=False))
-    attacks, defenses = table.attack.nunique(), table.defense.nunique()
+    settings: dict[Any, Any] = {
+        "font.size": 7,
+        "axes.titlesize": 7,
+        "axes.labelsize": 7,
+        "legend.fontsize": 6.5,
+        "figure.titlesize": 7,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "lines.markersize": 4,
+        "lines.linewidth": 1,
+        "pdf.fonttype": 42,  # type 3 fonts are refused by some publishers
+        "text.usetex": False,
+        "text.parse_math": False,  # a name may hold dollars
+        "xtick.labelsize": 6.5,
+        "ytick.labelsize": 6.5,
+    }
+    with plt.rc_context(settings):
+        yield plt
+
+
+def _panels(plt: Any, count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """So many axes, side by side while a page has room."""
+    across = max(1, min(count, int(PAGE // width)))
+    down = -(-count // across)
     figure, axes = plt.subplots(
-        1,
-        len(places),
-        figsize=(2.2 + len(places) * (1.0 + 0.85 * attacks), 1.4 + 0.42 * defenses),
-        squeeze=False,
-        layout="constrained",
+        down, across, figsize=(width * across, height * down), squeeze=False, layout="constrained"
     )
-    for axis, (place, part) in zip(axes[0], places, strict=True):
-        wide = 100 * part.pivot(index="defense", columns="attack", values="asr_mean")
-        wide = wide.reindex(index=part.defense.unique(), columns=part.attack.unique())
-        # A cell without a figure stays grey; a white one would read as an ASR of zero.
-        axis.set_facecolor("0.85")
-        sns.heatmap(
-            wide,
-            annot=True,
-            fmt=".1f",
-            vmin=0,
-            vmax=100,
-            cmap="rocket_r",
-            ax=axis,
-            cbar_kws={"label": "ASR (%)"},
-        )
-        axis.set(title=", ".join(map(str, place)), xlabel="", ylabel="")
-        axis.tick_params(axis="y", rotation=0)
-    figure.suptitle(f"Attack success rate: {_caption(table, title)}", fontsize="medium")
-    return _save(figure, folder / "asr_heatmap.png")
+    flat = list(axes.flat)
+    for axis in flat[count:]:
+        axis.remove()
+    return figure, flat[:count]
 
 
-def _scatter(table: pd.DataFrame, folder: Path, title: str) -> Path:
-    import matplotlib.pyplot as plt
+def _titled(figure: Figure, caption: str) -> Figure:
+    """The caption above, for which the figure grows."""
+    width, height = figure.get_size_inches()
+    lines = textwrap.wrap(caption, int(width * 19))
+    figure.set_size_inches(width, height + 0.12 * len(lines))
+    figure.suptitle("\n".join(lines), x=0.02, ha="left")
+    return figure
+
+
+def _legend(figure: Figure, axes: list[Axes]) -> None:
+    """One legend for all panels beneath them, for which the figure grows."""
+    entries: dict[str, Any] = {}
+    for axis in axes:
+        entries |= {_short(label): handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if entries:
+        width, height = figure.get_size_inches()
+        across = max(1, min(len(entries), int(width * 15 // (max(map(len, entries)) + 6))))
+        figure.set_size_inches(width, height + 0.14 * -(-len(entries) // across))
+        figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=across, frameon=False)
+
+
+def _short(name: Any, length: int = 28) -> str:
+    text = " ".join(str(name).split())
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _place(place: tuple[Any, ...]) -> str:
+    return ", ".join(_short(name) for name in place if name)
+
+
+def _means(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
+    """One row for each defense of a place: means over attacks of the figures, and whether all is done."""
+    groups = table.groupby([*BOARD, "setting", "defense"], sort=False)
+    found = groups[[f"{name}_mean" for name in names]].mean()
+    found.columns = pd.Index(names)
+    found["whole"] = groups.apply(lambda part: bool((part.done == part.seeds).all()))
+    return found.reset_index()
+
+
+def _heatmap(grid: _Grid) -> Figure | None:
+    table = grid.attacked
+    if table.asr_mean.notna().sum() == 0:
+        return None
     import seaborn as sns
 
-    points = table.dropna(subset=["asr_mean", "clean_accuracy_mean"]).copy()
-    points["ASR (%)"], points["clean accuracy (%)"] = 100 * points.asr_mean, 100 * points.clean_accuracy_mean
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    sns.scatterplot(
-        points,
-        x="ASR (%)",
-        y="clean accuracy (%)",
-        hue="defense",
-        hue_order=list(table.defense.unique()),
-        style="attack",
-        palette="colorblind",
-        s=70,
-        ax=axis,
+    places = parts(table, [*BOARD, "setting"])
+    attacks, defenses = table.attack.nunique(), table.defense.nunique()
+    width = max(WIDTH, 1.2 + 0.37 * attacks)
+    with _paper() as plt:
+        figure, axes = _panels(plt, len(places), width, 0.75 + 0.19 * defenses + 0.06 * table.attack.str.len().max())
+        for axis, (place, part) in zip(axes, places, strict=True):
+            wide = 100 * part.pivot(index="defense", columns="attack", values="asr_mean")
+            wide = wide.reindex(index=part.defense.unique(), columns=part.attack.unique())
+            # A cell without a figure stays grey; a white one would read as an ASR of zero.
+            axis.set_facecolor("0.88")
+            sns.heatmap(
+                wide,
+                annot=True,
+                fmt=".1f",
+                vmin=0,
+                vmax=100,
+                cmap="rocket_r",
+                ax=axis,
+                annot_kws={"size": 6},
+                cbar=False,
+            )
+            for row in records(part[part.asr_mean.isna()]):
+                states = [state for state in STATES if getattr(row, state.replace(" ", "_"))]
+                where = list(wide.columns).index(row.attack) + 0.5, list(wide.index).index(row.defense) + 0.5
+                text = {"not applicable": "n/a"}.get(states[0], states[0]) if states else ""
+                axis.text(*where, text, ha="center", va="center", size=5, color="0.25")
+            axis.set(title=_place(place), xlabel="", ylabel="")
+            axis.set_xticklabels([_short(name) for name in wide.columns], rotation=45, ha="right")
+            axis.set_yticklabels([_short(name) for name in wide.index], rotation=0)
+        figure.colorbar(
+            axes[0].collections[0], ax=axes, label="ASR (%)", shrink=0.6, aspect=30, fraction=0.04, pad=0.02
+        )
+        return _titled(figure, grid.caption("Attack success rate; grey: no figure.", table))
+
+
+def _scatter(grid: _Grid) -> Figure | None:
+    points = grid.attacked.dropna(subset=["asr_mean", "clean_accuracy_mean"])
+    if points.empty:
+        return None
+    means = _means(points, ["asr", "clean_accuracy"])
+    places = parts(means, [*BOARD, "setting"])
+    with _paper() as plt:
+        figure, axes = _panels(plt, len(places), WIDTH, 2.5)
+        for axis, (place, part) in zip(axes, places, strict=True):
+            for row in records(part):
+                look = _look(str(row.defense))
+                own = points[(points[[*BOARD, "setting", "defense"]] == [*place, row.defense]).all(axis=1)]
+                faint = {"color": look["color"], "marker": look["marker"], "s": 7, "alpha": 0.35, "linewidths": 0.5}
+                axis.scatter(100 * own.asr_mean, 100 * own.clean_accuracy_mean, **faint)
+                large = {"color": look["color"], "marker": look["marker"], "s": 30, "zorder": 3}
+                axis.scatter(100 * row.asr, 100 * row.clean_accuracy, label=row.defense, **large)
+            front = _front(part[part.whole & (part.defense != BASELINE)])
+            if len(front) > 1:
+                axis.plot(100 * front.asr, 100 * front.clean_accuracy, color="0.6", linewidth=0.8, zorder=1)
+            axis.set_xlim(-3, 103)
+            low, high = axis.get_ylim()
+            # At least ten points high: a tenth of a point must not fill the figure.
+            axis.set_ylim(min(low, max(high - 10, 0)), min(high + 0.5, 101))
+            axis.set(title=_place(place), xlabel="ASR (%)", ylabel="clean accuracy (%)")
+        _legend(figure, axes)
+        what = "Upper left is best. Large: mean over attacks, small: one attack; line: Pareto front of the means."
+        return _titled(figure, grid.caption(what, points))
+
+
+def _front(part: pd.DataFrame) -> pd.DataFrame:
+    """The defenses that none beats in both, by rising ASR."""
+    ordered = part.dropna().sort_values(["asr", "clean_accuracy"], ascending=[True, False])
+    best = ordered.clean_accuracy.cummax()
+    return ordered[(ordered.clean_accuracy == best) & ~best.duplicated()]
+
+
+def _robust(grid: _Grid) -> Figure | None:
+    names = [
+        name
+        for name in ("robust_accuracy", "autoattack_accuracy", "autoattack_l2_accuracy")
+        if grid.table[f"{name}_mean"].notna().any()
+    ]
+    if not names:
+        return None
+    return _bars(
+        grid,
+        grid.table,
+        names,
+        "accuracy under attack (%)",
+        "Robust accuracy: mean over attacks and the clean model; dots: one of them.",
     )
-    axis.set_xlim(-3, 103)
-    low, high = axis.get_ylim()
-    # At least ten points high: a tenth of a point must not fill the figure.
-    axis.set_ylim(min(low, max(high - 10, 0)), high + 0.5)
-    axis.set_title(f"Upper left is best: {_caption(table, title)}", fontsize="medium")
-    sns.move_legend(axis, "upper left", bbox_to_anchor=(1, 1), frameon=False)
-    return _save(figure, folder / "accuracy_against_asr.png")
 
 
-def _save(figure, path: Path) -> Path:  # type: ignore[no-untyped-def]
+def _relearn(grid: _Grid) -> Figure | None:
+    names = [
+        name
+        for name in ("asr", "relearn_asr", "relearn_asr_control", "reactivate_asr", "reactivate_asr_control")
+        if f"{name}_mean" in grid.attacked and grid.attacked[f"{name}_mean"].notna().any()
+    ]
+    if len(names) < 2:
+        return None
+    return _bars(
+        grid,
+        grid.attacked,
+        names,
+        "ASR (%)",
+        "Does it hold? ASR behind the defense, after fine-tuning on a few "
+        "poisoned images (relearn) and under an optimised trigger (reactivate); control: a model without "
+        "backdoor. Mean over attacks; dots: one of them.",
+    )
+
+
+def _bars(grid: _Grid, table: pd.DataFrame, names: list[str], label: str, what: str) -> Figure:
+    """Bars of several figures side by side for each defense."""
+    import seaborn as sns
+
+    places = parts(_means(table, names), [*BOARD, "setting"])
+    rows = max(len(part) for _, part in places)
+    with _paper() as plt:
+        figure, axes = _panels(plt, len(places), WIDTH, 0.9 + rows * (0.12 + 0.1 * len(names)))
+        colors = sns.color_palette("colorblind", len(names))
+        thick = 0.8 / len(names)
+        for axis, (place, part) in zip(axes, places, strict=True):
+            own = table[(table[[*BOARD, "setting"]] == list(place)).all(axis=1)]
+            for index, name in enumerate(names):
+                at = np.arange(len(part)) + (index - (len(names) - 1) / 2) * thick
+                # With one figure, the bar wears the colour of its defense.
+                color = colors[index] if len(names) > 1 else [_look(str(defense))["color"] for defense in part.defense]
+                title = COLUMN[name].heading if len(names) > 1 else None
+                axis.barh(at, 100 * part[name], thick * 0.9, color=color, label=title)
+                for where, defense in zip(at, part.defense, strict=True):
+                    values = 100 * own[own.defense == defense][f"{name}_mean"]
+                    axis.scatter(values, np.full(len(values), where), s=4, color="black", alpha=0.5, linewidths=0)
+            axis.set_yticks(range(len(part)), [_short(defense) for defense in part.defense])
+            axis.set_ylim(len(part) - 0.5, -0.5)
+            axis.set(title=_place(place), xlabel=label, xlim=(0, 100))
+        _legend(figure, axes)
+        return _titled(figure, grid.caption(what, table))
+
+
+def _ranks(grid: _Grid) -> Figure | None:
+    """Critical-difference diagrams (Demsar, JMLR 7, 2006), one for each setting."""
+    from bench.reporting.statistics import cliques
+
+    found = {
+        setting: ranking
+        for setting, ranking in marks(grid.trials, grid.table).overall.items()
+        if len(ranking.ranks) > 2 and not math.isnan(ranking.p)
+    }
+    if not found:
+        return None
+    with _paper() as plt:
+        most = max(len(ranking.ranks) for ranking in found.values())
+        figure, axes = _panels(plt, len(found), WIDTH, 0.95 + 0.1 * most)
+        for axis, (setting, ranking) in zip(axes, found.items(), strict=True):
+            ordered = sorted(ranking.ranks.items(), key=lambda pair: pair[1])
+            count, half = len(ordered), -(-len(ordered) // 2)
+            axis.hlines(0, 1, count, color="black", linewidth=0.8)
+            for tick in range(1, count + 1):
+                axis.vlines(tick, 0, 0.18, color="black", linewidth=0.8)
+                axis.text(tick, 0.25, str(tick), ha="center", va="bottom")
+            bars = cliques(list(ranking.ranks.values()), ranking.difference)
+            for level, (low, high) in enumerate(bars):
+                axis.hlines(-0.22 - 0.2 * level, low - 0.04, high + 0.04, color="black", linewidth=2.5)
+            start = -0.4 - 0.2 * len(bars)
+            for index, (name, rank) in enumerate(ordered):
+                left = index < half
+                depth = start - 0.42 * (index if left else count - 1 - index)
+                edge = 1 - 0.08 * count if left else count + 0.08 * count
+                look = _look(name)
+                axis.plot([rank, rank, edge], [0, depth, depth], color=look["color"], linewidth=0.9)
+                text = f"{_short(name, 22)} {rank:.2f}" if left else f"{rank:.2f} {_short(name, 22)}"
+                axis.text(edge, depth, text + " " if left else " " + text, ha="right" if left else "left", va="center")
+            if ranking.difference < count - 1:
+                axis.hlines(1.05, 1, 1 + ranking.difference, color="black", linewidth=1.2)
+                axis.text(1 + ranking.difference / 2, 1.15, f"CD {ranking.difference:.2f}", ha="center", va="bottom")
+            axis.set_xlim(1 - 0.55 * count, count + 0.55 * count)
+            axis.set_ylim(start - 0.42 * half, 1.9)
+            axis.set_axis_off()
+            p = "< 0.001" if ranking.p < 0.001 else f"= {ranking.p:.3f}"
+            axis.set_title(f"setting {_short(setting)}: {ranking.blocks} blocks, Friedman p {p}")
+        what = "Average ranks by ASR over attacks, data sets and architectures, 1 is best; a bar joins defenses that "
+        return _titled(figure, grid.caption(what + "cannot be told apart (Nemenyi, 5 %)."))
+
+
+def _cost(grid: _Grid) -> Figure | None:
+    points = grid.attacked.dropna(subset=["asr_mean", "defend_seconds_mean"])
+    points = points[points.defense != BASELINE]
+    if points.empty or not (points.defend_seconds_mean > 0).any():
+        return None
+    means = _means(points[points.defend_seconds_mean > 0], ["asr", "defend_seconds"])
+    places = parts(means, [*BOARD, "setting"])
+    with _paper() as plt:
+        figure, axes = _panels(plt, len(places), WIDTH, 2.3)
+        for axis, (place, part) in zip(axes, places, strict=True):
+            for row in records(part):
+                look = _look(str(row.defense)) | {"linestyle": "none"}
+                axis.plot(row.defend_seconds, 100 * row.asr, label=row.defense, **look)
+            axis.set(
+                title=_place(place), xlabel="seconds of the defense", ylabel="ASR (%)", xscale="log", ylim=(-3, 103)
+            )
+        _legend(figure, axes)
+        return _titled(figure, grid.caption("Effect against cost, means over attacks; lower left is best.", points))
+
+
+def _sweep(grid: _Grid) -> Figure | None:
+    """Curves over each numeric setting that the grid sweeps."""
+    found = []
+    for row in records(grid.table[grid.table.variant != ""]):
+        pairs = [pair.partition("=") for pair in row.variant.split(", ")]
+        for index, (key, _, value) in enumerate(pairs):
+            rest = ", ".join("=".join((k, v)) for i, (k, _, v) in enumerate(pairs) if i != index)
+            with_value = pd.to_numeric(value, errors="coerce")
+            for name in ("asr", "clean_accuracy"):
+                mean = getattr(row, f"{name}_mean")
+                if not (math.isnan(with_value) or math.isnan(mean)):
+                    place = (row.dataset, row.model, row.setting, rest)
+                    found.append((key, *place, name, row.defense, row.attack, with_value, mean))
+    columns = ["key", "dataset", "model", "setting", "rest", "figure", "defense", "attack", "value", "mean"]
+    table = pd.DataFrame(found, columns=columns)
+    axes_of = ["key", "dataset", "model", "setting", "rest", "figure"]
+    panels = [(place, part) for place, part in parts(table, axes_of) if part.value.nunique() > 1]
+    if not panels:
+        return None
+    with _paper() as plt:
+        figure, axes = _panels(plt, len(panels), WIDTH, 1.9)
+        for axis, (place, part) in zip(axes, panels, strict=True):
+            for defense, own in parts(part, "defense"):
+                curve = 100 * own.groupby("value")["mean"].mean()
+                axis.plot(curve.index, curve, label=defense, **_look(str(defense)))
+            values = sorted(part.value.unique())
+            if values[0] > 0 and values[-1] / values[0] >= 10:
+                axis.set_xscale("log")
+                axis.set_xticks(values, [f"{value:g}" for value in values])
+                axis.minorticks_off()
+            axis.set(title=_place(place[1:5]), xlabel=place[0], ylabel=f"{COLUMN[place[5]].heading} (%)")
+        _legend(figure, axes)
+        return _titled(figure, grid.caption("What the grid sweeps; means over attacks."))
+
+
+def _lines(grid: _Grid, rows: list[tuple[Any, ...]], xlabel: str, ylabel: str, what: str) -> Figure | None:
+    """Mean curves of defenses: rows of (place, defense, x, y)."""
+    table = pd.DataFrame(rows, columns=["place", "defense", "x", "y"]).dropna()
+    panels = [(place, part) for place, part in parts(table, "place") if part.x.nunique() > 1]
+    if not panels:
+        return None
+    with _paper() as plt:
+        figure, axes = _panels(plt, len(panels), WIDTH, 1.9)
+        for axis, (place, part) in zip(axes, panels, strict=True):
+            for defense, own in parts(part, "defense"):
+                curve = own.groupby("x").y.mean()
+                axis.plot(curve.index, curve, label=defense, **_look(str(defense)))
+            axis.set(title=place, xlabel=xlabel, ylabel=ylabel)
+        _legend(figure, axes)
+        return _titled(figure, grid.caption(what))
+
+
+def _where(row: Any, *more: str) -> str:
+    return _place((*(getattr(row, axis) for axis in (*BOARD, "setting")), *more))
+
+
+def _epsilon(grid: _Grid) -> Figure | None:
+    rows = [
+        (
+            _where(row, step["norm"]),
+            row.defense,
+            step["epsilon"] * (255 if step["norm"] == "Linf" else 1),
+            100 * step["accuracy"],
+        )
+        for row, steps in grid.more("autoattack")
+        for step in steps
+        if step.get("accuracy") is not None
+    ]
+    what = "Accuracy under AutoAttack over the radius (L∞ in levels of 255, L2 as a norm), means over attacks."
+    return _lines(grid, rows, "radius", "accuracy (%)", what)
+
+
+def _rounds(grid: _Grid) -> Figure | None:
+    """What a progressive method reached step by step."""
+    names = {"asr": "ASR", "clean_accuracy": "clean accuracy", "selected_poison": "poison in selection"}
+    names |= {"detection_auroc": "AUROC"}
+    found = [
+        (_where(row), row.defense, figure, index, step["name"], 100 * step[figure])
+        for row, steps in grid.more("rounds")
+        for index, step in enumerate(steps)
+        for figure in names
+        if step.get(figure) is not None
+    ]
+    table = pd.DataFrame(found, columns=["place", "defense", "figure", "step", "name", "value"])
+    panels = [(place, part) for place, part in parts(table, ["place", "defense"]) if part.step.nunique() > 1]
+    if not panels:
+        return None
+    import seaborn as sns
+
+    colors = dict(zip(names, sns.color_palette("colorblind"), strict=False))
+    with _paper() as plt:
+        figure, axes = _panels(plt, len(panels), WIDTH, 2.2)
+        for axis, ((place, defense), part) in zip(axes, panels, strict=True):
+            for index, (name, own) in enumerate(part.groupby("figure", sort=False)):
+                curve = own.groupby("step").value.mean()
+                axis.plot(curve.index, curve, label=names[str(name)], color=colors[str(name)], marker=_MARKERS[index])
+            ticks = part.drop_duplicates("step").sort_values("step")
+            axis.set_xticks(ticks.step, [_short(name, 14) for name in ticks.name], rotation=45, ha="right")
+            axis.set(title=f"{_short(defense)}: {place}", ylabel="%", ylim=(-3, 103))
+        _legend(figure, axes)
+        return _titled(figure, grid.caption("Step by step; means over attacks and seeds."))
+
+
+def _detection(grid: _Grid) -> Figure | None:
+    """ROC of suspicion scores, averaged over seeds and attacks at equal false positive rates."""
+    at = np.linspace(0, 1, 201)
+    rows = [
+        (_where(row), row.defense, fpr, 100 * tpr)
+        for row, own in zip(records(grid.trials), grid.behind, strict=True)
+        if row.status == "done" and own.get("roc")
+        for fpr, tpr in zip(100 * at, np.interp(at, own["roc"]["fpr"], own["roc"]["tpr"]), strict=True)
+    ]
+    figure = _lines(
+        grid,
+        rows,
+        "false positives (%)",
+        "true positives (%)",
+        "Detection of poisoned training images: mean ROC over attacks and seeds.",
+    )
+    if figure:
+        for axis in figure.axes:
+            axis.plot([0, 100], [0, 100], color="0.8", linewidth=0.6, zorder=0)
+            for line in axis.lines:
+                line.set_marker("")
+    return figure
+
+
+def _connection(grid: _Grid) -> Figure | None:
+    """Adversarial examples of infected models and of their clean twins: the share that goes where the trigger sends."""
+    seen, rows = set(), []
+    for row, steps in grid.more("connection"):
+        if (place := (row.dataset, row.model, row.variant, row.attack, row.seed)) in seen:
+            continue
+        seen.add(place)
+        rows += [
+            (
+                _place((row.dataset, row.model, row.variant, row.attack)),
+                kind,
+                255 * step["epsilon"],
+                100 * step[kind]["concentration"],
+            )
+            for step in steps
+            for kind in ("infected", "twin")
+            if step.get(kind, {}).get("concentration") is not None
+        ]
+    table = pd.DataFrame(rows, columns=["place", "kind", "radius", "share"])
+    panels = parts(table, "place")
+    if not panels:
+        return None
+    import seaborn as sns
+
+    with _paper() as plt:
+        figure, axes = _panels(plt, len(panels), WIDTH / 1.45, 1.7)
+        for axis, (place, part) in zip(axes, panels, strict=True):
+            for kind, color, marker, label in zip(
+                ("infected", "twin"),
+                sns.color_palette("colorblind"),
+                "os",
+                ("infected model", "clean twin"),
+                strict=False,
+            ):
+                own = part[part.kind == kind].groupby("radius").share
+                mean, std = own.mean(), own.std().fillna(0)
+                axis.errorbar(mean.index, mean, std, label=label, color=color, marker=marker, capsize=2)
+            axis.set(title=place, xlabel="radius (levels of 255)", ylabel="to the target (%)", ylim=(-3, 103))
+        _legend(figure, axes)
+        what = "Adversarial examples given to the attacker's class, of all that fool the model; mean ± std over seeds."
+        return _titled(figure, grid.caption(what))
+
+
+_DRAWN = {
+    "asr_heatmap": _heatmap,
+    "accuracy_against_asr": _scatter,
+    "robust_accuracy": _robust,
+    "ranks": _ranks,
+    "cost": _cost,
+    "sweep": _sweep,
+    "epsilon": _epsilon,
+    "rounds": _rounds,
+    "detection": _detection,
+    "relearn": _relearn,
+    "connection": _connection,
+}
+
+
+def _save(figure: Figure, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=200)
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})  # the same data, the same file
     plt.close(figure)
     return path
 
@@ -137,4 +612,27 @@ def gallery(drawn: dict[str, tuple[Tensor, Tensor]], rows: list[dict[str, Any]],
         axes[line][0].text(
             -0.1, 0.5, text, transform=axes[line][0].transAxes, ha="right", va="center", fontsize="small"
         )
-    return _save(figure, folder / "gallery.png")
+    path = folder / "gallery.png"
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def trigger_picture(clean: Tensor, triggered: Tensor, path: Path) -> None:
+    """One image (C, H, W) in [0, 1] without and with a trigger, and the difference at full contrast, side by side.
+
+    Small, for the page of the leaderboard; every pixel is shown as a square.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import torch
+
+    change = triggered - clean
+    reach = float(change.abs().amax()) or 1.0
+    gap = clean.new_ones(clean.shape[0], clean.shape[1], 1)
+    strip = torch.cat([clean, gap, triggered, gap, (0.5 + 0.5 * change / reach).clamp(0, 1)], dim=2)
+    zoom = max(1, 96 // clean.shape[1])
+    picture = strip.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+    plt.imsave(path, picture.repeat(zoom, axis=0).repeat(zoom, axis=1))

@@ -1,0 +1,224 @@
+"""What changed between two results, with significance; or how ours stand beside published ones.
+
+    python -m bench.compare A B [tolerance=0.02] [figures=asr,clean_accuracy] [significant=true]
+
+A, B            a grid's folder under results/, a trials.csv, or COMMIT:PATH of one that git keeps
+tolerance=0.02  how much worse a figure of B may be, as a share: 0.02 is two points
+figures=...     which figures count; all that tell better from worse by default
+significant=true  only a difference at 5 % (paired t-test over seeds, Holm over all) is a regression
+
+Either may be a CSV of reported figures (with a column `provenance`, as for report.reported): then the two are set side
+by side, cell by cell with the differences in protocol that its column `protocol` names, and with rank correlations.
+
+Exit status: 0 nothing is worse, 1 something is worse by more than the tolerance or no longer done, 2 a wrong argument.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.door import enter
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SEEDS_NEEDED = 2
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure of one cell in both.
+
+    Attributes:
+        worse: by how much B is worse, in the figure's own unit; negative is better.
+        p: adjusted by Holm over all figures compared; NaN where fewer than two seeds are in both.
+    """
+
+    place: str
+    figure: str
+    text: str
+    worse: float
+    p: float
+
+
+def main(arguments: list[str]) -> int:
+    from bench.config import UserError
+
+    places = [argument for argument in arguments if "=" not in argument.partition(":")[0].rpartition("/")[2]]
+    settings = dict(argument.split("=", 1) for argument in arguments if argument not in places)
+    if len(places) != 2:
+        raise UserError(f"{len(places)} results came; write two: python -m bench.compare A B (folders or trials.csv)")
+    odd = set(settings) - {"tolerance", "figures", "significant"}
+    if odd:
+        raise UserError(f"there is no setting {min(odd)!r}; known: tolerance, figures, significant")
+    tolerance, figures = _tolerance(settings.get("tolerance", "0.02")), _figures(settings.get("figures"))
+    if settings.get("significant", "false") not in ("true", "false"):
+        raise UserError(f"significant is {settings['significant']!r}; write true or false")
+    one, two = (_load(place) for place in places)
+    if "kind" in one or "kind" in two:
+        return _beside(one, two, places, figures)
+    return _regressions(one, two, tolerance, figures, settings.get("significant") == "true")
+
+
+def _tolerance(text: str) -> float:
+    from bench.config import UserError
+
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found < 1:
+        raise UserError(f"tolerance is {text!r}; write a share in [0, 1): 0.02 is two points")
+    return found
+
+
+def _figures(text: str | None) -> list[str]:
+    from bench.config import UserError
+    from bench.engine.registry import near
+    from bench.reporting.columns import MEASURES
+
+    known = [column.name for column in MEASURES if column.sign]
+    chosen = known if text is None else [name for name in text.strip("[]").replace(" ", "").split(",") if name]
+    for name in chosen:
+        if name not in known:
+            raise UserError(f"figures: {name!r} is no figure that tells better from worse.{near(name, known)}")
+    return chosen
+
+
+def _load(place: str) -> pd.DataFrame:
+    """A table of trials, or the cells of a reported one (these have a column `kind`)."""
+    import pandas as pd
+
+    from bench.config import UserError
+    from bench.reporting.table import read_reported, read_trials
+
+    path, source = Path(place), io.BytesIO()
+    if path.is_dir():
+        path = path / "trials.csv"
+    if not path.exists() and ":" in place:
+        done = subprocess.run(["git", "show", place], capture_output=True, check=False)
+        if done.returncode:
+            raise UserError(f"{place}: {done.stderr.decode(errors='replace').strip()}")
+        source = io.BytesIO(done.stdout)
+    elif path.exists():
+        source = io.BytesIO(path.read_bytes())
+    else:
+        raise UserError(f"{path} does not exist; name a grid's folder, a trials.csv, or COMMIT:PATH")
+    head = list(pd.read_csv(source, nrows=0).columns)
+    source.seek(0)
+    return read_reported(source, place) if "provenance" in head else read_trials(source, place)
+
+
+def _regressions(one: pd.DataFrame, two: pd.DataFrame, tolerance: float, figures: list[str], significant: bool) -> int:
+    from bench.reporting.statistics import ALPHA, p_text
+
+    changed, broken, counts = changes(one, two, figures)
+    print(counts)
+    failed = 0
+    for change in sorted(changed, key=lambda change: -change.worse):
+        # Rounded: 0.95 - 0.93 is a little more than 0.02.
+        worse = round(change.worse, 9) > tolerance and (not significant or change.p < ALPHA)
+        failed += worse
+        test = "one seed, no test" if math.isnan(change.p) else f"p {p_text(change.p)}"
+        print(f"{'WORSE ' if worse else ''}{change.place}: {change.text} ({test})")
+    for line in broken:
+        print(f"WORSE {line}")
+    if failed or broken:
+        print(f"{failed} figures are worse by more than {100 * tolerance:g} points, {len(broken)} cells are not done")
+        return 1
+    print(f"nothing is worse by more than {100 * tolerance:g} points")
+    return 0
+
+
+def changes(one: pd.DataFrame, two: pd.DataFrame, figures: list[str]) -> tuple[list[Change], list[str], str]:
+    """Figures that differ, cells that are no longer done, and how many cells were compared.
+
+    Seeds that both have are paired; where they share fewer than two, means are compared and nothing is tested.
+    """
+    from bench.reporting import statistics
+    from bench.reporting.columns import COLUMN
+    from bench.reporting.table import AXES, parts
+
+    def grouped(table: pd.DataFrame) -> dict[tuple[Any, ...], pd.DataFrame]:
+        return {place: group.set_index("seed") for place, group in parts(table, AXES)}
+
+    before, after = grouped(one), grouped(two)
+    common = [place for place in before if place in after]
+    found, broken = [], []
+    for place in common:
+        a, b, title = before[place], after[place], "/".join(name for name in place if name)
+        lost = a.index[a.status == "done"].intersection(b.index[~b.status.isin(["done", "not applicable"])])
+        if len(lost):
+            states = ", ".join(dict.fromkeys(b.status[lost]))
+            reason = next(iter(b.reason[lost]), "")
+            broken.append(f"{title}: done before, now {states}{f': {reason}' if reason else ''}")
+        for name in figures:
+            column = COLUMN[name]
+            x, y = a[name][a.status == "done"].dropna(), b[name][b.status == "done"].dropna()
+            if x.empty or y.empty:
+                continue
+            both = x.index.intersection(y.index)
+            if len(both) >= SEEDS_NEEDED:
+                x, y = x[both], y[both]
+            change = float(y.mean() - x.mean())
+            if len(x) == len(y) and (x.to_numpy() == y.to_numpy()).all():
+                continue
+            p = statistics.paired_t(x, y) if len(both) >= SEEDS_NEEDED else math.nan
+            text = (
+                f"{column.title} {column.spread(x.mean(), x.std(ddof=1))} -> {column.spread(y.mean(), y.std(ddof=1))}, "
+                f"{100 * change:+.1f} points"
+            )
+            found.append((title, name, text, column.sign * change, p))
+    adjusted = statistics.holm([entry[-1] for entry in found])
+    counts = (
+        f"{len(common)} cells in both, {len(before) - len(common)} only in the first, "
+        f"{len(after) - len(common)} only in the second; {len(found)} figures differ"
+    )
+    return [Change(*entry[:-1], float(p)) for entry, p in zip(found, adjusted, strict=True)], broken, counts
+
+
+def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: list[str]) -> int:
+    """Print cells that both have side by side, and how alike the two order them."""
+    from scipy import stats
+
+    from bench.config import UserError
+    from bench.reporting.columns import COLUMN
+    from bench.reporting.table import AXES, cells
+
+    tables = [table if "kind" in table else cells(table) for table in (one, two)]
+    a, b = (table.assign(protocol=table.get("protocol", "")) for table in tables)
+    both = a.merge(b, on=AXES, suffixes=("", "_other"))
+    if both.empty:
+        raise UserError(f"{places[0]} and {places[1]} have no cell in common; names must be this project's")
+    print(f"{len(both)} cells in both: {places[0]} | {places[1]} | difference, in points")
+    for _, row in both.iterrows():
+        parts = []
+        for name in figures:
+            x, y = row.get(f"{name}_mean", math.nan), row.get(f"{name}_mean_other", math.nan)
+            if not (math.isnan(x) or math.isnan(y)):
+                parts.append(f"{COLUMN[name].title} {100 * x:.1f} | {100 * y:.1f} | {100 * (y - x):+.1f}")
+        protocols = "; ".join(text for text in (row.protocol, row.protocol_other) if text)
+        text = ", ".join(parts) or "no figure in common"
+        print(f"{'/'.join(name for name in row[AXES] if name)}: {text}{f' [{protocols}]' if protocols else ''}")
+    for name in figures:
+        if f"{name}_mean" not in both or f"{name}_mean_other" not in both:
+            continue
+        pair = both[[f"{name}_mean", f"{name}_mean_other"]].dropna()
+        if len(pair) < 3 or (pair.nunique() < 2).any():
+            continue
+        spearman, kendall = stats.spearmanr(*pair.T.to_numpy()), stats.kendalltau(*pair.T.to_numpy())
+        gap = 100 * (pair.iloc[:, 1] - pair.iloc[:, 0]).mean()
+        print(
+            f"{COLUMN[name].title}, rank correlation over {len(pair)} cells: Spearman {spearman.statistic:.2f}, "
+            f"Kendall {kendall.statistic:.2f}; mean difference {gap:+.1f} points"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    enter(main, __doc__)

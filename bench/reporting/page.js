@@ -1,0 +1,452 @@
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const AXES = ["dataset", "model", "variant", "setting", "attack", "rate", "defense"];
+const NAMES = { dataset: "data set", model: "architecture", variant: "swept", setting: "setting", attack: "attack", rate: "poison rate", defense: "defense" };
+const ROWS = 100;
+const $ = (id) => document.getElementById(id);
+
+/** An element; texts become text nodes, so that no name is ever read as HTML. */
+function el(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else if (value === true) node.setAttribute(key, "");
+    else if (value !== false && value !== null && value !== undefined) node.setAttribute(key, value);
+  }
+  node.append(...children.filter((child) => child !== null && child !== ""));
+  return node;
+}
+
+const number = (value) => (value === null ? NaN : Number(value));
+const columns = data.columns;
+const index = Object.fromEntries(columns.map((column, i) => [column.name, i]));
+const ACC = columns[index.clean_accuracy], ASR = columns[index.asr];
+const cells = data.cells.map((cell, id) => {
+  const place = Object.fromEntries(AXES.map((axis, i) => [axis, cell.place[i]]));
+  return { ...cell, ...place, id, means: cell.means.map(number), stds: cell.stds.map(number), t95: cell.t95.map(number) };
+});
+const rankings = new Map(data.rankings.map((entry) => [JSON.stringify(entry.slice(0, 4)), entry[4]]));
+const rowMarks = new Map(data.row_marks.map((entry) => [JSON.stringify(entry.slice(0, 6)), entry[6]]));
+const values = Object.fromEntries(AXES.map((axis) => [axis, [...new Set(cells.map((cell) => cell[axis]))]]));
+const attacks = values.attack;
+const cleanAttacks = new Set(cells.filter((cell) => cell.clean).map((cell) => cell.attack));
+
+/** The text of a figure as the other tables have it: of two equally near decimals, the even one. */
+function fixed(x, decimals) {
+  if (!Number.isFinite(x)) return String(x).replace("Infinity", "inf");
+  const text = x.toFixed(decimals);
+  const tie = decimals === 0 ? Math.abs(x % 1) === 0.5 : Number.isInteger(x * 4) && Math.abs(x * 4) % 2 === 1;
+  if (!tie || Number(text.at(-1)) % 2 === 0) return text;
+  return (x - Math.sign(x) * 10 ** -decimals / 2).toFixed(decimals);
+}
+const figure = (column, value) => (Number.isNaN(value) ? "–" : fixed(column.scale * value, column.decimals));
+const spread = (column, mean, std) => figure(column, mean) + (Number.isNaN(std) ? "" : "±" + figure(column, std));
+
+const mean = (list) => (list.length ? list.reduce((a, b) => a + b, 0) / list.length : NaN);
+function median(list) {
+  if (!list.length) return NaN;
+  const sorted = [...list].sort((a, b) => a - b), half = sorted.length >> 1;
+  return sorted.length % 2 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
+}
+
+// What is shown now, and the address that says so -------------------------------------------------------------------
+
+const initial = () => ({
+  view: "defenses", sort: null, down: false, page: 0, cell: null,
+  filters: Object.fromEntries(AXES.map((axis) => [axis, null])),
+  columns: new Set(columns.filter((column) => column.shown).map((column) => column.name)),
+});
+let state = initial();
+
+const address = (cell) => JSON.stringify([cell.kind, ...cell.place]);
+
+function readAddress() {
+  state = initial();
+  const wanted = new URLSearchParams(location.hash.slice(1));
+  if (wanted.get("view") === "cells") state.view = "cells";
+  state.sort = wanted.get("sort");
+  state.down = wanted.get("order") === "down";
+  for (const axis of AXES) {
+    const chosen = wanted.getAll(axis).filter((value) => values[axis].includes(value));
+    if (chosen.length) state.filters[axis] = new Set(chosen);
+  }
+  if (wanted.has("columns")) state.columns = new Set(wanted.get("columns").split(",").filter((name) => name in index));
+  state.cell = cells.find((cell) => address(cell) === wanted.get("cell")) ?? null;
+}
+
+function writeAddress() {
+  const now = new URLSearchParams(), usual = initial();
+  if (state.view !== usual.view) now.set("view", state.view);
+  if (state.sort) { now.set("sort", state.sort); if (state.down) now.set("order", "down"); }
+  for (const axis of AXES) for (const value of state.filters[axis] ?? []) now.append(axis, value);
+  if ([...state.columns].sort().join() !== [...usual.columns].sort().join()) now.set("columns", [...state.columns].join());
+  if (state.cell) now.set("cell", address(state.cell));
+  history.replaceState(null, "", "#" + now);
+}
+
+const passes = (cell) => AXES.every((axis) => !state.filters[axis] || state.filters[axis].has(cell[axis]));
+
+// The two tables ------------------------------------------------------------------------------------------------------
+
+/** One row for each defense: the figures of its cells that pass the filter. */
+function defenses(found) {
+  const rows = new Map();
+  for (const cell of found) {
+    const key = JSON.stringify([cell.kind, cell.dataset, cell.model, cell.variant, cell.setting, cell.defense]);
+    if (!rows.has(key)) rows.set(key, { ...cell, cells: new Map(), all: [] });
+    rows.get(key).cells.set(cell.attack, cell);
+    rows.get(key).all.push(cell);
+  }
+  // Marks and ranks were worked out over all attacks: over some of them they would be wrong.
+  const whole = !state.filters.attack && !state.filters.rate;
+  return [...rows.values()].map((row) => {
+    const of = (i) => row.all.map((cell) => cell.means[i]).filter((value) => !Number.isNaN(value));
+    row.means = columns.map((column, i) => (column.largest ? Math.max(...of(i), -Infinity) : mean(of(i))));
+    row.means = row.means.map((value, i) => (of(i).length ? value : NaN));
+    const asr = "asr" in index ? of(index.asr) : [];
+    row.median = median(asr);
+    row.high = asr.filter((value) => value > data.high).length;
+    row.count = asr.length;
+    row.done = row.kind === "reported" || row.all.every((cell) => cell.states[0] === cell.seeds);
+    const place = [row.dataset, row.model, row.variant, row.setting];
+    row.rank = whole && row.kind === "measured" ? rankings.get(JSON.stringify(place))?.[row.defense] ?? NaN : NaN;
+    row.mark = (name) => (whole && row.kind === "measured" ? rowMarks.get(JSON.stringify([...place, row.defense, name])) : 0);
+    row.worth = Number.isNaN(row.means[index.asr] ?? NaN) ? Infinity : row.means[index.asr];
+    return row;
+  });
+}
+
+const stateText = (cell) => data.states.map((name, i) => [name, cell.states[i]]).filter(([name, n]) => n && name !== "done");
+
+/** ACC / ASR of one cell, or why there is none: the text of the printed tables, part by part. */
+function parts(cell) {
+  if (cell.kind !== "reported") {
+    const others = stateText(cell);
+    if (cell.states[1] === cell.seeds) return { figures: [], note: "n/a" };
+    if (!cell.states[0]) return { figures: [], note: others.map(([name]) => name).join(", ") };
+  }
+  const figures = [], a = index.clean_accuracy, b = index.asr;
+  if (a !== undefined) figures.push([spread(ACC, cell.means[a], cell.stds[a]), cell.clean ? cell.marks[a] : 0]);
+  if (b !== undefined && !cell.clean && !Number.isNaN(cell.means[b])) figures.push([spread(ASR, cell.means[b], cell.stds[b]), cell.marks[b]]);
+  return { figures, note: cell.kind === "reported" ? "" : stateText(cell).map(([name, n]) => `${n} ${name}`).join(", ") };
+}
+
+function marked(text, mark) {
+  if (mark === 1) return el("strong", {}, text, el("span", { class: "vh" }, " best"));
+  if (mark === 2) return el("u", {}, text, el("span", { class: "vh" }, " not significantly worse than the best"));
+  return document.createTextNode(text);
+}
+
+function cellButton(cell) {
+  const { figures, note } = parts(cell);
+  const inside = figures.flatMap(([text, mark], i) => (i ? [" / ", marked(text, mark)] : [marked(text, mark)]));
+  if (note) inside.push(el("span", { class: "note" }, figures.length ? ` (${note})` : note));
+  return el("button", { type: "button", "data-cell": cell.id }, ...inside);
+}
+
+/** The columns of the table that is shown: id, heading, a value to sort by, and a td. */
+function layout() {
+  const chosen = columns.map((column, i) => ({ ...column, i })).filter((column) => state.columns.has(column.name));
+  if (state.view === "cells") {
+    const named = AXES.filter((axis) => axis === "defense" || axis === "attack" || values[axis].length > 1)
+      .sort((a, b) => (b === "defense") - (a === "defense"));
+    return [
+      ...named.map((axis) => ({
+        id: axis, title: NAMES[axis], name: true, value: (cell) => (axis === "rate" ? parseFloat(cell.rate) || 0 : cell[axis]),
+        show: (cell) => (axis === "defense" ? el("button", { type: "button", class: "plain", "data-cell": cell.id, title: cell.defense }, cell.defense) : cell[axis]),
+      })),
+      ...chosen.map((column) => ({
+        id: column.name, title: column.title, about: column.about, value: (cell) => cell.means[column.i],
+        show: (cell) => marked(spread(column, cell.means[column.i], cell.stds[column.i]), cell.marks[column.i]),
+      })),
+      {
+        id: "state", title: "state", name: true, value: (cell) => cell.states[0] / (cell.seeds || 1),
+        show: (cell) => {
+          const others = stateText(cell);
+          if (cell.kind === "reported") return "reported, not measured";
+          return el("span", { class: others.length ? "note" : "" }, others.map(([name, n]) => `${n} ${name}`).join(", ") || `${cell.seeds} done`);
+        },
+      },
+    ];
+  }
+  const dagger = (row, column) => (row.done || (column.scale === 1) || Number.isNaN(row.means[column.i]) ? "" : "†");
+  const means = chosen.map((column) => ({
+    id: column.name, title: (column.scale === 1 ? "" : "mean ") + column.title, about: column.about, value: (row) => row.means[column.i],
+    show: (row) => marked(figure(column, row.means[column.i]) + dagger(row, column), row.mark(column.name)),
+  }));
+  const hasAsr = ASR && state.columns.has("asr");
+  const extra = hasAsr ? [
+    { id: "median", title: "median ASR", value: (row) => row.median, show: (row) => figure(ASR, row.median) + (row.done || !row.count ? "" : "†") },
+    { id: "high", title: `ASR >\u00a0${100 * data.high}\u00a0%`, value: (row) => (row.count ? row.high / row.count : NaN), show: (row) => (row.count ? `${row.high} of ${row.count}` : "–") },
+  ] : [];
+  const after = means.findIndex((column) => column.id === "asr") + 1 || means.length;
+  return [
+    { id: "defense", title: "defense", name: true, value: (row) => row.defense, show: (row) => el("span", { title: row.defense }, row.defense) },
+    { id: "rank", title: "rank", about: "mean rank by ASR over attacks, 1 is best", value: (row) => row.rank, show: (row) => marked(Number.isNaN(row.rank) ? "–" : fixed(row.rank, 1), row.mark("rank")) },
+    ...means.slice(0, after), ...extra, ...means.slice(after),
+    ...attacks.filter((attack) => !state.filters.attack || state.filters.attack.has(attack)).map((attack) => ({
+      id: "attack:" + attack, title: `${attack} ${cleanAttacks.has(attack) ? "ACC" : "ACC / ASR"}`,
+      value: (row) => { const cell = row.cells.get(attack); return cell ? cell.means[index[cell.clean ? "clean_accuracy" : "asr"]] ?? NaN : NaN; },
+      show: (row) => (row.cells.has(attack) ? cellButton(row.cells.get(attack)) : "–"),
+    })),
+  ];
+}
+
+const collator = new Intl.Collator("en", { numeric: true });
+
+/** Rows in the order of a column; what has no figure comes last, whichever way. */
+function ordered(rows, column) {
+  const way = state.down ? -1 : 1;
+  const keyed = rows.map((row) => [column.value(row), row]);
+  keyed.sort(([a], [b]) => (typeof a === "string" ? way * collator.compare(a, b) : Number.isNaN(a) - Number.isNaN(b) || way * (a === b ? 0 : a - b)));
+  return keyed.map(([, row]) => row);
+}
+
+const usual = (a, b) => b.base - a.base || b.done - a.done || (a.worth === b.worth ? 0 : a.worth - b.worth);
+
+function draw() {
+  const found = cells.filter(passes), shape = layout();
+  const sorted = shape.find((column) => column.id === state.sort);
+  let groups;
+  if (state.view === "cells") groups = [["", sorted ? ordered(found, sorted) : found]];
+  else {
+    // Within a setting only: a defender with clean data is not the rival of one without.
+    const byPlace = new Map();
+    for (const row of defenses(found)) {
+      const name = [row.dataset, row.model, row.variant, `setting ${row.setting}`].filter((text) => text).join(" · ") + (row.kind === "reported" ? " · reported, not measured here, not ranked" : "");
+      byPlace.set(name, [...(byPlace.get(name) ?? []), row]);
+    }
+    groups = [...byPlace].map(([name, rows]) => [name, sorted ? ordered(rows, sorted) : rows.sort(usual)]);
+  }
+  const total = groups.reduce((sum, [, rows]) => sum + rows.length, 0);
+  state.page = Math.max(0, Math.min(state.page, Math.ceil(total / ROWS) - 1));
+  const head = el("tr", {}, ...shape.map((column) => el("th", {
+    scope: "col", class: column.name ? "name" : "", title: column.about, "aria-sort": column.id === state.sort ? (state.down ? "descending" : "ascending") : null,
+  }, el("button", { type: "button", "data-sort": column.id }, column.title, el("span", { "aria-hidden": "true" }, column.id === state.sort ? (state.down ? " ▼" : " ▲") : "")))));
+  const table = el("table", {}, el("caption", { class: "vh" }, `${data.title}: ${state.view === "cells" ? "every cell" : "defenses"}`), el("thead", {}, head));
+  let skip = state.page * ROWS, left = ROWS;
+  for (const [name, rows] of groups) {
+    const part = rows.slice(skip, skip + left);
+    skip = Math.max(0, skip - rows.length);
+    if (!part.length) continue;
+    left -= part.length;
+    const body = el("tbody");
+    if (name) body.append(el("tr", {}, el("th", { class: "group", scope: "rowgroup", colspan: shape.length }, el("span", {}, name))));
+    for (const row of part) {
+      const line = document.createElement("tr");
+      shape.forEach((column, i) => {
+        const td = document.createElement(i ? "td" : "th");
+        if (!i) td.scope = "row";
+        if (column.name) td.className = "name";
+        td.append(column.show(row));
+        line.append(td);
+      });
+      body.append(line);
+    }
+    table.append(body);
+  }
+  const focused = document.activeElement?.dataset?.sort;
+  $("board").replaceChildren(total ? table : el("p", { class: "faint" }, "Nothing passes these filters."));
+  if (focused) [...$("board").querySelectorAll("[data-sort]")].find((button) => button.dataset.sort === focused)?.focus();
+  const partial = state.view === "defenses" && (state.filters.attack || state.filters.rate) ? "; means are over the attacks shown, ranks and marks of means need all" : "";
+  $("count").textContent = `${found.length} of ${cells.length} cells, ${total} rows${partial}`;
+  drawPages(total);
+  writeAddress();
+}
+
+function drawPages(total) {
+  const last = Math.ceil(total / ROWS) - 1;
+  const turn = (text, to) => el("button", { type: "button", disabled: to < 0 || to > last, onclick: () => { state.page = to; draw(); } }, text);
+  $("pages").replaceChildren(...(last > 0 ? [turn("Previous", state.page - 1), el("span", {}, `page ${state.page + 1} of ${last + 1}`), turn("Next", state.page + 1)] : []));
+}
+
+// Controls ------------------------------------------------------------------------------------------------------------
+
+function menu(id, title, options, isOn, change) {
+  const boxes = options.map(([value, text]) => el("label", {}, el("input", { type: "checkbox", value, onchange: change }), " ", text));
+  const node = el("details", { class: "menu", id }, el("summary", {}), el("fieldset", {}, el("legend", {}, title), el("button", { type: "button", onclick: () => change(null) }, "All"), " ", el("button", { type: "button", onclick: () => change() }, "None"), ...boxes));
+  node.refresh = () => {
+    const on = boxes.filter((box) => (box.firstChild.checked = isOn(box.firstChild.value)));
+    node.firstChild.textContent = `${title}: ${on.length === boxes.length ? "all" : on.length === 1 ? on[0].textContent.trim() : on.length + " of " + boxes.length}`;
+  };
+  return node;
+}
+
+function drawControls() {
+  const view = (id, text) => el("button", { type: "button", id: "view-" + id, onclick: () => { state.view = id; state.sort = null; state.page = 0; refresh(); } }, text);
+  const menus = AXES.filter((axis) => values[axis].length > 1).map((axis) => menu("filter-" + axis, NAMES[axis], values[axis].map((value) => [value, value]),
+    (value) => !state.filters[axis] || state.filters[axis].has(value),
+    (event) => {
+      const box = event?.target, chosen = event === undefined ? new Set() : new Set(state.filters[axis] ?? values[axis]);
+      if (box) box.checked ? chosen.add(box.value) : chosen.delete(box.value);
+      state.filters[axis] = event === null || chosen.size === values[axis].length ? null : chosen;
+      state.page = 0;
+      refresh();
+    }));
+  menus.push(menu("columns", "columns", columns.map((column) => [column.name, column.title]), (value) => state.columns.has(value), (event) => {
+    if (!event) state.columns = new Set(event === null ? columns.map((column) => column.name) : []);
+    else event.target.checked ? state.columns.add(event.target.value) : state.columns.delete(event.target.value);
+    refresh();
+  }));
+  $("controls").append(view("defenses", "Defenses"), view("cells", "Every cell"), ...menus, el("button", { type: "button", id: "reset", onclick: () => { state = initial(); refresh(); } }, "Reset"));
+}
+
+function refresh() {
+  for (const node of $("controls").children) {
+    node.refresh?.();
+    if (node.id.startsWith("view-")) node.setAttribute("aria-pressed", node.id === "view-" + state.view);
+  }
+  draw();
+}
+
+// One cell ------------------------------------------------------------------------------------------------------------
+
+function seedsText(cell) {
+  const shown = columns.map((column, i) => [column, i]).filter(([column, i]) => state.columns.has(column.name) && !Number.isNaN(cell.means[i]) && column.scale === 100);
+  const lines = trialsOf(cell).map((trial) => `seed ${trial.seed}: ` + (["done", "wrecked"].includes(trial.status)
+    ? shown.map(([column, i]) => `${column.title} ${figure(column, trial.values[i])}`).join(", ") : `${trial.status}: ${trial.reason}`));
+  const half = shown.filter(([, i]) => !Number.isNaN(cell.t95[i])).map(([column, i]) => `${column.title} ±${figure(column, cell.t95[i])}`);
+  if (half.length) lines.push(`95 % t-interval of the mean: ${half.join(", ")}`);
+  return cell.source ? `reported: ${cell.source}` : lines.join("\n");
+}
+
+const trialsOf = (cell) => data.trials.slice(...cell.trials).map(([seed, status, reason, warnings, commit, clean, figures, keys, configs, curves, more, device]) =>
+  ({ seed, status, reason, warnings, commit, clean, values: figures.map(number), keys, configs, curves, more, device }));
+
+function chart(name, points) {
+  const W = 270, H = 120, known = points.filter(([, y]) => y !== null);
+  if (!known.length) return el("figure", {}, el("figcaption", {}, `${name}: no finite value`));
+  const xs = points.map(([x]) => x), ys = known.map(([, y]) => y);
+  const [x0, x1, y0, y1] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+  const px = (x) => 44 + (W - 52) * (x1 > x0 ? (x - x0) / (x1 - x0) : 0.5), py = (y) => H - 20 - (H - 30) * (y1 > y0 ? (y - y0) / (y1 - y0) : 0.5);
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  const add = (tag, attributes, text) => {
+    const node = document.createElementNS(svg.namespaceURI, tag);
+    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+    if (text !== undefined) node.textContent = text;
+    svg.append(node);
+  };
+  const brief = (value) => Number(value.toPrecision(3)).toString();
+  for (const [key, value] of Object.entries({ viewBox: `0 0 ${W} ${H}`, width: W, height: H, role: "img", "aria-label": `${name}: from ${brief(ys[0])} to ${brief(ys.at(-1))}, between ${brief(y0)} and ${brief(y1)}` })) svg.setAttribute(key, value);
+  add("path", { class: "axis", d: `M44 6V${H - 20}H${W - 4}` });
+  let path = "", pen = false;
+  for (const [x, y] of points) { if (y === null) { pen = false; continue; } path += `${pen ? "L" : "M"}${px(x).toFixed(1)} ${py(y).toFixed(1)}`; pen = true; }
+  add("path", { class: "curve", d: path });
+  if (known.length === 1) add("circle", { cx: px(known[0][0]), cy: py(ys[0]), r: 3, class: "curve" });
+  add("text", { x: 40, y: 14, "text-anchor": "end" }, brief(y1));
+  if (y1 > y0) add("text", { x: 40, y: H - 20, "text-anchor": "end" }, brief(y0));
+  add("text", { x: 44, y: H - 6 }, String(x0));
+  if (x1 > x0) add("text", { x: W - 4, y: H - 6, "text-anchor": "end" }, String(x1));
+  return el("figure", {}, svg, el("figcaption", {}, name));
+}
+
+function copyButton(text) {
+  const button = el("button", { type: "button", class: "copy" }, "Copy the command");
+  button.addEventListener("click", async () => {
+    try { await navigator.clipboard.writeText(text); } catch {
+      const area = el("textarea", {});
+      area.value = text;
+      button.after(area);
+      area.select();
+      document.execCommand("copy");
+      area.remove();
+    }
+    button.textContent = "Copied";
+    setTimeout(() => (button.textContent = "Copy the command"), 1500);
+  });
+  return button;
+}
+
+function trialDetails(cell, trial, open) {
+  const node = el("details", { class: "trial", open }, el("summary", {}, `seed ${trial.seed}: ${trial.status}`));
+  if (trial.reason) node.append(el("p", { class: "bad wrap" }, trial.reason));
+  if (trial.warnings) node.append(el("p", { class: "bad wrap" }, `warning: ${trial.warnings}`));
+  if (cell.command) {
+    const command = `${cell.command} 'grid.seeds=[${trial.seed}]'`;
+    node.append(el("h3", {}, "Compute it again"), el("pre", { class: "command", tabindex: "0", role: "region", "aria-label": "command" }, command), copyButton(command));
+  }
+  if (trial.commit) node.append(el("p", { class: "faint wrap" }, `commit ${trial.commit}${trial.clean === "True" ? "" : " (changed tree)"}; ${trial.device}`));
+  if (trial.keys.length) node.append(el("p", { class: "faint wrap" }, "in the store: " + trial.keys.join(", ")));
+  const charts = trial.curves.flatMap((i) => Object.entries(data.curves[i])).map(([name, points]) => chart(name, points));
+  if (charts.length) node.append(el("h3", {}, "Curves"), el("div", { class: "charts" }, ...charts));
+  for (const [title, value] of trial.more) node.append(el("h3", {}, title), el("pre", { tabindex: "0", role: "region", "aria-label": title }, JSON.stringify(value, null, 1)));
+  if (trial.configs.length) {
+    const config = Object.assign({}, ...trial.configs.map((i) => data.configs[i]));
+    node.append(el("details", {}, el("summary", {}, "Settings"), el("pre", { tabindex: "0", role: "region", "aria-label": "settings" }, JSON.stringify(config, null, 1))));
+  }
+  return node;
+}
+
+function openCell(cell) {
+  state.cell = cell;
+  const trials = trialsOf(cell), known = columns.map((column, i) => ({ ...column, i })).filter((column) => trials.some((trial) => !Number.isNaN(trial.values[column.i])) || !Number.isNaN(cell.means[column.i]));
+  const line = (name, texts) => el("tr", {}, el("th", { scope: "row", class: "name" }, name), ...texts.map((text) => el("td", {}, text)));
+  const title = `${cell.defense} against ${cell.attack}`;
+  const dialog = $("cell");
+  dialog.replaceChildren(
+    el("header", {}, el("h2", { id: "cell-title" }, title), el("button", { type: "button", id: "close", onclick: () => dialog.close() }, "Close")),
+    el("p", { class: "faint wrap" }, [cell.dataset, cell.model, cell.variant, `setting ${cell.setting}`, `poison rate ${cell.rate}`].filter((text) => text).join(", ") + (cell.source ? `; reported, not measured here: ${cell.source}` : "")),
+    el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "figures of each seed" }, el("table", {}, el("caption", { class: "vh" }, `Figures of each seed: ${title}`),
+      el("thead", {}, el("tr", {}, el("th", { scope: "col", class: "name" }, "seed"), el("th", { scope: "col" }, "state"), ...known.map((column) => el("th", { scope: "col", title: column.about }, column.title)))),
+      el("tbody", {}, ...trials.map((trial) => line(String(trial.seed), [trial.status, ...known.map((column) => figure(column, trial.values[column.i]))])),
+        line("mean ± std", ["", ...known.map((column) => spread(column, cell.means[column.i], cell.stds[column.i]))])))),
+    data.pictures[cell.picture] ? el("figure", {}, el("img", { src: data.pictures[cell.picture], alt: `Images without and with the trigger of ${cell.attack}, and the difference` }), el("figcaption", {}, "clean, triggered, difference")) : "",
+    ...trials.map((trial, i) => trialDetails(cell, trial, i === 0)),
+  );
+  if (!dialog.open) dialog.showModal();
+  writeAddress();
+}
+
+// Start ---------------------------------------------------------------------------------------------------------------
+
+$("board").addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button?.dataset.cell) openCell(cells[button.dataset.cell]);
+  else if (button?.dataset.sort) {
+    const id = button.dataset.sort;
+    if (state.sort !== id) [state.sort, state.down] = [id, false];
+    else if (!state.down) state.down = true;
+    else [state.sort, state.down] = [null, false];
+    state.page = 0;
+    draw();
+  }
+});
+$("board").addEventListener("mouseover", (event) => {
+  const button = event.target.closest("button[data-cell]");
+  if (button && !button.title.includes("seed ")) button.title = seedsText(cells[button.dataset.cell]);
+});
+$("cell").addEventListener("close", () => { state.cell = null; writeAddress(); });
+$("cell").addEventListener("click", (event) => { if (event.target === $("cell")) $("cell").close(); });
+document.addEventListener("click", (event) => {
+  for (const node of document.querySelectorAll(".menu[open]")) if (!node.contains(event.target)) node.open = false;
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape") return;
+  for (const node of document.querySelectorAll(".menu[open]")) { node.open = false; node.firstChild.focus(); }
+});
+
+const THEMES = ["as the system", "dark", "light"];
+function setTheme(theme) {
+  if (theme === THEMES[0]) delete document.documentElement.dataset.theme; else document.documentElement.dataset.theme = theme;
+  $("theme").textContent = "Theme: " + theme;
+  try { localStorage.setItem("theme", theme); } catch { /* a page from a file may have no storage */ }
+}
+let theme = THEMES[0];
+try { theme = THEMES.includes(localStorage.getItem("theme")) ? localStorage.getItem("theme") : theme; } catch { /* as above */ }
+setTheme(theme);
+$("theme").addEventListener("click", () => setTheme(THEMES[(THEMES.indexOf(document.documentElement.dataset.theme ?? THEMES[0]) + 1) % 3]));
+
+$("notes").append(
+  el("dl", { class: "about" }, ...columns.flatMap((column) => [el("dt", {}, column.title), el("dd", {}, column.about)])),
+  el("ul", {}, ...data.rankings.map(([d, m, v, s, , text]) => el("li", {}, `${[d, m, v].filter((name) => name).join(", ")}, setting ${s}: ${text}`)), ...data.notes.map((note) => el("li", {}, note)),
+    ...(data.commits.length ? [el("li", {}, "commit: " + data.commits.join(", "))] : [])),
+);
+if (data.plots.length) $("plots").append(el("details", {}, el("summary", {}, "Plots"), ...data.plots.map(([name, uri]) => el("figure", {}, el("img", { src: uri, alt: name }), el("figcaption", {}, name)))));
+function start() {
+  readAddress();
+  refresh();
+  if (state.cell) openCell(state.cell); else if ($("cell").open) $("cell").close();
+}
+drawControls();
+start();
+addEventListener("hashchange", start);

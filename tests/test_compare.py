@@ -1,0 +1,111 @@
+"""bench.compare: what counts as worse, what exits with 1, and ours beside published figures."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+
+import pytest
+
+from bench import compare
+from bench.config import UserError
+from bench.reporting import table
+
+
+def row(defense, seed, accuracy, asr, **more):
+    base = {"dataset": "digits", "model": "net", "setting": "reserve", "attack": "badnets", "defense": defense}
+    base |= {"seed": seed, "poison_rate": 0.1, "status": "done", "clean_accuracy": accuracy, "asr": asr}
+    return base | more
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(name, rows):
+        folder = tmp_path / name
+        table.write(table.trial_table(rows), [], folder, name)
+        return str(folder)
+
+    return save
+
+
+OLD = [row("a", seed, 0.9 + 0.01 * seed, 0.1 + 0.02 * seed) for seed in range(3)]
+
+
+def test_nothing_changed_is_nothing_worse(saved, capsys):
+    assert compare.main([saved("one", OLD), saved("two", OLD)]) == 0
+    assert "1 cells in both" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("asr", "status"), [(0.02, 0), (0.021, 1), (-0.3, 0)])
+def test_an_asr_is_worse_when_it_rises_by_more_than_the_tolerance(saved, asr, status):
+    new = [entry | {"asr": entry["asr"] + asr} for entry in OLD]
+    assert compare.main([saved("one", OLD), saved("two", new), "tolerance=0.02"]) == status
+
+
+def test_an_accuracy_is_worse_when_it_falls(saved, capsys):
+    new = [entry | {"clean_accuracy": entry["clean_accuracy"] - 0.05} for entry in OLD]
+    assert compare.main([saved("one", OLD), saved("two", new)]) == 1
+    assert "WORSE digits/net/reserve/badnets/a: ACC 91.0±1.0 -> 86.0±1.0, -5.0 points" in capsys.readouterr().out
+    assert compare.main([saved("one", OLD), saved("two", new), "figures=asr"]) == 0
+
+
+def test_only_a_significant_difference_counts_where_that_is_asked_for(saved):
+    # Differences 0, 0.15 and 0 of three seeds: t = 1, p = 0.42.
+    noisy = [entry | {"asr": entry["asr"] + 0.15 * (entry["seed"] == 1)} for entry in OLD]
+    assert compare.main([saved("one", OLD), saved("two", noisy)]) == 1
+    assert compare.main([saved("one", OLD), saved("two", noisy), "significant=true"]) == 0
+    (change,), _, _ = compare.changes(table.trial_table(OLD), table.trial_table(noisy), ["asr"])
+    assert change.p == pytest.approx(0.4226, abs=1e-4)
+    assert change.worse == pytest.approx(0.05)
+
+
+def test_a_trial_that_is_no_longer_done_is_a_regression(saved, capsys):
+    new = [OLD[0] | {"status": "failed", "reason": "boom", "asr": None, "clean_accuracy": None}, *OLD[1:]]
+    assert compare.main([saved("one", OLD), saved("two", new)]) == 1
+    assert "WORSE digits/net/reserve/badnets/a: done before, now failed: boom" in capsys.readouterr().out
+
+
+def test_different_seeds_are_compared_and_not_tested():
+    other = [entry | {"seed": entry["seed"] + 10, "asr": 0.5} for entry in OLD]
+    changes, _, _ = compare.changes(table.trial_table(OLD), table.trial_table(other), ["asr"])
+    assert math.isnan(changes[0].p)
+
+
+def test_published_figures_stand_beside_ours_with_the_rank_correlation(saved, tmp_path, capsys):
+    ours = [row(name, 0, 0.9, asr) for name, asr in (("a", 0.1), ("b", 0.2), ("c", 0.3), ("d", 0.4))]
+    theirs = tmp_path / "theirs.csv"
+    lines = [
+        f"digits,net,reserve,badnets,{name},{asr},Paper,100 epochs"
+        for name, asr in (("a", 0.01), ("b", 0.02), ("c", 0.04), ("d", 0.03))
+    ]
+    theirs.write_text("\n".join(["dataset,model,setting,attack,defense,asr,provenance,protocol", *lines]))
+    assert compare.main([saved("one", ours), str(theirs)]) == 0
+    out = capsys.readouterr().out
+    assert "digits/net/reserve/badnets/c: ASR 30.0 | 4.0 | -26.0 [100 epochs]" in out
+    # One pair of six in the other order: Kendall 1 - 2/6, Spearman 1 - 6 * 2 / 60.
+    assert "Spearman 0.80, Kendall 0.67" in out
+
+
+def test_two_commits_are_compared_through_git(saved, tmp_path, monkeypatch):
+    folder = saved("one", OLD)
+    monkeypatch.chdir(tmp_path)
+    for words in (["init", "-q"], ["add", "-f", "one/trials.csv"], ["commit", "-qm", "x"]):
+        name = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+        subprocess.run(["git", *name, *words], check=True, capture_output=True)
+    assert compare.main(["HEAD:one/trials.csv", folder]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["one"], "write two"),
+        (["nowhere", "nowhere"], "does not exist"),
+        (["a", "b", "tolerance=2"], r"share in \[0, 1\)"),
+        (["a", "b", "tolerence=0.1"], "known: tolerance"),
+        (["a", "b", "figures=asrr"], "asr"),
+        (["a", "b", "significant=1"], "true or false"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments, words):
+    with pytest.raises(UserError, match=words):
+        compare.main(arguments)

@@ -1,0 +1,66 @@
+"""Figures are drawn where the grid has their data, and only there."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from bench.reporting import plots
+from bench.reporting.table import trial_table
+
+
+def row(attack, defense, seed, asr, **more):
+    base = {"dataset": "digits", "model": "net", "setting": "reserve", "attack": attack, "defense": defense}
+    base |= {"seed": seed, "poison_rate": 0.0 if attack == "none" else 0.1, "status": "done"}
+    return base | {"clean_accuracy": 0.9, "asr": asr, "defend_seconds": 1.0 + seed} | more
+
+
+def test_a_clean_grid_has_no_figure_of_attacks_and_old_ones_go(tmp_path):
+    for name in ("asr_heatmap.png", "asr_heatmap.pdf", "cost.png"):
+        (tmp_path / name).write_text("of an earlier run")
+    assert plots.write(trial_table([row("none", "a", 0, None)]), tmp_path, "Grid x") == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_front_has_those_that_none_beats_in_both():
+    points = pd.DataFrame(
+        {"asr": [0.1, 0.2, 0.3, 0.3, 0.05], "clean_accuracy": [0.9, 0.85, 0.95, 0.93, None]}, index=list("abcde")
+    )
+    assert list(plots._front(points).index) == ["a", "c"]
+
+
+def test_a_defense_has_one_look_wherever_it_is_drawn():
+    from defenses.base import defense
+
+    looks = [tuple(plots._look(name).items()) for name in sorted(defense)]
+    assert len(set(looks)) == len(looks)
+    assert plots._look("somebody_elses") == plots._look("somebody_elses")
+
+
+@pytest.mark.slow
+def test_every_figure_is_drawn_from_the_data_that_it_needs(tmp_path):
+    hostile = "$a_b^{c$ <b>&%"
+    attacks, defenses = ["none", "badnets", "blended", hostile], ["no_defense", "a", "b", hostile]
+    sweep = [f"reserve.size={size}" for size in (0.01, 0.05)]
+    figures = {"robust_accuracy": 0.3, "relearn_asr": 0.5, "relearn_asr_control": 0.1}
+    rows = [
+        row(a, d, seed, None if a == "none" else (i + 2 * j + seed) / 20, variant=v, **figures)
+        for i, a in enumerate(attacks)
+        for j, d in enumerate(defenses)
+        for v in sweep
+        for seed in range(2)
+    ]
+    more = {
+        "rounds": [{"name": f"step {i}", "asr": 0.5 / (i + 1), "clean_accuracy": 0.9} for i in range(3)],
+        "autoattack": [{"norm": "Linf", "epsilon": e / 255, "accuracy": 1 / (1 + e)} for e in (1, 2, 4)],
+        "connection": [
+            {"epsilon": e / 255, "infected": {"concentration": 0.5}, "twin": {"concentration": None}} for e in (1, 2)
+        ],
+    }
+    evidence = [{"more": more, "roc": {"fpr": [0, 0.1, 1], "tpr": [0, 0.8, 1]}}] * len(rows)
+    drawn = plots.write(trial_table(rows), tmp_path, "Grid x", evidence)
+    assert [path.stem for path in drawn] == list(plots._DRAWN)
+    assert all(path.with_suffix(".pdf").stat().st_size > 1000 for path in drawn)
+    again = plots.write(trial_table([row("badnets", "a", 0, 0.5)]), tmp_path, "Grid x")
+    assert {path.stem for path in again} == {"asr_heatmap", "accuracy_against_asr", "cost"}
+    assert {path.stem for path in tmp_path.iterdir()} == {path.stem for path in again}
