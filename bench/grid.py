@@ -22,7 +22,7 @@ from bench.store import Identity, key_of
 from defenses.base import SETTINGS, Defense, ReserveView, TrainsetView, defense, offered
 
 # Folders beside the grids' own under results/.
-RESERVED = ("store", "mlflow", "checkpoints", "readme")
+RESERVED = ("store", "mlflow", "checkpoints", "slurm", "readme")
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,11 @@ def check(cfg: DictConfig) -> None:
         raise UserError("measure.pgd_steps is at least 0, and measure.pgd_images at least 1 (null: all test images)")
     if dispatch.threads < 1 or (dispatch.workers is not None and dispatch.workers < 0):
         raise UserError("dispatch.threads is at least 1, and dispatch.workers at least 0 (null: one for each core)")
+    if dispatch.kind not in ("local", "slurm"):
+        raise UserError(f"dispatch.kind is {dispatch.kind!r}; write local or slurm")
+    for name in ("max_tries", "trials_per_job", "trials_per_gpu", "max_jobs"):
+        if dispatch[name] < 1:
+            raise UserError(f"dispatch.{name} is {dispatch[name]}; write at least 1")
     if str(cfg.grid.name) in RESERVED or "/" in str(cfg.grid.name):
         raise UserError(f"grid.name is {cfg.grid.name!r}; write another, without /, and none of {', '.join(RESERVED)}")
     _check_exceptions(cfg)

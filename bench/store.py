@@ -53,6 +53,13 @@ class Store:
             return None
         return found
 
+    def is_finished(self, stage: str, key: str) -> bool:
+        """Is there a result? Asks for a file's size and reads nothing."""
+        try:
+            return (self.folder(stage, key) / "result.json").stat().st_size > 0
+        except OSError:
+            return False
+
     def tensors(self, stage: str, key: str, name: str, device: str = "cpu") -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
