@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,4 +83,4 @@ class Pack:
 def environment(threads: int) -> list[str]:
     """Shell lines that every job starts with."""
     # OpenMP reads this once, before any of our code runs.
-    return [f"export OMP_NUM_THREADS={threads}", f"cd {os.getcwd()!r}"]
+    return [f"export OMP_NUM_THREADS={threads}"]
