@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -20,6 +22,8 @@ from bench.engine.models import ModelSpec
 from bench.engine.registry import near
 from bench.store import Identity, key_of
 from defenses.base import SETTINGS, Defense, ReserveView, TrainsetView, defense, offered
+
+T = TypeVar("T")
 
 # Folders beside the grids' own under results/.
 RESERVED = ("store", "mlflow", "checkpoints", "slurm", "readme")
@@ -47,6 +51,10 @@ class Trial:
 
     def keys(self) -> tuple[str, str, str]:
         """The keys of the three stages."""
+        return self._keys
+
+    @cached_property
+    def _keys(self) -> tuple[str, str, str]:
         return self._key(self.implant), self._key(self.defend), self._key(self.evaluate)
 
     @staticmethod
@@ -177,6 +185,8 @@ def expand(
     """
     check(cfg)
     axes, seeds = names(cfg), seeds_of(cfg.grid.seeds)
+    exceptions: list[dict[str, Any]] = OmegaConf.to_container(cfg.grid.exceptions, resolve=True)  # type: ignore[assignment]
+    once = _Once()
     trials: list[Trial] = []
     for data in axes["datasets"]:
         for model in axes["models"]:
@@ -191,14 +201,58 @@ def expand(
                             "defense": defender,
                             "setting": setting,
                         }
-                        trials += _trials(_with_exceptions(cfg, place, explicit), infos[data], place, seeds, precision)
+                        own = _with_exceptions(cfg, place, exceptions, explicit, once)
+                        trials += _trials(own, infos[data], place, seeds, precision, once)
     return trials
 
 
+class _Once:
+    """What cells share is worked out for the first of them: a grid may have 100,000.
+
+    A configuration counts by its identity: each stays in here, so that none takes another's place.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, place: tuple[Any, ...], make: Callable[[], T]) -> T:
+        if place not in self.known:
+            self.known[place] = make()
+        found: T = self.known[place]
+        return found
+
+
 def _trials(
-    cfg: DictConfig, info: DatasetInfo, place: dict[str, str], seeds: list[int], precision: str
+    cfg: DictConfig, info: DatasetInfo, place: dict[str, str], seeds: list[int], precision: str, once: _Once
 ) -> Iterator[Trial]:
     """The trials of one cell, one for each seed."""
+    where = (id(cfg), place["dataset"], place["model"], place["attack"])
+    implant, usual = once(("implant", *where), lambda: _implant(cfg, info, place, precision))
+    defend, reason = once(("defend", id(cfg), place["defense"], place["setting"]), lambda: _defend(cfg, place, usual))
+    measure: Identity = once(
+        ("measure", id(cfg)),
+        lambda: {"stage": "evaluate", "engine": ENGINE_VERSION, **OmegaConf.to_container(cfg.measure)},  # type: ignore[dict-item]
+    )
+
+    def infected(seed: int) -> tuple[Identity, str]:
+        ours = {**implant, "seed": seed}
+        return ours, key_of(ours)
+
+    for seed in seeds:
+        ours, implant_key = once(("infected", *where, seed), partial(infected, seed))
+        theirs = {**defend, "implant": implant_key} if defend else {}
+        defend_key = key_of(theirs) if theirs else ""
+        last = {**measure, "defend": defend_key} if theirs else {}
+        trial = Trial(**place, seed=seed, implant=ours, defend=theirs, evaluate=last, reason=reason)
+        # Known here, and asked for again and again.
+        trial.__dict__["_keys"] = (implant_key, defend_key, key_of(last) if last else "")
+        yield trial
+
+
+def _implant(
+    cfg: DictConfig, info: DatasetInfo, place: dict[str, str], precision: str
+) -> tuple[Identity, dict[str, Any]]:
+    """The identity of an infected model but for its seed, and the training recipe that no attack has changed."""
     attacker = attack_of(cfg, place["attack"])
     # The pool is cut off before poisoning: what is left is what the attacker poisons.
     left = [count - round(cfg.reserve.pool * count) for count in info.train_counts]
@@ -222,7 +276,7 @@ def _trials(
             f"reserve.contamination is {cfg.reserve.contamination:g}, but {attacker.name} can only poison images of "
             f"class {attacker.target_label}; write less, or another attack.{attacker.name}.label_mode"
         )
-    implant = {
+    implant: Identity = {
         "stage": "implant",
         "engine": ENGINE_VERSION,
         "dataset": {"name": info.name, "digest": info.digest, "augmentation": asdict(info.augmentation)},
@@ -231,6 +285,11 @@ def _trials(
         "train": recipe,
         "pool": cfg.reserve.pool,
     }
+    return implant, usual
+
+
+def _defend(cfg: DictConfig, place: dict[str, str], usual: dict[str, Any]) -> tuple[Identity, str]:
+    """The identity of a defense in a setting but for its infected model; without one, the reason why."""
     defender = defense_of(cfg, place["defense"])
     try:
         view = offered(type(defender), place["setting"])
@@ -251,18 +310,7 @@ def _trials(
             defend["reserve"] = {"size": cfg.reserve.size, "contamination": cfg.reserve.contamination}
         if issubclass(view, TrainsetView):
             defend["train"] = usual  # not the attack's own recipe: that would tell which attack it was
-    measure: Identity = {"stage": "evaluate", "engine": ENGINE_VERSION, **OmegaConf.to_container(cfg.measure)}  # type: ignore[dict-item]
-    for seed in seeds:
-        ours = {**implant, "seed": seed}
-        theirs = {**defend, "implant": key_of(ours)} if defend else {}
-        yield Trial(
-            **place,
-            seed=seed,
-            implant=ours,
-            defend=theirs,
-            evaluate={**measure, "defend": key_of(theirs)} if theirs else {},
-            reason=reason,
-        )
+    return defend, reason
 
 
 def _identity_of(method: Attack | Defense) -> Identity:
@@ -278,29 +326,37 @@ def _identity_of(method: Attack | Defense) -> Identity:
     return found
 
 
-def _with_exceptions(cfg: DictConfig, place: dict[str, str], explicit: frozenset[str]) -> DictConfig:
+def _with_exceptions(
+    cfg: DictConfig,
+    place: dict[str, str],
+    exceptions: list[dict[str, Any]],
+    explicit: frozenset[str],
+    once: _Once,
+) -> DictConfig:
     """The configuration of one cell: every exception that matches is set, in order; the command line wins.
 
     `attack.poison_rate` in an exception means this cell's attack, `defense.epochs` its defense.
     """
-    fitting = [
-        exception
-        for exception in cfg.grid.exceptions
-        if all(place[axis] in _listed(value) for axis, value in exception.items() if axis in place)
-    ]
-    if not fitting:
+    settings: list[tuple[str, Any]] = []
+    for exception in exceptions:
+        if all(place[axis] in _listed(value) for axis, value in exception.items() if axis in place):
+            for key, value in exception["set"].items():
+                head, _, rest = str(key).partition(".")
+                path = f"{head}.{place[head]}.{rest}" if head in ("attack", "defense") else str(key)
+                if path not in explicit:
+                    settings.append((path, value))
+    if not settings:
         return cfg
+    return once(("cfg", json.dumps(settings, default=str)), partial(_changed, cfg, settings))
+
+
+def _changed(cfg: DictConfig, settings: list[tuple[str, Any]]) -> DictConfig:
     cfg = cfg.copy()
-    for exception in fitting:
-        for key, value in exception["set"].items():
-            head, _, rest = str(key).partition(".")
-            path = f"{head}.{place[head]}.{rest}" if head in ("attack", "defense") else str(key)
-            if path in explicit:
-                continue
-            try:
-                OmegaConf.update(cfg, path, value, force_add=False)
-            except OmegaConfBaseException as error:
-                raise UserError(f"grid.exceptions: {key}={value!r}: {' '.join(str(error).split())}") from error
+    for path, value in settings:
+        try:
+            OmegaConf.update(cfg, path, value, force_add=False)
+        except OmegaConfBaseException as error:
+            raise UserError(f"grid.exceptions: {path}={value!r}: {' '.join(str(error).split())}") from error
     check(cfg)
     return cfg
 

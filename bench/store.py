@@ -27,10 +27,13 @@ Identity = dict[str, Any]
 STAGES = ("implant", "defend", "evaluate")
 
 
+# Made once: a grid of 100,000 trials asks for 300,000 keys.
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+
+
 def key_of(identity: Identity) -> str:
     """20 hexadecimal digits: the same for the same resolved inputs, whatever their order."""
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
+    return hashlib.sha256(_canonical(identity).encode()).hexdigest()[:20]
 
 
 class Store:
@@ -56,7 +59,7 @@ class Store:
     def is_finished(self, stage: str, key: str) -> bool:
         """Is there a result? Asks for a file's size and reads nothing."""
         try:
-            return (self.folder(stage, key) / "result.json").stat().st_size > 0
+            return os.stat(f"{self.root}/{stage}/{key[:2]}/{key}/result.json").st_size > 0
         except OSError:
             return False
 
@@ -152,7 +155,8 @@ class Store:
     def failure_record(self, stage: str, key: str) -> dict[str, Any] | None:
         """All that is known of the last failure: error, details (a traceback), time, tries, job."""
         try:
-            found: dict[str, Any] = json.loads(self._failure(stage, key).read_text())
+            with open(f"{self.root}/failed/{stage}-{key}.json") as file:
+                found: dict[str, Any] = json.load(file)
         except (FileNotFoundError, json.JSONDecodeError):
             return None
         return found
