@@ -106,7 +106,7 @@ AccountingStorageTRES=gres/gpu
 CONF
   : >"$bed/etc/gres.conf"
   for node in $(seq "$nodes"); do
-    echo "NodeName=node$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 10 + node)) CPUs=8 RealMemory=16000 Gres=gpu:$gpus State=UNKNOWN" >>"$bed/etc/slurm.conf"
+    echo "NodeName=node$node NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 10 + node)) CPUs=${TESTBED_CPUS:-8} RealMemory=16000 Gres=gpu:$gpus State=UNKNOWN" >>"$bed/etc/slurm.conf"
     for gpu in $(seq 0 $((gpus - 1))); do
       [ -e "$bed/run/gpu$gpu" ] || mknod "$bed/run/gpu$gpu" c 1 3 # the numbers of /dev/null
       echo "NodeName=node$node Name=gpu File=$bed/run/gpu$gpu" >>"$bed/etc/gres.conf"
