@@ -392,7 +392,8 @@ class _Driver:
         """Submit one array; gives its job's number, or None if Slurm has no room for it now.
 
         Raises:
-            UserError: Slurm refuses, and nothing of ours is in its queue that could make room.
+            QueueError: Slurm does not answer.
+            UserError: it refuses, and nothing of ours is in its queue that could make room.
         """
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -406,6 +407,8 @@ class _Driver:
             shutil.rmtree(batch.folder, ignore_errors=True)
             lines = [line for line in str(error).splitlines() if "sbatch:" in line or "rror" in line]
             reason = " ".join(" ".join(lines[-3:] or [str(error)]).split())
+            if "contact" in reason or "timed out" in reason:
+                raise QueueError(reason) from error  # the controller is away: that is no refusal
             if not self.elements:
                 raise UserError(f"Slurm refuses the job: {reason}") from error
             print(f"warning: Slurm takes no more jobs now: {reason}", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -362,8 +362,55 @@ def test_cancel_ends_the_jobs_of_a_grid_and_of_no_other(sweep):
     assert other.returncode == 0, out
 
 
+@contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[str]:
+    """A tracking server, stopped at the end of the block; the same folder goes on with the same runs."""
+    import urllib.request
+
+    uri = f"http://127.0.0.1:{port}"
+    words = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files")]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", *words, "--host", "127.0.0.1", "--port", str(port), "--workers=1"],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        for _ in range(PATIENCE_S):
+            with suppress(OSError):
+                urllib.request.urlopen(f"{uri}/health", timeout=5)
+                break
+            time.sleep(1)
+        yield uri
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
 @slurm
-def test_the_memory_of_a_poll_is_no_guess_when_the_controller_is_silent(sweep, monkeypatch):
+def test_a_tracking_server_that_goes_away_gets_what_it_missed_later(sweep, tmp_path):
+    from bench import tracking
+
+    grid = ["dispatch=slurm", "tracking.enabled=true", "dispatch.trials_per_job=2"]
+    with mlflow_server(tmp_path, 17391) as uri:
+        sweep.run(*grid, "grid.defenses=[no_defense]", f"tracking.uri={uri}")
+    more = [*grid, "grid.defenses=[no_defense,fine_tuning]", f"tracking.uri={uri}"]
+    out = sweep.run(*more)
+    assert "the next run sends it" in out
+    assert "took nothing" in sweep.run(*more, module="bench.sync", status=2)
+    with mlflow_server(tmp_path, 17391):
+        assert "1 trials sent" in sweep.run(*more, module="bench.sync")
+        assert "0 trials sent" in sweep.run(*more, module="bench.sync")
+        there = tracking.read(uri, "quick").sort_values("defense").reset_index(drop=True)
+    here = sweep.table().sort_values("defense").reset_index(drop=True)
+    assert len(there) == 2
+    pd.testing.assert_frame_equal(there[FIGURES], here[FIGURES], check_dtype=False)
+    sweep.assert_once(1 + 2 + 2)
+
+
+@slurm
+def test_a_silent_controller_is_an_error_and_no_empty_queue(sweep, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("SLURM_CONF", "/nowhere/slurm.conf")
         with pytest.raises(jobs.QueueError):
@@ -447,3 +494,22 @@ def test_a_batch_comes_back_from_its_file_as_it_was(tiny, tmp_path):
     read = jobs.Batch.read(made.folder)
     assert read.infos == opened.infos
     assert [[task.place for task in pack] for pack in read.packs] == [[t.place for t in p] for p in made.packs]
+
+
+def test_what_failed_too_often_is_left_alone_and_with_an_infected_model_all_that_needs_it(tiny):
+    from bench.dispatch import IMPLANT, pending
+
+    opened = plan([*tiny, "grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"])
+    first = opened.trials[0].keys()
+    last = opened.trials[-1].keys()
+    for _ in range(2):
+        opened.store.fail("implant", first[0], "implant: no", "")
+        opened.store.fail("evaluate", last[2], "evaluate: no", "")
+    assert len(pending(opened.trials, opened.store, 3)) == 2 + 4
+    left = pending(opened.trials, opened.store, 2)
+    assert [(task.stages == IMPLANT, task.trial.attack, task.trial.defense) for task in left] == [
+        (True, "badnets", "no_defense"),
+        (False, "badnets", "no_defense"),
+    ]
+    opened.store.fail("implant", last[0], "implant: cancelled", "", counts=False)
+    assert opened.store.tries("implant", last[0]) == 0
