@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: leaderboard test test-slow test-realdata test-gpu test-browser check lock setup clean
+.PHONY: leaderboard test test-slow test-slurm test-realdata test-gpu test-browser check lock setup clean
 
 leaderboard: setup
 	$(BIN)/python -m bench.run grid=quick
@@ -14,6 +14,10 @@ test: setup
 # Kills, resumed sweeps, the quick grid's promises: some minutes.
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# A real Slurm on this machine, as root on Debian (slurm/testbed/testbed.sh install fetches the packages): some minutes.
+test-slurm: setup
+	$(BIN)/python -m pytest -m slurm -rs
 
 # Needs the real data sets under $$BENCH_DATA.
 test-realdata: setup

@@ -18,6 +18,9 @@ from bench.engine.registry import Registry, load_folders, load_plugins
 from bench.engine.training import Recipe
 from defenses.base import Defense, defense
 
+# Settings whose keys are another program's.
+FREE = ("dispatch.slurm.submitit.", "dispatch.slurm.additional.")
+
 
 class UserError(Exception):
     """A mistake of the user's: the front door prints its one line and exits with 2."""
@@ -83,13 +86,41 @@ class MeasureConfig:
 
 
 @dataclass
-class DispatchConfig:
-    """How the work is spread over this machine; none of it changes a figure beyond rounding."""
+class SlurmConfig:
+    """What each Slurm job asks for; a profile (bench/conf/dispatch/*.yaml) sets these for one cluster."""
 
-    workers: int | None = None  # processes; null is one for each GPU or core, 0 runs in this one
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    gpus: int = 0  # of each job; with none, trials are computed on CPUs
+    cpus: int | None = None  # null: dispatch.threads for each trial that runs at once
+    memory_gb: float = 8.0
+    timeout_min: int = 240  # a job that needs longer is requeued, and goes on from its checkpoint ...
+    max_timeouts: int = 3  # ... so often
+    signal_delay_s: int = 90  # the warning before the end of the time
+    array_parallelism: int = 256  # elements of one array that run at once
+    setup: list[str] = field(default_factory=list)  # shell lines before Python starts: module load ...
+    python: str | None = None  # the command that starts Python: apptainer exec --nv bench.sif python
+    submitit: dict[str, Any] = field(default_factory=dict)  # any other parameter of submitit: slurm_mail_type=END
+    additional: dict[str, Any] = field(default_factory=dict)  # any other option of sbatch: reservation=night
+
+
+@dataclass
+class DispatchConfig:
+    """Where the work is done; none of it changes a figure beyond rounding."""
+
+    kind: str = "local"  # local | slurm
+    workers: int | None = None  # local: processes; null is one for each GPU or core, 0 runs in this one
     threads: int = 1  # of each worker on a CPU; more sum in another order, and the last bits of figures differ
     device: str = "auto"  # auto | cpu | cuda
     checkpoint_s: float = 60.0  # seconds between checkpoints
+    max_tries: int = 5  # a stage that failed so often is not tried again
+    trials_per_job: int = 1  # Slurm: trials that one job computes, one after the other ...
+    trials_per_gpu: int = 1  # ... or so many at once, which share its GPU (without GPUs: its CPUs)
+    max_jobs: int = 1000  # Slurm: most jobs in the queue at once, elements of arrays counted
+    poll_s: float = 10.0  # seconds between looks at the queue
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 @dataclass
@@ -161,6 +192,8 @@ def load(arguments: list[str]) -> DictConfig:
     for argument in arguments:
         if "=" not in argument:
             raise UserError(f"{argument!r} is no setting; write key=value, e.g. grid=quick or grid.seeds=3")
+    # These two hold whatever submitit and sbatch know: a key of them is new by nature.
+    arguments = [f"++{argument}" if argument.startswith(FREE) else argument for argument in arguments]
     with initialize_config_module("bench.conf", version_base="1.3"):
         try:
             return compose("config", overrides=arguments)
@@ -187,7 +220,7 @@ def _one_line(error: Exception, arguments: list[str], schema: DictConfig) -> str
     """What came, what was wanted, what to write instead."""
     for argument in arguments:
         path = argument.partition("=")[0].lstrip("+~")
-        if path in ("grid", "hydra.searchpath"):
+        if path in ("grid", "dispatch", "hydra.searchpath"):
             continue
         node: Any = schema
         for part in path.split("."):
@@ -199,19 +232,25 @@ def _one_line(error: Exception, arguments: list[str], schema: DictConfig) -> str
                 return f"{path}: there is no setting {part!r}.{hint} Known: {', '.join(sorted(map(str, node)))}."
             node = node[part]
     text = " ".join(str(error.__cause__ or error).split())
-    chosen = [argument.partition("=")[2] for argument in arguments if argument.startswith("grid=")]
-    if chosen and "Could not find 'grid/" in text:
-        near = get_close_matches(chosen[0], grids(), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"there is no grid {chosen[0]!r}.{hint} Known: {', '.join(grids())}."
+    for group in ("grid", "dispatch"):
+        chosen = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{group}=")]
+        if chosen and f"Could not find '{group}/" in text:
+            near = get_close_matches(chosen[0], options(group), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            return f"there is no {group} {chosen[0]!r}.{hint} Known: {', '.join(options(group))}."
     return text.replace(" object_type=", ", in ").replace(" full_key: ", ": ")
 
 
 def grids() -> list[str]:
     """The names of the grids that ship with the project."""
+    return options("grid")
+
+
+def options(group: str) -> list[str]:
+    """The names of the files of a group (`grid`, `dispatch`) that ship with the project."""
     from importlib.resources import files
 
-    folder = files("bench.conf").joinpath("grid")
+    folder = files("bench.conf").joinpath(group)
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 

@@ -37,6 +37,11 @@ class Task:
     stages: tuple[str, ...]
 
     @property
+    def place(self) -> tuple[str, str]:
+        """Its last stage and that one's key: the task is done when this is finished."""
+        return self.stages[-1], self.trial.keys()[STAGES.index(self.stages[-1])]
+
+    @property
     def title(self) -> str:
         trial = self.trial
         if self.stages == IMPLANT:
@@ -56,18 +61,32 @@ class Progress:
     seconds_left: float | None = None
 
 
-def pending(trials: list[Trial], store: Store) -> list[Task]:
-    """What is still to be computed, each stage once: infected models first, then what is done to them."""
-    implants: dict[str, Task] = {}
+def pending(trials: list[Trial], store: Store, max_tries: int | None = None) -> list[Task]:
+    """What is still to be computed, each stage once: infected models first, then what is done to them.
+
+    Args:
+        max_tries: a stage that failed so often is left alone, and with an infected model all that is done to it.
+    """
+    implants: dict[str, Task | None] = {}
     repairs: dict[str, Task] = {}
+    lost: set[str] = set()
+
+    def hopeless(stage: str, key: str) -> bool:
+        return max_tries is not None and store.tries(stage, key) >= max_tries
+
     for trial in trials:
-        implant, _, evaluate = trial.keys()
-        if not evaluate or evaluate in repairs or store.result("evaluate", evaluate) is not None:
+        implant, defend, evaluate = trial.keys()
+        if not evaluate or evaluate in repairs or store.is_finished("evaluate", evaluate):
             continue
-        repairs[evaluate] = Task(trial, REPAIR)
-        if implant not in implants and store.result("implant", implant) is None:
-            implants[implant] = Task(trial, IMPLANT)
-    return [*implants.values(), *repairs.values()]
+        if implant not in implants:
+            there = store.is_finished("implant", implant)
+            implants[implant] = None if there else Task(trial, IMPLANT)
+            if not there and hopeless("implant", implant):
+                lost.add(implant)
+        if implant not in lost and not hopeless("defend", defend) and not hopeless("evaluate", evaluate):
+            repairs[evaluate] = Task(trial, REPAIR)
+    wanted = {task.trial.keys()[0] for task in repairs.values()}
+    return [*(task for key, task in implants.items() if task and key in wanted), *repairs.values()]
 
 
 def run(
@@ -207,10 +226,14 @@ class _Pool:
             added["CUDA_VISIBLE_DEVICES"] = _visible(index % self.devices)
         before = {name: os.environ.get(name) for name in added}
         os.environ.update(added)
+        # A job that Slurm ends gets its signals in every process, and they kill who has no handler. The driver has:
+        # it decides. What is blocked here stays blocked in the process that starts now.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM))
         try:
             process = self.context.Process(target=_work, args=(theirs, self.settings), daemon=True)
             process.start()
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for name, value in before.items():
                 if value is None:
                     del os.environ[name]
@@ -266,7 +289,7 @@ class _Pool:
     def stop(self) -> None:
         for process, pipe in self.processes.values():
             pipe.close()
-            process.terminate()
+            process.kill()
         for process, _ in self.processes.values():
             process.join(5)
 

@@ -71,12 +71,26 @@ def plan(arguments: list[str]) -> Plan:
     except (LookupError, FileNotFoundError) as error:
         raise UserError(str(error.args[0])) from error
     try:
-        device = pick_device(cfg.dispatch.device)
+        device = _device(cfg, pick_device)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if cfg.dispatch.kind == "slurm":
+        from slurm.dispatch import check as check_slurm
+
+        check_slurm(cfg.dispatch)
     explicit = frozenset(argument.partition("=")[0].lstrip("+") for argument in arguments)
     trials = expand(cfg, infos, "bfloat16" if device.type == "cuda" else "float32", explicit)
     return Plan(cfg, trials, infos, Store(Path(cfg.results) / "store"), device, explicit, arguments)
+
+
+def _device(cfg: DictConfig, pick: Callable[[str], torch.device]) -> torch.device:
+    """What the trials are computed on. A login node need not have what its cluster's jobs have."""
+    import torch
+
+    wanted = cfg.dispatch.device
+    if cfg.dispatch.kind == "local" or wanted not in ("auto", "cuda"):
+        return pick(wanted)
+    return torch.device("cuda" if wanted == "cuda" or cfg.dispatch.slurm.gpus else "cpu")
 
 
 def protocol(opened: Plan) -> list[str]:
@@ -190,6 +204,13 @@ def report(opened: Plan) -> Any:
     drawn = plots.write(trials, opened.folder, name, evidence) if opened.cfg.report.plots else []
     page.write(trials, evidence, lines, opened.folder, opened.title, reported, drawn)
     return boards, trials
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def show(boards: Any) -> None:

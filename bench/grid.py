@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -22,12 +24,14 @@ from bench.engine.registry import near
 from bench.store import Identity, key_of
 from defenses.base import SETTINGS, Defense, ReserveView, TrainsetView, defense, offered
 
+T = TypeVar("T")
+
 # Poisoned images of the retuning that the table shows: Min et al., arXiv:2410.09838.
 RELEARN_TABLE = 5
 # Measures that are read beside a clean twin.
 CONTROLLED = ("relearn", "reactivate", "connection")
 # Folders beside the grids' own under results/.
-RESERVED = ("store", "mlflow", "checkpoints", "readme")
+RESERVED = ("store", "mlflow", "checkpoints", "slurm", "readme")
 # The groups of settings that may differ from cell to cell.
 PER_CELL = ("attack", "defense", "train", "reserve", "measure")
 
@@ -61,6 +65,10 @@ class Trial:
 
     def keys(self) -> tuple[str, str, str]:
         """The keys of the three stages."""
+        return self._keys
+
+    @cached_property
+    def _keys(self) -> tuple[str, str, str]:
         return self._key(self.implant), self._key(self.defend), self._key(self.evaluate)
 
     def twin(self) -> Trial:
@@ -143,6 +151,11 @@ def check(cfg: DictConfig) -> None:
         )
     if dispatch.threads < 1 or (dispatch.workers is not None and dispatch.workers < 0):
         raise UserError("dispatch.threads is at least 1, and dispatch.workers at least 0 (null: one for each core)")
+    if dispatch.kind not in ("local", "slurm"):
+        raise UserError(f"dispatch.kind is {dispatch.kind!r}; write local or slurm")
+    for name in ("max_tries", "trials_per_job", "trials_per_gpu", "max_jobs"):
+        if dispatch[name] < 1:
+            raise UserError(f"dispatch.{name} is {dispatch[name]}; write at least 1")
     if str(cfg.grid.name) in RESERVED or "/" in str(cfg.grid.name):
         raise UserError(f"grid.name is {cfg.grid.name!r}; write another, without /, and none of {', '.join(RESERVED)}")
     _check_exceptions(cfg)
@@ -200,6 +213,8 @@ def expand(
     check(cfg)
     axes, seeds = names(cfg), seeds_of(cfg.grid.seeds)
     variants = _variants(cfg, explicit)
+    exceptions: list[dict[str, Any]] = OmegaConf.to_container(cfg.grid.exceptions, resolve=True)  # type: ignore[assignment]
+    once = _Once()
     trials: list[Trial] = []
     for data in axes["datasets"]:
         for model in axes["models"]:
@@ -215,8 +230,8 @@ def expand(
                             "setting": setting,
                         }
                         for swept in variants:
-                            theirs = _with_exceptions(cfg, place, explicit, swept)
-                            trials += _trials(theirs, infos[data], place, seeds, precision, swept)
+                            own = _with_exceptions(cfg, place, exceptions, explicit, swept, once)
+                            trials += _trials(own, infos[data], place, seeds, precision, swept, once)
     return trials
 
 
@@ -243,6 +258,22 @@ def _variants(cfg: DictConfig, explicit: frozenset[str]) -> list[dict[str, Any]]
     return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
 
 
+class _Once:
+    """What cells share is worked out for the first of them: a grid may have 100,000.
+
+    A configuration counts by its identity: each stays in here, so that none takes another's place.
+    """
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, place: tuple[Any, ...], make: Callable[[], T]) -> T:
+        if place not in self.known:
+            self.known[place] = make()
+        found: T = self.known[place]
+        return found
+
+
 def _trials(
     cfg: DictConfig,
     info: DatasetInfo,
@@ -250,8 +281,59 @@ def _trials(
     seeds: list[int],
     precision: str,
     swept: dict[str, Any],
+    once: _Once,
 ) -> Iterator[Trial]:
     """The trials of one cell, one for each seed."""
+    where = (id(cfg), place["dataset"], place["model"], place["attack"])
+    implant, usual = once(("implant", *where), lambda: _implant(cfg, info, place, precision))
+    defend, reason = once(("defend", id(cfg), place["defense"], place["setting"]), lambda: _defend(cfg, place, usual))
+    measure: Identity = once(
+        ("measure", id(cfg)),
+        lambda: {"stage": "evaluate", "engine": ENGINE_VERSION, **OmegaConf.to_container(cfg.measure)},  # type: ignore[dict-item]
+    )
+
+    # Without a trigger there is nothing to wake.
+    wanted = [name for name in CONTROLLED if measure[name] and implant["attack"]["poison_rate"]]
+    twin = once(("twin", id(cfg)), lambda: _identity_of(attack_of(cfg, "none"))) if wanted else {}
+    variant = ", ".join(f"{key}={value}" for key, value in swept.items())
+
+    def infected(seed: int) -> tuple[Identity, str, Identity, Identity, str]:
+        """What the trials on one infected model share: its identity, what is measured of it, its clean twin."""
+        ours = {**implant, "seed": seed}
+        inspection = {"stage": "inspect", "engine": ENGINE_VERSION, "implant": key_of(ours)}
+        control: Identity = {}
+        if wanted:
+            control = {**ours, "attack": twin}
+            inspection |= {name: measure[name] for name in wanted} | {"control": key_of(control)}
+            if "relearn" in wanted:
+                inspection["relearn"] = measure["relearn_poisoned"]
+        return ours, key_of(ours), inspection, control, key_of(inspection)
+
+    for seed in seeds:
+        ours, implant_key, inspection, control, inspect_key = once(("infected", *where, seed), partial(infected, seed))
+        theirs = {**defend, "implant": implant_key} if defend else {}
+        defend_key = key_of(theirs) if theirs else ""
+        last = {**measure, "defend": defend_key, "inspect": inspect_key} if theirs else {}
+        trial = Trial(
+            **place,
+            seed=seed,
+            implant=ours,
+            defend=theirs,
+            evaluate=last,
+            reason=reason,
+            variant=variant,
+            inspect=inspection if theirs else {},
+            control=control if theirs else {},
+        )
+        # Known here, and asked for again and again.
+        trial.__dict__["_keys"] = (implant_key, defend_key, key_of(last) if last else "")
+        yield trial
+
+
+def _implant(
+    cfg: DictConfig, info: DatasetInfo, place: dict[str, str], precision: str
+) -> tuple[Identity, dict[str, Any]]:
+    """The identity of an infected model but for its seed, and the training recipe that no attack has changed."""
     attacker = attack_of(cfg, place["attack"])
     # The pool is cut off before poisoning: what is left is what the attacker poisons.
     left = [count - round(cfg.reserve.pool * count) for count in info.train_counts]
@@ -275,7 +357,7 @@ def _trials(
             f"reserve.contamination is {cfg.reserve.contamination:g}, but {attacker.name} can only poison images of "
             f"class {attacker.target_label}; write less, or another attack.{attacker.name}.label_mode"
         )
-    implant = {
+    implant: Identity = {
         "stage": "implant",
         "engine": ENGINE_VERSION,
         "dataset": {"name": info.name, "digest": info.digest, "augmentation": asdict(info.augmentation)},
@@ -284,6 +366,11 @@ def _trials(
         "train": recipe,
         "pool": cfg.reserve.pool,
     }
+    return implant, usual
+
+
+def _defend(cfg: DictConfig, place: dict[str, str], usual: dict[str, Any]) -> tuple[Identity, str]:
+    """The identity of a defense in a setting but for its infected model; without one, the reason why."""
     defender = defense_of(cfg, place["defense"])
     try:
         view = offered(type(defender), place["setting"])
@@ -304,30 +391,7 @@ def _trials(
             defend["reserve"] = {"size": cfg.reserve.size, "contamination": cfg.reserve.contamination}
         if issubclass(view, TrainsetView):
             defend["train"] = usual  # not the attack's own recipe: that would tell which attack it was
-    measure: Identity = {"stage": "evaluate", "engine": ENGINE_VERSION, **OmegaConf.to_container(cfg.measure)}  # type: ignore[dict-item]
-    # Without a trigger there is nothing to wake.
-    wanted = [name for name in CONTROLLED if measure[name] and attacker.poison_rate]
-    for seed in seeds:
-        ours = {**implant, "seed": seed}
-        theirs = {**defend, "implant": key_of(ours)} if defend else {}
-        inspection = {"stage": "inspect", "engine": ENGINE_VERSION, "implant": key_of(ours)}
-        control: Identity = {}
-        if wanted:
-            control = {**ours, "attack": _identity_of(attack_of(cfg, "none"))}
-            inspection |= {name: measure[name] for name in wanted} | {"control": key_of(control)}
-            if "relearn" in wanted:
-                inspection["relearn"] = measure["relearn_poisoned"]
-        yield Trial(
-            **place,
-            seed=seed,
-            implant=ours,
-            defend=theirs,
-            evaluate={**measure, "defend": key_of(theirs), "inspect": key_of(inspection)} if theirs else {},
-            reason=reason,
-            variant=", ".join(f"{key}={value}" for key, value in swept.items()),
-            inspect=inspection if theirs else {},
-            control=control if theirs else {},
-        )
+    return defend, reason
 
 
 def _identity_of(method: Attack | Defense) -> Identity:
@@ -344,7 +408,12 @@ def _identity_of(method: Attack | Defense) -> Identity:
 
 
 def _with_exceptions(
-    cfg: DictConfig, place: dict[str, str], explicit: frozenset[str], swept: dict[str, Any]
+    cfg: DictConfig,
+    place: dict[str, str],
+    exceptions: list[dict[str, Any]],
+    explicit: frozenset[str],
+    swept: dict[str, Any],
+    once: _Once,
 ) -> DictConfig:
     """The configuration of one cell: every exception that matches is set, in order; the command line wins.
 
@@ -352,24 +421,30 @@ def _with_exceptions(
 
     `attack.poison_rate` in an exception means this cell's attack, `defense.epochs` its defense.
     """
-    fitting = [
+    settings: list[tuple[str, str, Any]] = []
+    fitting = (
         exception
-        for exception in cfg.grid.exceptions
+        for exception in exceptions
         if all(place[axis] in _listed(value) for axis, value in exception.items() if axis in place)
-    ]
-    if not fitting and not swept:
-        return cfg
-    cfg = cfg.copy()
+    )
     changes = [("exceptions", key, value) for exception in fitting for key, value in exception["set"].items()]
     for source, key, value in [*changes, *(("sweep", key, value) for key, value in swept.items())]:
         head, _, rest = str(key).partition(".")
         path = f"{head}.{place[head]}.{rest}" if head in ("attack", "defense") else str(key)
-        if path in explicit:
-            continue
+        if path not in explicit:
+            settings.append((source, path, value))
+    if not settings:
+        return cfg
+    return once(("cfg", json.dumps(settings, default=str)), partial(_changed, cfg, settings))
+
+
+def _changed(cfg: DictConfig, settings: list[tuple[str, str, Any]]) -> DictConfig:
+    cfg = cfg.copy()
+    for source, path, value in settings:
         try:
             OmegaConf.update(cfg, path, value, force_add=False)
         except OmegaConfBaseException as error:
-            raise UserError(f"grid.{source}: {key}={value!r}: {' '.join(str(error).split())}") from error
+            raise UserError(f"grid.{source}: {path}={value!r}: {' '.join(str(error).split())}") from error
     check(cfg)
     return cfg
 

@@ -12,6 +12,9 @@
     measure.pgd_images=1000          robust accuracy on a fixed part of the test set
     dataset.root=DIR                 where data sets lie ($BENCH_DATA, or data/)
     dispatch.workers=2               worker processes; 0 computes in this one
+    dispatch=slurm                   have it computed by a cluster; or a profile: dispatch=university
+    dispatch.slurm.partition=gpu     what each job asks for; dispatch.trials_per_job=4 and dispatch.trials_per_gpu=2
+                                     pack small trials; dispatch.slurm.additional.KEY=VALUE is any option of sbatch
     tracking.uri=URI                 an MLflow server in place of the sqlite file under results/
     plugins=[my_package.my_defense]  methods of your own, in a module of yours
     report.plots=false               tables and the page alone; report.reported=FILE.csv adds figures that others report
@@ -25,10 +28,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.door import Plan, enter, plan, report, show
+from bench.door import Plan, duration, enter, plan, report, show
 
 if TYPE_CHECKING:
     from bench.dispatch import Progress, Task
@@ -40,36 +44,52 @@ def main(arguments: list[str]) -> int:
 
     cfg, store = opened.cfg, opened.store
     store.sweep()
-    tasks = dispatch.pending(opened.trials, store)
+    tasks = dispatch.pending(opened.trials, store, cfg.dispatch.max_tries)
     if cfg.dry_run:
         _print_plan(opened, tasks)
         return 0
-    workers = cfg.dispatch.workers
-    if workers is None:
-        workers = _default_workers(opened)
     _print_fits(opened)
     with _Display(opened) as display:
-        dispatch.run(
-            tasks,
-            store,
-            opened.infos,
-            device=opened.device,
-            workers=workers,
-            threads=cfg.dispatch.threads,
-            checkpoint_s=cfg.dispatch.checkpoint_s,
-            plugins=list(cfg.plugins),
-            show=display.show,
-        )
+        _dispatch(opened, tasks, display.show)
     boards, trials = report(opened)
     show(boards)
     _track(opened)
     print(f"Tables and plots: {opened.folder}/   the store: {store.root}/   MLflow: {opened.tracking_uri}")
     failed = int((trials.status == "failed").sum())
     if failed:
-        print(f"{failed} trials failed and are tried again by the next run; python -m bench.status shows why:")
+        tries = cfg.dispatch.max_tries
+        print(f"{failed} trials failed; the next run tries them again, up to dispatch.max_tries={tries} times in all:")
         for reason in trials[trials.status == "failed"].reason.unique():
             print(f"  {reason}")
     return 1 if trials.status.isin(["failed", "missing"]).any() else 0
+
+
+def _dispatch(opened: Plan, tasks: list[Task], show: Callable[[Progress], None]) -> None:
+    """Have the tasks computed, here or by Slurm: the same plan, the same store, the same figures."""
+    cfg, store, infos, device = opened.cfg, opened.store, opened.infos, opened.device
+    plugins = list(cfg.plugins)
+    if cfg.dispatch.kind == "slurm":
+        import slurm.dispatch
+
+        root = Path(cfg.results) / "slurm"
+        slurm.dispatch.run(
+            tasks, store, infos, device=device, dispatch=cfg.dispatch, plugins=plugins, root=root, show=show
+        )
+        return
+    from bench import dispatch
+
+    workers = cfg.dispatch.workers
+    dispatch.run(
+        tasks,
+        store,
+        infos,
+        device=device,
+        workers=_default_workers(opened) if workers is None else workers,
+        threads=cfg.dispatch.threads,
+        checkpoint_s=cfg.dispatch.checkpoint_s,
+        plugins=plugins,
+        show=show,
+    )
 
 
 def _default_workers(opened: Plan) -> int:
@@ -162,7 +182,7 @@ class _Display:
             self.bar.stop()
 
     def show(self, progress: Progress) -> None:
-        left = "" if progress.seconds_left is None else f", about {_duration(progress.seconds_left)} left"
+        left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
         failed = f", {progress.failed} failed" if progress.failed else ""
         if self.bar:
             text = f"{len(progress.running)} running{failed}{left}  {'  '.join(progress.running)[:80]}"
@@ -175,12 +195,6 @@ class _Display:
         if line != self.last and (over or now - self.printed >= self.plain_every_s):
             self.printed, self.last = now, line
             print(line, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 if __name__ == "__main__":

@@ -1,37 +1,126 @@
-"""How far a grid is: trials by state, what runs now, and why others failed.
+"""How far a grid is: trials by state, what runs and where, what failed and why, and the time that is left.
 
 python -m bench.status [grid=NAME] [key=value ...]     the same settings as bench.run
+python -m bench.status ... --watch                     again every ten seconds, until nothing is left to do
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import shutil
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bench.door import enter, plan
+from bench.door import Plan, duration, enter, plan
+
+if TYPE_CHECKING:
+    from slurm.jobs import Element
+
+WATCH_S = 10.0
 
 
 def main(arguments: list[str]) -> int:
-    opened = plan(arguments)
+    opened = plan([argument for argument in arguments if argument != "--watch"])
+    while _show(opened) and "--watch" in arguments:
+        time.sleep(WATCH_S)
+        print(f"\n{time.strftime('%H:%M:%S')}")
+    return 0
+
+
+def _show(opened: Plan) -> bool:
+    """Print one report; is anything left to do?"""
     from bench.reporting.table import STATES, trial_row
     from bench.store import STAGES
+    from slurm import jobs
 
-    rows = [trial_row(trial, opened.store) for trial in opened.trials]
+    store, root = opened.store, Path(opened.cfg.results) / "slurm"
+    rows = [trial_row(trial, store) for trial in opened.trials]
     counts = Counter(row["status"] for row in rows)
+    titles: dict[tuple[str, str], str] = {}
+    for trial in opened.trials:
+        for place in zip(STAGES, trial.keys(), strict=True):
+            if place[1]:
+                shared = f"{trial.dataset}/{trial.model}/{trial.attack}/{trial.seed}"
+                titles.setdefault(place, shared if place[0] == "implant" else trial.title)
+    claims = {place: claim for place, claim in store.claims().items() if place in titles}
+    running = {place: claim for place, claim in claims.items() if claim.alive}
+    queued = _queued(opened, root)
+
     print(opened.title)
-    print(", ".join(f"{counts[state]} {state}" for state in STATES if counts[state]) or "no trial")
-    stages = {
-        (stage, key): f"{trial.title}: {stage}"
-        for trial in opened.trials
-        for stage, key in zip(STAGES, trial.keys(), strict=True)
-        if key
-    }
-    running = [title for place, title in stages.items() if opened.store.is_running(*place)]
-    for title in running:
-        print(f"running: {title}")
-    reasons = Counter((row["status"], row["reason"]) for row in rows if row["status"] in ("failed", "diverged"))
-    for (state, reason), count in reasons.most_common():
-        print(f"{state} ({count}): {reason}")
-    return 0
+    states = [f"{counts[state]} {state}" for state in STATES if counts[state]]
+    states += [f"{len(running)} stages running"] if running else []
+    states += [f"{len(queued)} jobs waiting in the queue"] if queued else []
+    print(", ".join(states) or "no trial")
+    left = _seconds_left(opened, max(1, len(running)))
+    if left:
+        print(f"about {duration(left)} left, at {max(1, len(running))} at once")
+    for reason, count in Counter(element.reason for element in queued).most_common():
+        print(f"waiting ({count} jobs): {reason}")
+    for (stage, key), claim in running.items():
+        owner = claim.owner
+        where = f"{owner.host} {owner.pid}" if owner else "?"
+        since = duration(time.time() - owner.since) if owner else "?"
+        print(f"running: {titles[stage, key]}: {stage}, {since}, {_job(owner.job) if owner else ''}{where}")
+        if owner and owner.job and (line := jobs.last_line(jobs.find_log(root, owner.job))):
+            print(f"    {line}")
+    for place in claims.keys() - running.keys():
+        owner = claims[place].owner
+        print(f"lost: {titles[place]}: {place[0]}, {_job(owner.job) if owner else ''}its process died; run it again")
+    for place, title in titles.items():
+        record = None if store.is_finished(*place) else store.failure_record(*place)
+        if record is None:
+            continue
+        state = "diverged" if ": Diverged:" in record["error"] else "failed"
+        tries = record.get("tries", 1)
+        job = _job(record.get("job", ""))
+        print(f"{state}: {title}: {record['error']} ({job}{tries} {'tries' if tries != 1 else 'try'})")
+        if job and (line := jobs.last_line(jobs.find_log(root, record["job"]))):
+            print(f"    {line}")
+    for reason, count in Counter(row["reason"] for row in rows if row["status"] == "diverged").most_common():
+        print(f"diverged ({count} trials): {reason}")
+    return counts["missing"] + counts["failed"] > 0 and bool(running or queued)
+
+
+def _job(job: str) -> str:
+    return f"job {job}, " if job else ""
+
+
+def _queued(opened: Plan, root: Path) -> list[Element]:
+    """Jobs of this grid that wait."""
+    from slurm import jobs
+
+    if shutil.which("squeue") is None or not root.is_dir():
+        return []
+    try:
+        found = jobs.of_grid(root, opened.trials)
+    except jobs.QueueError as error:
+        print(f"warning: Slurm does not answer: {error}")
+        return []
+    return [element for element in found if element.state == "PENDING"]
+
+
+def _seconds_left(opened: Plan, at_once: int) -> float:
+    """What is not finished, each stage at the mean of those finished with the same method; 0 if none is known."""
+    from bench.store import STAGES
+
+    spent: dict[tuple[str, str], list[float]] = defaultdict(list)
+    todo: list[tuple[str, str]] = []
+    seen: set[tuple[str, str]] = set()
+    for trial in opened.trials:
+        for stage, key in zip(STAGES, trial.keys(), strict=True):
+            if not key or (stage, key) in seen:
+                continue
+            seen.add((stage, key))
+            kind = (stage, trial.attack if stage == "implant" else trial.defense)
+            result = opened.store.result(stage, key)
+            if result is None:
+                todo.append(kind)
+            else:
+                spent[kind].append(result["seconds"])
+                spent[stage, ""].append(result["seconds"])
+    mean = {kind: sum(values) / len(values) for kind, values in spent.items()}
+    return sum(mean.get(kind, mean.get((kind[0], ""), 0.0)) for kind in todo) / at_once
 
 
 if __name__ == "__main__":

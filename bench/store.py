@@ -6,17 +6,19 @@ Nothing that is loaded is a pickle, and a half-written folder has another name.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bench import lease
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,10 +27,13 @@ Identity = dict[str, Any]
 STAGES = ("implant", "defend", "evaluate")
 
 
+# Made once: a grid of 100,000 trials asks for 300,000 keys.
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+
+
 def key_of(identity: Identity) -> str:
     """20 hexadecimal digits: the same for the same resolved inputs, whatever their order."""
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
+    return hashlib.sha256(_canonical(identity).encode()).hexdigest()[:20]
 
 
 class Store:
@@ -50,6 +55,13 @@ class Store:
         except (FileNotFoundError, json.JSONDecodeError):  # an empty file is what a power cut leaves
             return None
         return found
+
+    def is_finished(self, stage: str, key: str) -> bool:
+        """Is there a result? Asks for a file's size and reads nothing."""
+        try:
+            return os.stat(f"{self.root}/{stage}/{key[:2]}/{key}/result.json").st_size > 0
+        except OSError:
+            return False
 
     def tensors(self, stage: str, key: str, name: str, device: str = "cpu") -> dict[str, Tensor]:
         from safetensors.torch import load_file
@@ -106,20 +118,48 @@ class Store:
         # Beside the store, not in it: a defender is handed this place, and the store holds the trigger.
         return self.root.parent / "checkpoints" / f"{stage}-{key}"
 
-    def fail(self, stage: str, key: str, error: str, details: str) -> None:
-        """Keep the reason why a stage failed; the next run tries it again."""
+    def fail(self, stage: str, key: str, error: str, details: str, *, job: str = "", counts: bool = True) -> None:
+        """Keep the reason why a stage failed; the next run tries it again.
+
+        Args:
+            job: the Slurm job that it failed in; empty takes this process's.
+            counts: is it a try that `dispatch.max_tries` counts? One that a person stopped is not.
+        """
         path = self._failure(stage, key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}")
-        _write(beside, {"error": error, "details": details, "time": time.time()})
-        os.replace(beside, path)
+        beside = path.with_suffix(f".{uuid.uuid4().hex}")
+        record = {
+            "error": error,
+            "details": details,
+            "time": time.time(),
+            "tries": self.tries(stage, key) + counts,
+            "job": job or lease.slurm_job(),
+        }
+        try:
+            _write(beside, record)
+            os.replace(beside, path)
+        except OSError as full:  # the reason of the reason: a full disk has no room for it either
+            beside.unlink(missing_ok=True)
+            print(f"{stage} {key} failed ({error}), and that could not be kept: {full}", file=sys.stderr)
 
     def failure(self, stage: str, key: str) -> str | None:
         """One line: why the last try of this stage failed."""
+        found = self.failure_record(stage, key)
+        return None if found is None else str(found["error"])
+
+    def tries(self, stage: str, key: str) -> int:
+        """How often this stage was tried and failed."""
+        found = self.failure_record(stage, key)
+        return 0 if found is None else int(found.get("tries", 1))
+
+    def failure_record(self, stage: str, key: str) -> dict[str, Any] | None:
+        """All that is known of the last failure: error, details (a traceback), time, tries, job."""
         try:
-            return str(json.loads(self._failure(stage, key).read_text())["error"])
-        except FileNotFoundError:
+            with open(f"{self.root}/failed/{stage}-{key}.json") as file:
+                found: dict[str, Any] = json.load(file)
+        except (FileNotFoundError, json.JSONDecodeError):
             return None
+        return found
 
     def _failure(self, stage: str, key: str) -> Path:
         return self.root / "failed" / f"{stage}-{key}.json"
@@ -129,28 +169,31 @@ class Store:
 
     @contextmanager
     def lock(self, stage: str, key: str) -> Iterator[bool]:
-        """True if this process may compute the stage now. The kernel frees the lock of a killed process."""
-        path = self._lock(stage, key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            # The file stays: removing it would let a third process lock a new one beside a waiting second.
+        """True if this process may compute the stage now. A killed process loses its lock: see bench/lease.py."""
+        path = lease.take(self._lock(stage, key))
+        if path is None:
+            yield False
+            return
+        try:
             yield True
+        finally:
+            # Who takes the lock of a finished stage finds it finished: nobody needs it any more.
+            lease.release(path, forget=self.result(stage, key) is not None)
 
     def is_running(self, stage: str, key: str) -> bool:
         """Does some process compute this stage now?"""
-        try:
-            with self._lock(stage, key).open() as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
+        claim = lease.read(self._lock(stage, key))
+        return claim is not None and claim.alive
+
+    def claims(self) -> dict[tuple[str, str], lease.Claim]:
+        """The locks that were taken and not given back: of living processes, and of those that died with them."""
+        found = {}
+        for path in (self.root / "locks").glob("*-*"):
+            stage, _, key = path.name.partition("-")
+            claim = lease.read(path)
+            if claim is not None and not claim.released:
+                found[stage, key] = claim
+        return found
 
 
 def _write(path: Path, value: Any) -> None:

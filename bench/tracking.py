@@ -24,6 +24,8 @@ from bench.store import STAGES, Store
 # Before any import of mlflow: it reports usage over the network unless told not to.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
+# A server that is away is asked for twelve seconds, not for four minutes: what it misses is sent later.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
 
 def default_uri(results: Path) -> str:
@@ -38,11 +40,12 @@ def sync(trials: list[Trial], store: Store, uri: str, experiment: str, artifacts
         experiment: its name, the grid's.
         artifacts: folder of MLflow's artifacts, used when the experiment is new.
     """
-    artifacts.mkdir(parents=True, exist_ok=True)
-    with (artifacts / f"{experiment}.lock").open("a") as lock:
+    while True:
         # Two drivers that end together would both send, and each take the other's half-sent runs for broken ones.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return _sync(trials, store, *_open(uri, experiment, artifacts))
+        with store.lock("tracking", experiment) as ours:
+            if ours:
+                return _sync(trials, store, *_open(uri, experiment, artifacts))
+        time.sleep(0.5)
 
 
 def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:

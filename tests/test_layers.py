@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = [path for folder in ("bench", "attacks", "baselines", "defenses") for path in (ROOT / folder).rglob("*.py")]
+FILES = [
+    path for folder in ("bench", "attacks", "baselines", "defenses", "slurm") for path in (ROOT / folder).rglob("*.py")
+]
 
 
 def imports(path: Path) -> set[str]:

@@ -85,3 +85,17 @@ def test_a_lock_is_exclusive_and_dies_with_its_process(tmp_path: Path):
     assert not store.is_running("implant", "k")
     with store.lock("implant", "k") as ours:
         assert ours
+
+
+def test_a_full_disk_is_said_where_it_cannot_be_written(tmp_path, monkeypatch, capsys):
+    store = Store(tmp_path)
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr("bench.store._write", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(OSError, match="No space left"):
+        store.finish("implant", IDENTITY, {"status": "done"})
+    store.fail("implant", key_of(IDENTITY), "implant: OSError: No space left on device", "")
+    assert "No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert store.result("implant", key_of(IDENTITY)) is None
+    store.finish("implant", IDENTITY, {"status": "done"})
+    assert store.result("implant", key_of(IDENTITY)) == {"status": "done"}

@@ -1,0 +1,33 @@
+"""End the Slurm jobs of a grid, running and waiting; what is finished stays, and bench.run goes on from there.
+
+python -m bench.cancel [grid=NAME] [key=value ...]     the same settings as bench.run
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from bench.door import enter, plan
+
+
+def main(arguments: list[str]) -> int:
+    opened = plan(arguments)
+    from bench.config import UserError
+    from slurm import jobs
+
+    root = Path(opened.cfg.results) / "slurm"
+    if shutil.which("scancel") is None or not root.is_dir():
+        raise UserError(f"no Slurm job was submitted from {opened.cfg.results}/; a local run is stopped by Ctrl-C")
+    try:
+        found = jobs.of_grid(root, opened.trials)
+        jobs.cancel(element.job for element in found)
+    except jobs.QueueError as error:
+        raise UserError(f"Slurm does not answer: {error}") from error
+    running = sum(element.state == "RUNNING" for element in found)
+    print(f"{opened.title}: {running} running and {len(found) - running} waiting jobs cancelled")
+    return 0
+
+
+if __name__ == "__main__":
+    enter(main, __doc__)

@@ -1,0 +1,32 @@
+"""Send to MLflow what it lacks of a grid: after it was away, or into a new server; computes nothing.
+
+python -m bench.sync [grid=NAME] [key=value ...]     the same settings as bench.run
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.door import enter, plan
+
+
+def main(arguments: list[str]) -> int:
+    opened = plan(arguments)
+    from bench import tracking
+    from bench.config import UserError
+
+    name, artifacts = str(opened.cfg.grid.name), Path(opened.cfg.results) / "mlflow"
+    try:
+        sent = tracking.sync(opened.trials, opened.store, opened.tracking_uri, name, artifacts)
+        if opened.folder.is_dir():
+            files = [path for path in sorted(opened.folder.iterdir()) if path.suffix in (".md", ".csv", ".png")]
+            tracking.log_files(opened.tracking_uri, name, artifacts, files)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"MLflow at {opened.tracking_uri} took nothing or not all: {reason}") from error
+    print(f"{opened.title}: {sent} trials sent to {opened.tracking_uri}")
+    return 0
+
+
+if __name__ == "__main__":
+    enter(main, __doc__)

@@ -1,0 +1,455 @@
+"""Slurm dispatch: job arrays through submitit, and a driver that may die at any moment.
+
+The driver looks at the store and at the queue, submits what is in neither, and looks again. It remembers nothing that
+the next driver would need: running the same command again attaches to the jobs that are there, and two drivers at once
+share the work. An infected model's repairs are submitted with it and wait in the queue, each for its own model.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from bench import lease
+from bench.config import UserError
+from bench.dispatch import IMPLANT, Progress, Task
+from bench.engine.datasets import DatasetInfo
+from bench.engine.registry import near
+from bench.store import STAGES, Store
+from slurm import jobs
+from slurm.jobs import Batch, Element, QueueError
+from slurm.worker import Pack, environment
+
+Place = tuple[str, str]
+# A job can vanish without a fault of its task (preempted, or killed while it computed another): so often in one run.
+RESUBMITS = 3
+
+
+def check(dispatch: DictConfig) -> None:
+    """Refuse wrong parameters before anything is computed.
+
+    Raises:
+        UserError: Slurm is not there, or it or submitit has no such parameter; the message lists those it has.
+    """
+    missing = [name for name in ("sbatch", "squeue", "scancel", "srun") if shutil.which(name) is None]
+    if missing:
+        raise UserError(f"dispatch=slurm needs {', '.join(missing)} on PATH: log in to the cluster, or dispatch=local")
+    options = _sbatch_options()
+    for key in dispatch.slurm.additional:
+        if options and str(key).replace("_", "-") not in options:
+            raise UserError(
+                f"dispatch.slurm.additional.{key}: sbatch has no --{key}.{near(str(key), options)} "
+                f"Known: {', '.join(options)}."
+            )
+    ours = {*PARAMETERS, *FIXED}
+    for key in dispatch.slurm.submitit:
+        if str(key) in ours:
+            instead = PARAMETERS.get(str(key))
+            advice = f"write dispatch.slurm.{instead} instead" if instead else "leave it out"
+            raise UserError(f"dispatch.slurm.submitit.{key} is set by the dispatcher; {advice}")
+    with tempfile.TemporaryDirectory() as folder:
+        _executor(dispatch, Path(folder), "check", "", workers=1)
+
+
+@cache
+def _sbatch_options() -> list[str]:
+    """The long options of this cluster's sbatch; empty if its help cannot be read."""
+    with suppress(QueueError):
+        return sorted(set(re.findall(r"--([a-z][a-z-]+)", jobs.slurm("sbatch", "--help"))))
+    return []
+
+
+# What submitit calls our settings.
+PARAMETERS = {
+    "timeout_min": "timeout_min",
+    "mem_gb": "memory_gb",
+    "cpus_per_task": "cpus",
+    "gpus_per_node": "gpus",
+    "slurm_partition": "partition",
+    "slurm_account": "account",
+    "slurm_qos": "qos",
+    "slurm_constraint": "constraint",
+    "slurm_signal_delay_s": "signal_delay_s",
+    "slurm_array_parallelism": "array_parallelism",
+    "slurm_setup": "setup",
+    "slurm_python": "python",
+    "slurm_max_num_timeout": "max_timeouts",
+    "slurm_additional_parameters": "additional",
+}
+FIXED = ("name", "nodes", "tasks_per_node", "stderr_to_stdout", "slurm_dependency", "slurm_stderr_to_stdout")
+
+
+def _executor(dispatch: DictConfig, folder: Path, name: str, dependency: str, workers: int) -> Any:
+    """submitit's executor for one array.
+
+    Raises:
+        UserError: a parameter is wrong; submitit's own message, which lists the valid ones.
+    """
+    from submitit import AutoExecutor
+
+    ask: dict[str, Any] = OmegaConf.to_container(dispatch.slurm, resolve=True)  # type: ignore[assignment]
+    cpus = ask["cpus"] or dispatch.threads * workers
+    executor = AutoExecutor(
+        folder, cluster="slurm", slurm_max_num_timeout=ask["max_timeouts"], slurm_python=ask["python"]
+    )
+    try:
+        executor.update_parameters(
+            name=name,
+            timeout_min=ask["timeout_min"],
+            mem_gb=ask["memory_gb"],
+            cpus_per_task=cpus,
+            gpus_per_node=ask["gpus"] or None,
+            stderr_to_stdout=True,
+            slurm_partition=ask["partition"],
+            slurm_account=ask["account"],
+            slurm_qos=ask["qos"],
+            slurm_constraint=ask["constraint"],
+            slurm_signal_delay_s=ask["signal_delay_s"],
+            slurm_array_parallelism=ask["array_parallelism"],
+            slurm_setup=[*environment(dispatch.threads), *ask["setup"]],
+            slurm_dependency=dependency or None,
+            # A job whose infected model will never come must not wait for ever.
+            slurm_additional_parameters={"requeue": True, "kill-on-invalid-dep": "yes", **ask["additional"]},
+            **ask["submitit"],
+        )
+    except (NameError, ValueError, AssertionError, TypeError) as error:
+        raise UserError(f"dispatch.slurm.submitit: {' '.join(str(error).split())}") from error
+    return executor
+
+
+def run(
+    tasks: list[Task],
+    store: Store,
+    infos: dict[str, DatasetInfo],
+    *,
+    device: torch.device,
+    dispatch: DictConfig,
+    plugins: list[str],
+    root: Path,
+    show: Callable[[Progress], None],
+) -> None:
+    """Have all tasks computed by Slurm jobs; a failed one is kept in the store and stops nobody else.
+
+    Args:
+        root: folder of the batches, beside the store.
+        show: called at each look at the queue.
+
+    Raises:
+        UserError: Slurm refuses the first jobs.
+    """
+    if tasks:
+        _Driver(tasks, store, infos, device, dispatch, plugins, root.resolve(), show).drive()
+
+
+class _Driver:
+    """One look after another, until every task is done or has failed."""
+
+    def __init__(
+        self,
+        tasks: list[Task],
+        store: Store,
+        infos: dict[str, DatasetInfo],
+        device: torch.device,
+        dispatch: DictConfig,
+        plugins: list[str],
+        root: Path,
+        show: Callable[[Progress], None],
+    ) -> None:
+        self.store, self.dispatch, self.root, self.show = store, dispatch, root, show
+        self.left = {task.place: task for task in tasks}
+        self.workers = dispatch.trials_per_gpu * max(1, dispatch.slurm.gpus)
+        self.settings = {
+            "store": str(store.root.resolve()),
+            "infos": {name: {**asdict(info), "folder": str(info.folder.resolve())} for name, info in infos.items()},
+            "device": device.type,
+            "threads": dispatch.threads,
+            "workers": self.workers,
+            "checkpoint_s": dispatch.checkpoint_s,
+            "plugins": plugins,
+        }
+        self.progress = Progress(total=len(tasks))
+        self.batches: dict[str, Batch] = {}
+        self.elements: dict[str, Element] = {}  # by job: those that were alive when we last looked
+        self.ended: list[Element] = []  # and since then ended
+        self.holder: dict[Place, Element] = {}  # the living job that has a task
+        self.lost: Counter[Place] = Counter()
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.silent = False
+        self.buried = False
+
+    def drive(self) -> None:
+        while True:
+            try:
+                self._look()
+            except QueueError as error:
+                # Nothing is known of the jobs then, and a guess would submit them twice.
+                if not self.silent:
+                    print(f"warning: Slurm does not answer, and is asked again ({error})", file=sys.stderr, flush=True)
+                self.silent = True
+            self._report()
+            if not self.left:
+                return
+            time.sleep(self.dispatch.poll_s)
+
+    def _look(self) -> None:
+        """See what became of the jobs, and submit what is in no job."""
+        with self.store.lock("driver", "slurm") as ours:
+            # Within the lock: another driver's jobs are in the queue before we read it.
+            found = {element.job: element for element in jobs.queue(self.root)}
+            self.silent = False
+            self.ended += [found.get(job, element) for job, element in self.elements.items() if not _alive(found, job)]
+            self.elements = {job: element for job, element in found.items() if element.is_alive}
+            self.holder = {}
+            for element in self.elements.values():
+                for task in self._pack(element):
+                    self.holder[task.place] = element
+            self._collect()
+            if not ours:
+                return  # another driver is at this very point: what it submits we find in the queue
+            if not self.buried:
+                self._bury()
+                self.buried = True
+            for element in self.ended:
+                self._judge(element)
+            self.ended = []
+            self._submit([task for place, task in self.left.items() if place not in self.holder])
+
+    def _pack(self, element: Element) -> list[Task]:
+        if element.batch not in self.batches:
+            self.batches[element.batch] = Batch.read(self.root / element.batch)
+        return self.batches[element.batch].packs[element.index]
+
+    # What became of the tasks ---------------------------------------------------------------------------------
+
+    def _collect(self) -> None:
+        """Note what is finished, of the jobs that run or have just ended."""
+        for element in [*self.elements.values(), *self.ended]:
+            if element.state == "PENDING":
+                continue
+            for task in self._pack(element):
+                if task.place in self.left and self.store.is_finished(*task.place):
+                    self._done(task)
+        for place, task in list(self.left.items()):
+            if place not in self.holder and self.store.is_finished(*place):
+                self._done(task)  # by somebody without a job: a local run on the same store
+
+    def _done(self, task: Task) -> None:
+        del self.left[task.place]
+        self.progress.done += 1
+        for stage, key in zip(STAGES, task.trial.keys(), strict=True):
+            result = self.store.result(stage, key) if stage in task.stages else None
+            if result:
+                self.seconds[stage].append(result["seconds"])
+
+    def _failed(self, task: Task) -> None:
+        """A task that has failed in this run; with an infected model, all that was to be done to it."""
+        del self.left[task.place]
+        self.progress.failed += 1
+        if task.stages == IMPLANT:
+            implant = task.trial.keys()[0]
+            for place, other in list(self.left.items()):
+                if other.trial.keys()[0] == implant and place not in self.holder:
+                    del self.left[place]
+                    self.progress.failed += 1
+
+    def _judge(self, element: Element) -> None:
+        """A job has ended: keep the reason for each task of it that is not finished, or submit it again."""
+        unfinished = [task for task in self._pack(element) if task.place in self.left]
+        unfinished = [task for task in unfinished if task.place not in self.holder]
+        if not unfinished:
+            return
+        own = [task for task in unfinished if self._failed_in(task, element.job)]
+        for task in own:
+            self._failed(task)
+        rest = []
+        for task in unfinished:
+            if task.place not in self.left or task in own:
+                continue
+            implant = task.trial.keys()[0]
+            if task.stages == IMPLANT or self.store.is_finished("implant", implant):
+                rest.append(task)
+            elif ("implant", implant) not in self.left:
+                self._failed(task)  # its infected model has failed, and says why
+            # Else its infected model is on its way again, and it is submitted with that.
+        if not rest:
+            return
+        state = element.state if not element.is_alive else jobs.ended_as(element.job)
+        if state == "CANCELLED" and "Dependency" in element.reason:
+            return  # its infected model's job died; the model is there all the same
+        held = {place for place, claim in self.store.claims().items() if claim.owner and claim.owner.job == element.job}
+        blamed = [task for task in rest if held & set(_stages(task))]
+        if state in ("CANCELLED", "COMPLETED") or (not blamed and not own and state != "PREEMPTED"):
+            blamed = rest
+        for task in rest:
+            self.lost[task.place] += 1
+            if task not in blamed and self.lost[task.place] <= RESUBMITS:
+                continue
+            last = jobs.last_line(jobs.log_of(self.root, element.batch, element.job))
+            where = f" on {element.node}" if element.node else ""
+            self._keep(task, held, element.job, f"job {element.job}{where} ended as {state}: {last}", state)
+            self._failed(task)
+
+    def _keep(self, task: Task, held: Iterable[Place], job: str, reason: str, state: str) -> None:
+        places = _stages(task)
+        open_ = [place for place in places if not self.store.is_finished(*place)]
+        stage, key = next((place for place in open_ if place in set(held)), open_[0])
+        # Who cancels a job knows why; that is no try.
+        counts = state not in ("CANCELLED", "PREEMPTED")
+        self.store.fail(stage, key, f"{stage}: {' '.join(reason.split())}", "", job=job, counts=counts)
+
+    def _failed_in(self, task: Task, job: str) -> bool:
+        records = [self.store.failure_record(*place) for place in _stages(task)]
+        return any(record is not None and record.get("job") == job for record in records)
+
+    def _bury(self) -> None:
+        """Keep the reasons of the jobs that died while no driver was there to see it."""
+        wanted = {place for task in self.left.values() for place in _stages(task)}
+        for (stage, key), claim in self.store.claims().items():
+            job = claim.owner.job if claim.owner else ""
+            if claim.alive or not job or (stage, key) not in wanted or job in self.elements:
+                continue
+            state = jobs.ended_as(job)
+            if state in jobs.ENDED - {"COMPLETED", "CANCELLED", "PREEMPTED"}:
+                last = jobs.last_line(jobs.find_log(self.root, job))
+                self.store.fail(stage, key, f"{stage}: job {job} ended as {state}: {last}", "", job=job)
+            lease.release(claim.path, forget=False)
+
+    # What is submitted ----------------------------------------------------------------------------------------
+
+    def _submit(self, tasks: list[Task]) -> None:
+        """Put these tasks into arrays, as many as the queue has room for."""
+        room = self.dispatch.max_jobs - len(self.elements)
+        implants = [task for task in tasks if task.stages == IMPLANT]
+        coming = {task.trial.keys()[0] for task in implants}
+        own: dict[str, list[Task]] = defaultdict(list)
+        ready: list[Task] = []
+        attached: dict[str, list[Task]] = defaultdict(list)
+        for task in tasks:
+            implant = task.trial.keys()[0]
+            if task.stages == IMPLANT:
+                continue
+            if implant in coming:
+                own[implant].append(task)
+            elif ("implant", implant) in self.holder:
+                attached[self.holder["implant", implant].job.partition("_")[0]].append(task)
+            elif self.store.is_finished("implant", implant):
+                ready.append(task)
+            else:
+                self._failed(task)
+        families = []
+        for pack in self._packs(implants):
+            repairs = self._packs([task for first in pack for task in own[first.trial.keys()[0]]])
+            families.append((pack, repairs))
+        # Those with most repairs first, so that each further array is a prefix of the models' array.
+        families.sort(key=lambda family: -len(family[1]))
+        while room > 0 and families:
+            chunk: list[tuple[list[Task], list[list[Task]]]] = []
+            while families and room > 0 and len(chunk) < _max_array():
+                first, repairs = families.pop(0)
+                chunk.append((first, repairs[: room - 1]))
+                room -= 1 + len(chunk[-1][1])
+            parent = self._sbatch([first for first, _ in chunk], "")
+            if parent is None:
+                return
+            for wave in range(max(len(repairs) for _, repairs in chunk)):
+                packs = [repairs[wave] for _, repairs in chunk if len(repairs) > wave]
+                if len(packs) > 1:
+                    after = f"aftercorr:{parent}"
+                else:
+                    after = f"afterok:{parent}" + ("_0" if len(chunk) > 1 else "")
+                if self._sbatch(packs, after) is None:
+                    return
+        for job, waiting in attached.items():
+            # Slurm lets it start however its model's job ends: the job looks whether the model is there.
+            room = self._arrays(self._packs(waiting), f"afterany:{job}", room)
+        self._arrays(self._packs(ready), "", room)
+
+    def _packs(self, tasks: list[Task]) -> list[list[Task]]:
+        size = self.dispatch.trials_per_job * self.workers
+        return [tasks[start : start + size] for start in range(0, len(tasks), size)]
+
+    def _arrays(self, packs: list[list[Task]], after: str, room: int) -> int:
+        packs = packs[: max(0, room)]
+        for start in range(0, len(packs), _max_array()):
+            if self._sbatch(packs[start : start + _max_array()], after) is None:
+                return 0
+        return room - len(packs)
+
+    def _sbatch(self, packs: list[list[Task]], after: str) -> str | None:
+        """Submit one array; gives its job's number, or None if Slurm has no room for it now.
+
+        Raises:
+            QueueError: Slurm does not answer.
+            UserError: it refuses, and nothing of ours is in its queue that could make room.
+        """
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        batch = Batch.new(self.root, self.settings, packs)
+        name = f"{jobs.PREFIX}{batch.folder.name}"
+        executor = _executor(self.dispatch, batch.folder / "log", name, after, self.workers)
+        try:
+            with executor.batch():
+                made = [executor.submit(Pack(str(batch.folder), index)) for index in range(len(packs))]
+        except (FailedJobError, FailedSubmissionError) as error:
+            shutil.rmtree(batch.folder, ignore_errors=True)
+            lines = [line for line in str(error).splitlines() if "sbatch:" in line or "rror" in line]
+            reason = " ".join(" ".join(lines[-3:] or [str(error)]).split())
+            if "contact" in reason or "timed out" in reason:
+                raise QueueError(reason) from error  # the controller is away: that is no refusal
+            if not self.elements:
+                raise UserError(f"Slurm refuses the job: {reason}") from error
+            print(f"warning: Slurm takes no more jobs now: {reason}", file=sys.stderr, flush=True)
+            return None
+        self.batches[batch.folder.name] = batch
+        for index, job in enumerate(made):
+            element = Element(job.job_id, "PENDING", batch.folder.name, index)
+            self.elements[element.job] = element
+            for task in packs[index]:
+                self.holder[task.place] = element
+        return made[0].job_id.partition("_")[0]
+
+    def _report(self) -> None:
+        running = [element for element in self.elements.values() if element.state == "RUNNING"]
+        progress = self.progress
+        titles = []
+        for element in running:
+            first = next((task for task in self._pack(element) if task.place in self.left), None)
+            if first:
+                titles.append(first.title)
+        progress.running = tuple(titles)
+        progress.waiting = len(self.left) - len(titles)
+        every = [value for values in self.seconds.values() for value in values]
+        if every and running:
+            mean = {stage: sum(values) / len(values) for stage, values in self.seconds.items()}
+            usual = sum(every) / len(every)
+            todo = sum(mean.get(stage, usual) for task in self.left.values() for stage in task.stages)
+            progress.seconds_left = todo / (len(running) * self.workers)
+        self.show(progress)
+
+
+def _alive(found: dict[str, Element], job: str) -> bool:
+    return job in found and found[job].is_alive
+
+
+def _stages(task: Task) -> list[Place]:
+    return [place for place in zip(STAGES, task.trial.keys(), strict=True) if place[0] in task.stages]
+
+
+@cache
+def _max_array() -> int:
+    """How many elements this cluster's arrays may have."""
+    found = re.search(r"MaxArraySize\s*=\s*(\d+)", jobs.slurm("scontrol", "show", "config"))
+    return max(1, int(found.group(1))) if found else 1000

@@ -1,0 +1,202 @@
+"""What was submitted, and what became of it: batches on disk, and Slurm's queue by their names.
+
+A batch is one `sbatch`. Its folder is written before it is submitted, and its name is the job's name: a driver that
+dies between the two, or at any other moment, leaves nothing that the next one could not find in the queue.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.dispatch import Task
+from bench.engine.datasets import DatasetInfo
+from bench.grid import Trial
+
+PREFIX = "bench-"
+# What squeue calls a job that will do nothing more. One that Slurm requeues is PENDING again.
+ENDED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one array computes, as JSON under the results: a job needs nothing else.
+
+    Attributes:
+        settings: store, data sets, device, threads, workers and the like.
+        packs: for each element of the array, the tasks that it computes one after the other.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    packs: list[list[Task]]
+
+    @classmethod
+    def new(cls, root: Path, settings: dict[str, Any], packs: list[list[Task]]) -> Batch:
+        """A batch with a name that no other has, on disk."""
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
+        batch = cls(root / name, settings, packs)
+        kept = [[{"trial": asdict(task.trial), "stages": task.stages} for task in pack] for pack in packs]
+        batch.folder.mkdir(parents=True)
+        beside = batch.folder / "batch.new"
+        beside.write_text(json.dumps({"settings": settings, "packs": kept}, default=str))
+        os.replace(beside, batch.folder / "batch.json")
+        return batch
+
+    @classmethod
+    def read(cls, folder: Path) -> Batch:
+        found = json.loads((folder / "batch.json").read_text())
+        packs = [[Task(Trial(**one["trial"]), tuple(one["stages"])) for one in pack] for pack in found["packs"]]
+        return cls(folder, found["settings"], packs)
+
+    @property
+    def infos(self) -> dict[str, DatasetInfo]:
+        found = {}
+        for name, info in self.settings["infos"].items():
+            fields: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value for key, value in info.items()
+            }
+            fields["folder"] = Path(info["folder"])
+            found[name] = DatasetInfo(**fields)
+        return found
+
+
+@dataclass(frozen=True)
+class Element:
+    """One job of a batch, in Slurm's queue or just out of it.
+
+    Attributes:
+        job: as squeue names it, `12_3` or `12`.
+        state: Slurm's word: PENDING, RUNNING, COMPLETED, TIMEOUT, ...
+        batch, index: which pack of which batch it computes.
+        reason: why it waits, or why it was cancelled.
+        node: where it runs.
+    """
+
+    job: str
+    state: str
+    batch: str
+    index: int
+    reason: str = ""
+    node: str = ""
+
+    @property
+    def is_alive(self) -> bool:
+        return self.state not in ENDED
+
+
+class QueueError(Exception):
+    """Slurm's controller does not answer."""
+
+
+def slurm(*words: str) -> str:
+    """The output of one of Slurm's commands.
+
+    Raises:
+        QueueError: it failed; the message is its own.
+    """
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise QueueError(f"{words[0]}: {error}") from error
+    if done.returncode:
+        raise QueueError(" ".join((done.stderr or done.stdout).split()) or f"{words[0]} failed")
+    return done.stdout
+
+
+def queue(root: Path) -> list[Element]:
+    """Our jobs of these results that Slurm knows, also those that ended some minutes ago.
+
+    Args:
+        root: the folder of the batches; other results' jobs are left out.
+
+    Raises:
+        QueueError: Slurm does not answer, which says nothing about the jobs.
+    """
+    out = slurm("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T|%j|%N|%r")
+    found = []
+    for line in out.splitlines():
+        job, state, name, node, reason = (*line.split("|", 4), "", "", "", "")[:5]
+        batch = name.removeprefix(PREFIX)
+        if name.startswith(PREFIX) and (root / batch / "batch.json").exists():
+            index = job.partition("_")[2]
+            found.append(Element(job, state, batch, int(index or 0), reason, node))
+    return found
+
+
+def of_grid(root: Path, trials: Iterable[Trial]) -> list[Element]:
+    """The living jobs that compute anything of these trials.
+
+    Raises:
+        QueueError: Slurm does not answer.
+    """
+    wanted = {key for trial in trials for key in trial.keys() if key}  # noqa: SIM118
+    batches: dict[str, Batch] = {}
+    found = []
+    for element in queue(root):
+        if not element.is_alive:
+            continue
+        if element.batch not in batches:
+            batches[element.batch] = Batch.read(root / element.batch)
+        if any(task.place[1] in wanted for task in batches[element.batch].packs[element.index]):
+            found.append(element)
+    return found
+
+
+def ended_as(job: str) -> str:
+    """How a job ended that the queue has forgotten, by the accounting; UNKNOWN if there is none."""
+    try:
+        lines = slurm("sacct", "-n", "-X", "-P", "-D", "-j", job, "-o", "JobID,State").splitlines()
+    except QueueError:
+        return "UNKNOWN"
+    states = [line.partition("|")[2].split()[0] for line in lines if line.startswith(f"{job}|")]
+    return states[-1] if states else "UNKNOWN"
+
+
+def log_of(root: Path, batch: str, job: str) -> Path:
+    """What a job printed."""
+    return root / batch / "log" / f"{job}_0_log.out"
+
+
+def find_log(root: Path, job: str) -> Path | None:
+    """What a job printed, where its batch is not known."""
+    found = sorted(root.glob(f"*/log/{job}_0_log.out"), key=lambda path: path.stat().st_mtime)
+    return found[-1] if found else None
+
+
+def last_line(log: Path | None) -> str:
+    """The last words of a job; empty if there are none."""
+    if log is None:
+        return ""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 8192))
+            lines = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
+    except OSError:
+        return ""
+    return next((" ".join(line.split())[:200] for line in reversed(lines) if line.strip()), "")
+
+
+def cancel(jobs: Iterable[str]) -> None:
+    """End these jobs."""
+    wanted = sorted(set(jobs))
+    for start in range(0, len(wanted), 500):  # a command line has an end
+        slurm("scancel", *wanted[start : start + 500])

@@ -1,0 +1,157 @@
+"""A claim has one owner, whatever dies: a process, a host, or the network in the middle of a request."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import lease
+from bench.store import Store
+
+
+def _hold(root: str, host: str, beat_s: float, ready, end) -> None:
+    """Another process, on a host of this name as far as it and everybody else can see."""
+    lease.machine = lambda: host
+    lease.BEAT_S = beat_s
+    with Store(root).lock("implant", "k") as ours:
+        assert ours
+        ready.set()
+        end.wait(30)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path):
+    """Starts a process that holds the lock on another host."""
+    started = []
+
+    def start(beat_s: float):
+        context = multiprocessing.get_context("spawn")
+        ready, end = context.Event(), context.Event()
+        process = context.Process(target=_hold, args=(str(tmp_path), "node2", beat_s, ready, end), daemon=True)
+        process.start()
+        assert ready.wait(30)
+        started.append(process)
+        return process, end
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def test_a_living_process_of_another_host_keeps_its_lock_however_long_it_takes(tmp_path, elsewhere, monkeypatch):
+    monkeypatch.setattr(lease, "STALE_S", 1.0)
+    _, end = elsewhere(beat_s=0.1)
+    time.sleep(2.0)
+    store = Store(tmp_path)
+    assert store.is_running("implant", "k")
+    with store.lock("implant", "k") as ours:
+        assert not ours
+    end.set()
+    for _ in range(100):
+        if not store.is_running("implant", "k"):
+            break
+        time.sleep(0.05)
+    with store.lock("implant", "k") as ours:
+        assert ours
+
+
+def test_a_killed_process_of_another_host_loses_its_lock_when_it_is_silent_for_long(tmp_path, elsewhere, monkeypatch):
+    monkeypatch.setattr(lease, "STALE_S", 1.5)
+    process, _ = elsewhere(beat_s=0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    store = Store(tmp_path)
+    assert store.is_running("implant", "k")  # nothing on this host can tell yet
+    time.sleep(1.7)
+    assert not store.is_running("implant", "k")
+    assert not store.claims()["implant", "k"].alive
+    with store.lock("implant", "k") as ours:
+        assert ours
+
+
+def test_the_clock_of_this_host_decides_nothing(tmp_path, elsewhere, monkeypatch):
+    elsewhere(beat_s=0.1)
+    true = time.time
+    for hours in (-5, 5):
+        monkeypatch.setattr(time, "time", lambda hours=hours: true() + hours * 3600)
+        monkeypatch.setattr(lease, "_ahead", None)
+        assert Store(tmp_path).is_running("implant", "k")
+
+
+def test_who_slept_between_looking_and_taking_does_not_take_a_living_claim(tmp_path, monkeypatch):
+    folder = tmp_path / "implant-k"
+    dead = lease.take(folder)
+    assert dead
+    lease._heart.remove(dead)
+    os.utime(dead, (1, 1))
+    monkeypatch.setattr(lease, "_started", lambda pid: "never")  # the owner of the first claim has died
+    looked = lease.read(folder)
+    assert looked
+    assert not looked.alive
+    second = lease.take(folder)  # another was faster
+    assert second
+    assert second.name == "2"
+    with monkeypatch.context() as patch:
+        patch.setattr(lease, "read", lambda _: looked)  # the sleeper goes by what it saw
+        assert lease.take(folder) is None
+    assert lease._numbers(folder) == [2]
+    lease.release(second, forget=False)
+
+
+def test_a_request_that_nfs_repeated_is_not_taken_for_somebody_elses(tmp_path, monkeypatch):
+    link = os.link
+
+    def answer_lost(source, target):
+        link(source, target)
+        raise FileExistsError(target)
+
+    monkeypatch.setattr(os, "link", answer_lost)
+    path = lease.take(tmp_path / "implant-k")
+    assert path is not None
+    lease.release(path, forget=True)
+    assert not (tmp_path / "implant-k").exists()
+
+
+def _race(root: str, start, wins) -> None:
+    store = Store(root)
+    start.wait(30)
+    for round_ in range(60):
+        with store.lock("implant", f"{round_}") as ours:
+            if ours:
+                with wins.get_lock():
+                    wins[round_] += 1
+                time.sleep(0.02)
+                with wins.get_lock():
+                    wins[round_] -= 1
+                    wins[60] = max(wins[60], wins[round_])
+
+
+def test_of_many_processes_at_most_one_is_inside(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    start, inside = context.Event(), context.Array("i", 61)
+    processes = [context.Process(target=_race, args=(str(tmp_path), start, inside)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    start.set()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    # What was left inside when one came out: somebody else, if two ever were.
+    assert inside[60] == 0
+
+
+def test_a_full_disk_keeps_nobody_from_giving_back(tmp_path, monkeypatch):
+    path = lease.take(tmp_path / "implant-k")
+    assert path
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        lease.release(path, forget=False)
+    claim = lease.read(tmp_path / "implant-k")
+    assert claim
+    assert claim.released
+    assert not claim.alive

@@ -1,0 +1,515 @@
+"""A sweep on a real Slurm survives what clusters do: nothing finished is lost or done twice, the rest says why."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from bench.door import plan
+from slurm import jobs
+from tests.conftest import TINY
+
+ROOT = Path(__file__).parents[1]
+PATIENCE_S = 600  # on a busy machine, importing torch in several jobs at once takes minutes
+FIGURES = ["attack", "defense", "seed", "status", "clean_accuracy", "asr", "recovery_accuracy", "robust_accuracy"]
+
+PLUGIN = '''
+"""Defenses that are slow, greedy or broken."""
+import os
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from bench.engine.training import Recipe, fit
+from defenses.base import Defense, ReserveView, Verdict, defense
+
+
+def steady(view, epochs, pause):
+    def note(_, epoch):
+        with open(os.environ["EPOCHS"], "a") as log:
+            log.write(f"{epoch}\\n")
+        time.sleep(pause)
+    recipe = Recipe(epochs=epochs, lr=0.01)
+    return Verdict(fit(view.model, view.reserve, recipe, seed=view.seed, journal=view.progress, after_epoch=note))
+
+
+@defense("steady")
+@dataclass(frozen=True)
+class Steady(Defense):
+    """Train for a while, with a checkpoint behind each epoch."""
+    paper: ClassVar[str] = "none"
+    epochs: int = 8
+    pause: float = 1.0
+
+    def defend(self, view: ReserveView) -> Verdict:
+        return steady(view, self.epochs, self.pause)
+
+
+@defense("broken")
+@dataclass(frozen=True)
+class Broken(Defense):
+    """Raise."""
+    paper: ClassVar[str] = "none"
+
+    def defend(self, view: ReserveView) -> Verdict:
+        raise ValueError("this cell is poisoned")
+
+
+@defense("greedy")
+@dataclass(frozen=True)
+class Greedy(Defense):
+    """Take more memory than the job has."""
+    paper: ClassVar[str] = "none"
+    gib: int = 3
+
+    def defend(self, view: ReserveView) -> Verdict:
+        taken = [torch.ones(2**28) for _ in range(self.gib)]
+        time.sleep(30)
+        return Verdict(view.model) if taken else None
+
+
+for name, factor in (("halved", 0.5), ("doubled", 2.0)):
+    @defense(name)
+    @dataclass(frozen=True)
+    class Scaled(Defense):
+        """Scale the head."""
+        paper: ClassVar[str] = "none"
+        factor: float = factor
+
+        def defend(self, view: ReserveView) -> Verdict:
+            with torch.no_grad():
+                view.model.head.weight.mul_(self.factor)
+            return Verdict(view.model)
+'''
+
+
+@pytest.fixture(scope="session")
+def bed() -> Iterator[Callable[..., None]]:
+    """The one-machine cluster; calling it with `node1`, `kill` does that to a node."""
+    script = ROOT / "slurm" / "testbed" / "testbed.sh"
+    place = {"TESTBED": f"/tmp/slurm-testbed-{os.getpid()}", "TESTBED_PORT": "17200", "TESTBED_CPUS": "2"}
+    environment = {**os.environ, **place}
+
+    def do(*words: str) -> None:
+        subprocess.run([str(script), *words], env=environment, check=True, stdout=subprocess.DEVNULL)
+
+    checked = subprocess.run([str(script), "check"], env=environment, capture_output=True, text=True)
+    if checked.returncode:
+        pytest.skip(checked.stderr.strip())
+    before = os.environ.get("SLURM_CONF")
+    try:
+        do("up")
+        os.environ["SLURM_CONF"] = f"{place['TESTBED']}/etc/slurm.conf"
+        yield do
+    finally:
+        do("down")
+        os.environ.pop("SLURM_CONF")
+        if before:
+            os.environ["SLURM_CONF"] = before
+
+
+class Sweep:
+    """A grid in a folder of its own, driven by processes that can be killed."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self.folder, self.results = folder, folder / "results"
+        (folder / "testing_defenses.py").write_text(PLUGIN)
+        self.epochs = folder / "epochs"
+        self.drivers: list[subprocess.Popen[str]] = []
+        self.common = [
+            *(setting for setting in TINY if not setting.startswith("dispatch.workers")),
+            f"dataset.cache={cache}",
+            "plugins=[testing_defenses]",
+            "grid.attacks=[badnets]",
+            "dispatch.checkpoint_s=0",
+            "dispatch.poll_s=0.5",
+            "dispatch.slurm.memory_gb=2",
+            "dispatch.slurm.array_parallelism=2",
+        ]
+        self.environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "EPOCHS": str(self.epochs)}
+
+    def start(self, *more: str, module: str = "bench.run", results: str = "results") -> subprocess.Popen[str]:
+        words = [sys.executable, "-m", module, *self.common, f"results={self.folder / results}", *more]
+        driver = subprocess.Popen(
+            words, cwd=self.folder, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self.drivers.append(driver)
+        return driver
+
+    def run(self, *more: str, module: str = "bench.run", results: str = "results", status: int = 0) -> str:
+        driver = self.start(*more, module=module, results=results)
+        out, _ = driver.communicate(timeout=PATIENCE_S)
+        assert driver.returncode == status, out
+        return out
+
+    def table(self, results: str = "results") -> pd.DataFrame:
+        return pd.read_csv(self.folder / results / "quick" / "trials.csv")
+
+    def history(self) -> Counter[str]:
+        """How often each stage was computed."""
+        lines = (self.results / "store" / "history.log").read_text().splitlines()
+        return Counter(" ".join(line.split()[1:3]) for line in lines)
+
+    def assert_once(self, stages: int) -> None:
+        found = self.history()
+        assert len(found) == stages
+        assert set(found.values()) == {1}
+
+    def running(self, stage: str = "defend") -> jobs.Element:
+        """Wait until a job computes such a stage, and give it."""
+        from bench.store import Store
+
+        store = Store(self.results / "store")
+        for _ in range(5 * PATIENCE_S):
+            owners = [claim.owner for (at, _), claim in store.claims().items() if at == stage and claim.alive]
+            found = [element for element in jobs.queue(self.results / "slurm") if element.state == "RUNNING"]
+            for element in found:
+                if any(owner and owner.job == element.job for owner in owners):
+                    return element
+            time.sleep(0.2)
+        raise AssertionError(f"no job computes {stage}")
+
+    def trained(self, epochs: int = 2) -> None:
+        """Wait until the slow defense has a checkpoint."""
+        for _ in range(10 * PATIENCE_S):
+            if self.epochs.exists() and len(self.epochs.read_text().split()) >= epochs:
+                return
+            time.sleep(0.1)
+        raise AssertionError("the slow defense did not start")
+
+    def batches(self) -> int:
+        return len(list((self.results / "slurm").iterdir()))
+
+
+@pytest.fixture
+def sweep(bed, tmp_path, cache) -> Iterator[Sweep]:
+    sweep = Sweep(tmp_path, cache)
+    yield sweep
+    for driver in sweep.drivers:
+        driver.kill()
+    with suppress(jobs.QueueError):
+        jobs.slurm("scancel", "--user=root")
+    for _ in range(100):
+        if not jobs.slurm("squeue", "-h").strip():
+            break
+        time.sleep(0.2)
+
+
+STEADY = ["dispatch=slurm", "grid.defenses=[no_defense,steady]"]
+
+slurm = pytest.mark.slurm
+
+
+@slurm
+def test_a_grid_through_slurm_equals_the_same_grid_here(sweep):
+    grid = [
+        "grid.attacks=[none,badnets,blended]",
+        "grid.defenses=[no_defense,fine_tuning,fine_pruning,aft,halved,doubled]",
+        "grid.seeds=2",
+    ]
+    sweep.run(*grid, "dispatch.workers=2", results="here")
+    sweep.run(*grid, "dispatch=slurm", "dispatch.trials_per_job=3", "dispatch.max_jobs=9")
+    here, there = (sweep.table(name)[FIGURES] for name in ("here", "results"))
+    assert len(there) == 36
+    assert set(there.status) == {"done"}
+    pd.testing.assert_frame_equal(here, there, check_exact=True)
+    sweep.assert_once(6 + 36 + 36)
+    before = sweep.batches()
+    sweep.run(*grid, "dispatch=slurm")
+    assert sweep.batches() == before
+
+
+@slurm
+def test_several_trials_share_one_gpu(sweep):
+    packed = ["dispatch.slurm.gpus=1", "dispatch.trials_per_gpu=2", "dispatch.slurm.memory_gb=4"]
+    sweep.run("dispatch=slurm", "grid.defenses=[no_defense,fine_tuning]", *packed)
+    assert set(sweep.table().status) == {"done"}
+    sweep.assert_once(1 + 2 + 2)
+    histories = [line.split()[-1] for line in (sweep.results / "store" / "history.log").read_text().splitlines()]
+    assert len(set(histories)) == 3  # one process had the implant, two the repairs
+    script = next((sweep.results / "slurm").glob("*/log/*_submission.sh")).read_text()
+    assert "--gpus-per-node=1" in script
+    assert "--cpus-per-task=2" in script
+
+
+@slurm
+def test_a_cancelled_job_is_reported_and_computed_by_the_next_run(sweep):
+    driver = sweep.start(*STEADY)
+    sweep.trained()
+    job = sweep.running().job
+    jobs.cancel([job])
+    out, _ = driver.communicate(timeout=PATIENCE_S)
+    assert driver.returncode == 1, out
+    table = sweep.table().set_index("defense")
+    assert f"job {job}" in table.reason["steady"]
+    assert "CANCELLED" in table.reason["steady"]
+    assert job in sweep.run(*STEADY, module="bench.status")
+    sweep.run(*STEADY)
+    assert set(sweep.table().status) == {"done"}
+    sweep.assert_once(1 + 2 + 2)
+
+
+@slurm
+def test_a_job_whose_time_is_up_goes_on_from_its_checkpoint(sweep):
+    ask = ["dispatch.slurm.timeout_min=2", "dispatch.slurm.signal_delay_s=30", "dispatch.slurm.max_timeouts=10"]
+    sweep.run(*STEADY, "defense.steady.epochs=55", "defense.steady.pause=2", *ask)
+    assert set(sweep.table().status) == {"done"}
+    sweep.assert_once(1 + 2 + 2)
+    logs = [path.read_text() for path in (sweep.results / "slurm").glob("*/log/*_log.out")]
+    assert any("timed-out" in log and "Requeued job" in log for log in logs)
+    epochs = [int(line) for line in sweep.epochs.read_text().split()]
+    assert sorted(set(epochs)) == list(range(1, 56))
+    assert len(epochs) <= 55 + 11  # the epoch that each end of time broke off, and no more
+
+
+@slurm
+def test_a_dead_node_costs_no_finished_stage(sweep, bed):
+    driver = sweep.start(*STEADY, "defense.steady.epochs=30")
+    sweep.trained()
+    node = sweep.running().node
+    bed(node, "kill")
+    try:
+        out, _ = driver.communicate(timeout=PATIENCE_S)
+    finally:
+        bed(node, "up")
+    assert driver.returncode == 0, out
+    assert set(sweep.table().status) == {"done"}
+    sweep.assert_once(1 + 2 + 2)
+    epochs = [int(line) for line in sweep.epochs.read_text().split()]
+    assert sorted(set(epochs)) == list(range(1, 31))
+    assert len(epochs) <= 30 + 2
+    for _ in range(150):
+        if "down" not in jobs.slurm("sinfo", "-h", "-o", "%T"):
+            return
+        time.sleep(0.2)
+    raise AssertionError("the node did not come back")
+
+
+@slurm
+def test_a_killed_driver_leaves_its_jobs_and_the_next_attaches_to_them(sweep):
+    driver = sweep.start(*STEADY)
+    sweep.trained()
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    before = sweep.batches()
+    assert jobs.queue(sweep.results / "slurm")
+    sweep.run(*STEADY)
+    assert sweep.batches() == before
+    assert set(sweep.table().status) == {"done"}
+    sweep.assert_once(1 + 2 + 2)
+    assert [int(line) for line in sweep.epochs.read_text().split()] == list(range(1, 9))
+
+
+@slurm
+def test_two_drivers_submit_each_task_once(sweep):
+    drivers = [sweep.start(*STEADY, "defense.steady.epochs=3", "grid.seeds=2") for _ in range(2)]
+    for driver in drivers:
+        out, _ = driver.communicate(timeout=PATIENCE_S)
+        assert driver.returncode == 0, out
+    assert set(sweep.table().status) == {"done"}
+    sweep.assert_once(2 + 4 + 4)
+    assert sum(len(jobs.Batch.read(path).packs) for path in (sweep.results / "slurm").iterdir()) == 2 + 4
+
+
+@slurm
+def test_a_cell_that_raises_stops_nobody_and_is_not_tried_for_ever(sweep):
+    grid = ["dispatch=slurm", "grid.defenses=[no_defense,broken,fine_tuning]", "dispatch.trials_per_job=3"]
+    limit = "dispatch.max_tries=2"
+    for _ in range(2):
+        sweep.run(*grid, limit, status=1)
+    before = sweep.batches()
+    out = sweep.run(*grid, limit, status=1)
+    assert sweep.batches() == before
+    table = sweep.table().set_index("defense")
+    assert list(table.status[["no_defense", "broken", "fine_tuning"]]) == ["done", "failed", "done"]
+    assert "ValueError: this cell is poisoned" in table.reason["broken"]
+    assert "this cell is poisoned" in out
+    sweep.assert_once(1 + 2 + 2)
+
+
+@slurm
+def test_a_cell_that_takes_too_much_memory_is_named_and_its_neighbours_are_computed(sweep):
+    # In one job: the greedy one takes it down before the last has begun.
+    grid = ["dispatch=slurm", "grid.defenses=[no_defense,greedy,fine_tuning]", "dispatch.trials_per_job=3"]
+    sweep.run(*grid, status=1)
+    table = sweep.table().set_index("defense")
+    assert list(table.status[["no_defense", "greedy", "fine_tuning"]]) == ["done", "failed", "done"]
+    assert "OUT_OF_MEMORY" in table.reason["greedy"] or "memory" in table.reason["greedy"]
+    sweep.assert_once(1 + 2 + 2)
+
+
+@slurm
+def test_cancel_ends_the_jobs_of_a_grid_and_of_no_other(sweep):
+    mine, other = sweep.start(*STEADY), sweep.start(*STEADY, "defense.steady.pause=1.5")
+    sweep.trained(4)
+    time.sleep(3)
+    assert "cancelled" in sweep.run(*STEADY, module="bench.cancel")
+    out, _ = mine.communicate(timeout=PATIENCE_S)
+    assert mine.returncode == 1, out
+    out, _ = other.communicate(timeout=PATIENCE_S)
+    assert other.returncode == 0, out
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[str]:
+    """A tracking server, stopped at the end of the block; the same folder goes on with the same runs."""
+    import urllib.request
+
+    uri = f"http://127.0.0.1:{port}"
+    words = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files")]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", *words, "--host", "127.0.0.1", "--port", str(port), "--workers=1"],
+        env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        for _ in range(PATIENCE_S):
+            with suppress(OSError):
+                urllib.request.urlopen(f"{uri}/health", timeout=5)
+                break
+            time.sleep(1)
+        yield uri
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+@slurm
+def test_a_tracking_server_that_goes_away_gets_what_it_missed_later(sweep, tmp_path):
+    from bench import tracking
+
+    grid = ["dispatch=slurm", "tracking.enabled=true", "dispatch.trials_per_job=2"]
+    with mlflow_server(tmp_path, 17391) as uri:
+        sweep.run(*grid, "grid.defenses=[no_defense]", f"tracking.uri={uri}")
+    more = [*grid, "grid.defenses=[no_defense,fine_tuning]", f"tracking.uri={uri}"]
+    out = sweep.run(*more)
+    assert "the next run sends it" in out
+    assert "took nothing" in sweep.run(*more, module="bench.sync", status=2)
+    with mlflow_server(tmp_path, 17391):
+        assert "1 trials sent" in sweep.run(*more, module="bench.sync")
+        assert "0 trials sent" in sweep.run(*more, module="bench.sync")
+        there = tracking.read(uri, "quick").sort_values("defense").reset_index(drop=True)
+    here = sweep.table().sort_values("defense").reset_index(drop=True)
+    assert len(there) == 2
+    pd.testing.assert_frame_equal(there[FIGURES], here[FIGURES], check_dtype=False)
+    sweep.assert_once(1 + 2 + 2)
+
+
+@slurm
+def test_a_silent_controller_is_an_error_and_no_empty_queue(sweep, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("SLURM_CONF", "/nowhere/slurm.conf")
+        with pytest.raises(jobs.QueueError):
+            jobs.queue(sweep.results)
+
+
+# Without Slurm ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake_slurm(tmp_path, monkeypatch) -> Path:
+    """Programs of Slurm's names that know sbatch's help and nothing else."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("sbatch", "squeue", "scancel", "srun"):
+        program = folder / name
+        program.write_text("#!/bin/sh\necho '  --reservation=name  --mail-type=type  -A, --account=name'\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("dispatch.slurm.additional.reservaton=x", ["no --reservaton", "'reservation'", "mail-type"]),
+        ("dispatch.slurm.submitit.slurm_partitoin=x", ["partitoin", "partition, "]),
+        ("dispatch.slurm.submitit.mem_gb=8", ["dispatch.slurm.memory_gb"]),
+        ("dispatch.slurm.gpu=1", ["no setting 'gpu'", "'gpus'"]),
+        ("dispatch.trials_per_job=0", ["at least 1"]),
+        ("dispatch=slrum", ["there is no dispatch 'slrum'", "'slurm'", "university"]),
+    ],
+)
+def test_a_wrong_parameter_is_refused_with_the_right_ones(fake_slurm, tiny, setting, words):
+    from bench.config import UserError
+    from slurm import dispatch
+
+    dispatch._sbatch_options.cache_clear()
+    arguments = [*tiny, "dispatch=slurm", setting] if not setting.startswith("dispatch=") else [*tiny, setting]
+    with pytest.raises(UserError) as error:
+        plan(arguments)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("profile", ["university", "cloud"])
+def test_a_profile_is_a_file_of_settings_and_the_command_line_wins(fake_slurm, tiny, profile):
+    from slurm import dispatch
+
+    dispatch._sbatch_options.cache_clear()
+    opened = plan(
+        [*tiny, f"dispatch={profile}", "dispatch.slurm.partition=mine", "dispatch.slurm.additional.reservation=x"]
+    )
+    assert opened.cfg.dispatch.kind == "slurm"
+    assert opened.cfg.dispatch.slurm.partition == "mine"
+    assert opened.cfg.dispatch.slurm.gpus == 1
+    executor = dispatch._executor(opened.cfg.dispatch, fake_slurm, "name", "aftercorr:12", workers=1)
+    script = executor._executor._make_submission_file_text("true", "x")
+    for line in ("--partition=mine", "--reservation=x", "--dependency=aftercorr:12", "--kill-on-invalid-dep=yes"):
+        assert line in script
+
+
+def test_where_there_is_no_slurm_it_says_so(tiny, monkeypatch, tmp_path):
+    from bench.config import UserError
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"needs sbatch.*dispatch=local"):
+        plan([*tiny, "dispatch=slurm"])
+
+
+def test_a_batch_comes_back_from_its_file_as_it_was(tiny, tmp_path):
+    from dataclasses import asdict
+
+    from bench.dispatch import pending
+
+    opened = plan(tiny)
+    tasks = pending(opened.trials, opened.store)
+    infos = {name: {**asdict(info), "folder": str(info.folder)} for name, info in opened.infos.items()}
+    made = jobs.Batch.new(tmp_path / "slurm", {"infos": infos}, [tasks[:3], tasks[3:]])
+    read = jobs.Batch.read(made.folder)
+    assert read.infos == opened.infos
+    assert [[task.place for task in pack] for pack in read.packs] == [[t.place for t in p] for p in made.packs]
+
+
+def test_what_failed_too_often_is_left_alone_and_with_an_infected_model_all_that_needs_it(tiny):
+    from bench.dispatch import IMPLANT, pending
+
+    opened = plan([*tiny, "grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"])
+    first = opened.trials[0].keys()
+    last = opened.trials[-1].keys()
+    for _ in range(2):
+        opened.store.fail("implant", first[0], "implant: no", "")
+        opened.store.fail("evaluate", last[2], "evaluate: no", "")
+    assert len(pending(opened.trials, opened.store, 3)) == 2 + 4
+    left = pending(opened.trials, opened.store, 2)
+    assert [(task.stages == IMPLANT, task.trial.attack, task.trial.defense) for task in left] == [
+        (True, "badnets", "no_defense"),
+        (False, "badnets", "no_defense"),
+    ]
+    opened.store.fail("implant", last[0], "implant: cancelled", "", counts=False)
+    assert opened.store.tries("implant", last[0]) == 0
