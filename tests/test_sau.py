@@ -231,3 +231,20 @@ def test_it_repeats_under_a_seed():
 def test_a_wrong_setting_says_what_to_write(setting, message):
     with pytest.raises(ValueError, match=message):
         SharedAdversarialUnlearning(**setting)
+
+
+@pytest.mark.slow
+def test_on_digits_it_removes_badnets(run_grid):
+    # An epoch of the digits' reserve has five steps of sixteen images, one of 2,500 images has ten.
+    _, trials = run_grid(
+        "grid.attacks=[badnets]",
+        "grid.defenses=[no_defense,sau]",
+        "model.stem=half",
+        "train.epochs=30",
+        "defense.sau.batch_size=16",
+        "defense.sau.epochs=150",
+    )
+    mean = trials.set_index("defense")[["clean_accuracy", "asr"]]
+    assert mean.asr["no_defense"] > 0.95
+    assert mean.asr["sau"] < 0.2
+    assert mean.clean_accuracy["sau"] > 0.9
