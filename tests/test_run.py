@@ -134,17 +134,14 @@ def history(results: Path) -> list[str]:
 
 
 def test_a_grid_ends_in_a_leaderboard_with_tables_and_plots(run_grid, tmp_path, capsys):
-    code, trials = run_grid(*FIRST)
+    code, trials = run_grid(*FIRST, "report.plots=true")
     assert code == 0
     assert (trials.status == "done").all()
     folder = tmp_path / "results" / "quick"
-    assert {path.name for path in folder.iterdir()} == {
-        "leaderboard.md",
-        "leaderboard.csv",
-        "trials.csv",
-        "asr_heatmap.png",
-        "accuracy_against_asr.png",
-    }
+    tables = {"leaderboard.md", "leaderboard.tex", "leaderboard.html", "leaderboard.csv", "wide.csv", "trials.csv"}
+    plots = {"asr_heatmap", "accuracy_against_asr", "robust_accuracy", "cost"}
+    drawn = {f"{name}.{kind}" for name in plots for kind in ("png", "pdf")}
+    assert {path.name for path in folder.iterdir()} == tables | drawn
     assert (folder / "asr_heatmap.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert (folder / "leaderboard.md").read_text().split("\n", 2)[2].strip() in printed
