@@ -1,0 +1,169 @@
+"""Do the papers' claims hold in this table? Answers for each: reproduced, not reproduced, or not tested.
+
+    python -m bench.claims [grid=NAME] [key=value ...]      the same settings as bench.run
+    python -m bench.claims results/NAME/trials.csv          a published table
+
+`results/claims.yaml` lists the claims with their sources. The exit status is 1 if a tested claim does not hold.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.door import enter
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CLAIMS = Path("results/claims.yaml")
+KEYS = {"figure", "of", "minus", "at_most", "at_least", "attacks"}
+
+
+@dataclass
+class Answer:
+    """What a table says of one claim.
+
+    Attributes:
+        verdict: `reproduced`, `not reproduced` or `not tested`.
+        evidence: the figures behind it, one line for each check.
+    """
+
+    claim: dict[str, Any]
+    verdict: str
+    evidence: list[str] = field(default_factory=list)
+
+
+def main(arguments: list[str]) -> int:
+    from bench.config import UserError
+
+    claims = load(CLAIMS)
+    if len(arguments) == 1 and arguments[0].endswith(".csv"):
+        import pandas as pd
+
+        try:
+            trials = pd.read_csv(arguments[0])
+        except OSError as error:
+            raise UserError(f"{arguments[0]} cannot be read: {error.strerror}") from error
+    else:
+        from bench.door import plan
+        from bench.reporting.table import trial_row, trial_table
+
+        opened = plan(arguments)
+        trials = trial_table([trial_row(trial, opened.store) for trial in opened.trials])
+    answers = [answer(claim, trials) for claim in claims]
+    print(markdown(answers))
+    return int(any(found.verdict == "not reproduced" for found in answers))
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """The claims of a file.
+
+    Raises:
+        UserError: there is no such file, or a claim lacks what it needs.
+    """
+    from omegaconf import OmegaConf
+
+    from bench.config import UserError
+
+    if not path.exists():
+        raise UserError(f"{path} is not here; run from the folder that holds results/")
+    claims: list[dict[str, Any]] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
+    for claim in claims:
+        for check in claim.get("checks", ()):
+            wrong = set(check) - KEYS
+            if wrong or not {"figure", "of"} <= set(check) or not {"at_most", "at_least"} & set(check):
+                raise UserError(
+                    f"{path}, {claim.get('id')}: a check needs figure, of, and at_most or at_least"
+                    + (f", and has no {', '.join(sorted(wrong))}" if wrong else "")
+                )
+        if not {"id", "source", "says", "checks"} <= set(claim):
+            raise UserError(f"{path}, {claim.get('id', claim)}: a claim needs id, source, says and checks")
+    return claims
+
+
+def answer(claim: dict[str, Any], trials: pd.DataFrame) -> Answer:
+    """Judge one claim: it holds if every check does, and is not tested if a check finds no rows."""
+    verdicts, evidence = [], []
+    for check in claim["checks"]:
+        verdict, line = judge(check, trials)
+        verdicts.append(verdict)
+        evidence.append(line)
+    if False in verdicts:
+        return Answer(claim, "not reproduced", evidence)
+    return Answer(claim, "not tested" if None in verdicts else "reproduced", evidence)
+
+
+def judge(check: dict[str, Any], trials: pd.DataFrame) -> tuple[bool | None, str]:
+    """One check against a table of trials: its verdict (None without figures) and the figures in a line.
+
+    A cell counts with the mean of its seeds. A cell of which a trial failed or diverged does not hold.
+    """
+    figure, minus = check["figure"], check.get("minus")
+    values = _means(trials, check["of"], figure)
+    if minus is not None:
+        others = _means(trials, minus, figure)
+        values = {place: value - others[place] for place, value in values.items() if place in others}
+    bounds = [f"at most {100 * check['at_most']:g}"] if "at_most" in check else []
+    bounds += [f"at least {100 * check['at_least']:g}"] if "at_least" in check else []
+    wanted = check.get("attacks", "every")
+    what = f"{figure} of {_name(check['of'])}" + (f" minus {_name(minus)}" if minus else "")
+    line = f"{what}, {' and '.join(bounds)} on {wanted} attack{'s' if wanted != 'every' else ''}"
+    if not values:
+        return None, f"{line}: no such rows"
+    holds = {
+        place: check.get("at_least", -math.inf) <= value <= check.get("at_most", math.inf)  # not a number: does not
+        for place, value in values.items()
+    }
+    told = ", ".join(
+        f"{' '.join(place)} {100 * value:.1f}{'' if holds[place] else ' (!)'}" for place, value in values.items()
+    )
+    # With fewer attacks than the claim asks for, nothing can be said unless it holds or fails already.
+    by_data: dict[tuple[str, ...], list[bool]] = {}
+    for place, good in holds.items():
+        by_data.setdefault(place[:-1], []).append(good)
+    verdicts: list[bool | None] = []
+    for found in by_data.values():
+        if wanted == "every":
+            verdicts.append(all(found))
+        else:
+            decided = sum(found) >= wanted or len(found) > wanted
+            verdicts.append(sum(found) >= wanted if decided else None)
+    verdict = False if False in verdicts else None if None in verdicts else True
+    return verdict, f"{line}: {told}"
+
+
+def _means(trials: pd.DataFrame, of: dict[str, str], figure: str) -> dict[tuple[str, ...], float]:
+    """(data set, network, attack) -> mean over seeds; NaN where a trial failed or diverged."""
+    if figure not in trials:
+        return {}
+    part = trials[trials.poison_rate > 0]
+    for key, value in of.items():
+        part = part[part[key] == value]
+    part = part[~part.status.isin(["missing", "not applicable"])]
+    found = {}
+    for place, group in part.groupby(["dataset", "model", "attack"], sort=False):
+        whole = (group.status == "done").all()
+        if whole and group[figure].isna().all():
+            continue  # the table does not have this figure
+        found[tuple(str(name) for name in place)] = float(group[figure].mean()) if whole else math.nan
+    return found
+
+
+def _name(of: dict[str, str]) -> str:
+    return " ".join(of.values())
+
+
+def markdown(answers: list[Answer]) -> str:
+    """The answers as a list, with the figures behind each."""
+    lines = []
+    for found in answers:
+        lines.append(f"- **{found.verdict}**: {found.claim['says']} ({found.claim['source']}; `{found.claim['id']}`)")
+        lines += [f"  - {line}" for line in found.evidence]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    enter(main, __doc__)

@@ -1,0 +1,95 @@
+"""A claim is reproduced, not reproduced or not tested; the small tables here are judged by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from bench.claims import answer, judge, load, main
+from bench.config import UserError
+
+LOW = {"figure": "asr", "of": {"defense": "pbe", "setting": "trainset"}, "at_most": 0.1}
+
+
+def table(*rows: tuple[str, str, float]) -> pd.DataFrame:
+    """(defense, attack, ASR) as trials, seeds counted up for repeated places."""
+    found = pd.DataFrame(rows, columns=["defense", "attack", "asr"])
+    found["seed"] = found.groupby(["defense", "attack"]).cumcount()
+    return found.assign(dataset="d", model="m", setting="trainset", poison_rate=0.1, status="done")
+
+
+def test_a_bound_is_on_the_mean_over_seeds_of_every_attack():
+    assert judge(LOW, table(("pbe", "sig", 0.02), ("pbe", "sig", 0.16), ("pbe", "wanet", 0.1)))[0] is True
+    verdict, line = judge(LOW, table(("pbe", "sig", 0.02), ("pbe", "wanet", 0.11)))
+    assert verdict is False
+    assert line.endswith("d m sig 2.0, d m wanet 11.0 (!)")
+
+
+def test_minus_compares_on_the_same_attack():
+    check = {
+        "figure": "asr",
+        "of": {"defense": "fine_tuning"},
+        "minus": {"defense": "pbe"},
+        "at_least": 0.3,
+    }
+    rows = [("fine_tuning", "sig", 0.5), ("pbe", "sig", 0.1), ("fine_tuning", "wanet", 0.5), ("pbe", "wanet", 0.3)]
+    assert judge(check, table(*rows[:2]))[0] is True
+    assert judge(check, table(*rows))[0] is False
+
+
+def test_some_attacks_are_enough_where_the_claim_says_so():
+    check = LOW | {"attacks": 2}
+    good, bad = ("pbe", "a", 0.0), ("pbe", "b", 1.0)
+    assert judge(check, table(good, bad, ("pbe", "c", 0.0)))[0] is True
+    assert judge(check, table(good, bad, ("pbe", "c", 1.0)))[0] is False
+    assert judge(check, table(good, bad))[0] is None  # two attacks of which one holds: a third could decide
+
+
+def test_a_failed_or_diverged_seed_does_not_hold_and_a_missing_one_is_no_evidence():
+    rows = table(("pbe", "sig", 0.0), ("pbe", "sig", 0.0))
+    rows.loc[1, "status"] = "diverged"
+    assert judge(LOW, rows)[0] is False
+    rows.loc[1, "status"] = "missing"
+    assert judge(LOW, rows)[0] is True
+    assert judge(LOW, table(("pud", "sig", 0.0)))[0] is None
+
+
+def test_the_clean_model_is_no_attack():
+    rows = table(("pbe", "none", float("nan")), ("pbe", "sig", 0.0))
+    rows.loc[0, "poison_rate"] = 0.0
+    assert judge(LOW, rows)[0] is True
+
+
+def test_one_failing_check_fails_a_claim_and_one_untested_leaves_it_open():
+    rows = table(("pbe", "sig", 0.5))
+    other = {"figure": "asr", "of": {"defense": "pud"}, "at_most": 1}
+    assert answer({"checks": [other, LOW]}, rows).verdict == "not reproduced"
+    assert answer({"checks": [other, LOW | {"at_most": 0.6}]}, rows).verdict == "not tested"
+    assert answer({"checks": [LOW | {"at_most": 0.6}]}, rows).verdict == "reproduced"
+
+
+def test_the_shipped_claims_are_well_formed_and_name_registered_methods():
+    from defenses.base import SETTINGS, defense
+
+    for claim in load(Path("results/claims.yaml")):
+        for check in claim["checks"]:
+            for rows in (check["of"], check.get("minus", {})):
+                assert set(rows) <= {"defense", "setting"}
+                assert not rows or (rows["defense"] in defense and rows["setting"] in SETTINGS), rows
+
+
+def test_a_door_reads_a_published_table_and_fails_on_a_claim_that_does_not_hold(tmp_path, capsys):
+    rows = table(("pbe", "sig", 0.0), ("pbe", "wanet", 0.0), ("aft", "sig", 0.9)).assign(clean_accuracy=0.9)
+    rows.loc[2, "setting"] = "reserve"
+    rows.to_csv(tmp_path / "trials.csv", index=False)
+    assert main([str(tmp_path / "trials.csv")]) == 1
+    assert "**not reproduced**: adversarial examples of the infected model" in capsys.readouterr().out
+
+
+def test_a_claim_with_a_wrong_key_is_refused_by_name(tmp_path):
+    path = tmp_path / "claims.yaml"
+    path.write_text("- {id: x, source: s, says: t, checks: [{figure: asr, of: {defense: pbe}, at_mots: 0.1}]}")
+    with pytest.raises(UserError, match="x: a check needs figure, of, and at_most or at_least, and has no at_mots"):
+        load(path)
