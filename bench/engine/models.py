@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-import timm
 import torch
-from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
 from .adversarial import under_attack
@@ -188,6 +186,8 @@ class ModelSpec:
 
 def check_name(name: str) -> None:
     """Raises LookupError, with the near names, if timm has no such architecture."""
+    import timm  # half of the start of every door that builds no network
+
     known = timm.list_models()
     if name not in known:
         near = get_close_matches(name, known, n=3)
@@ -201,6 +201,9 @@ def _fitted(spec: ModelSpec) -> tuple[nn.Module, list[str]]:
     First by the network's own arguments (patch size, image size); where there are none, by surgery on the first
     convolution and the pooling behind it. timm names both in `default_cfg`.
     """
+    import timm
+    from timm.layers import ClassifierHead
+
     size = spec.image_size
     basic: dict[str, Any] = {"num_classes": spec.num_classes, "in_chans": spec.channels}
     patches = 8 if spec.stem == "small" else 4  # patches a side
