@@ -21,6 +21,7 @@ WORK = ("epochs", "updates", "iterations", "steps", "rounds", "batches", "passes
 SMALLEST: dict[str, dict[str, Any]] = {
     "abl": {"isolation_ratio": 0.2},  # of so few images, one percent is none
     "neural_cleanse": {"threshold": 0.0},  # some class is always flagged, and unlearnt
+    "strip": {"overlays": 2},
 }
 
 FAMILIES = [
@@ -45,18 +46,19 @@ CASES = [
 def smallest(name: str) -> Defense:
     """A defense with the least work that it can be given; a new one needs no entry as long as its settings say what
     they count."""
-    cls = defense[name]
-    counted = {
-        field.name: 1
-        for field in fields(cls)
-        if any(word in field.name for word in WORK) and type(getattr(cls, field.name, None)) is int
-    }
-    if getattr(cls, "batch_size", 0):
+    default = defense[name]()
+    counted: dict[str, Any] = {}
+    for field in fields(default):
+        value = getattr(default, field.name)
+        if any(word in field.name for word in WORK):
+            # Zero is how some settings say "not this phase"; one would switch it on.
+            if type(value) is int:
+                counted[field.name] = min(1, value)
+            elif isinstance(value, list) and all(type(item) is int for item in value):
+                counted[field.name] = [min(1, item) for item in value]
+    if getattr(default, "batch_size", 0):
         counted["batch_size"] = 16
-    # Zero is how some settings say "not this phase"; one would switch it on.
-    counted = {key: value for key, value in counted.items() if getattr(cls, key)}
-    found: Defense = cls(**{**counted, **SMALLEST.get(name, {})})
-    return found
+    return replace(default, **{**counted, **SMALLEST.get(name, {})})
 
 
 @cache
