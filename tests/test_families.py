@@ -21,6 +21,8 @@ WORK = ("epochs", "updates", "iterations", "steps", "rounds", "batches", "passes
 SMALLEST: dict[str, dict[str, Any]] = {
     "abl": {"isolation_ratio": 0.2},  # of so few images, one percent is none
     "neural_cleanse": {"threshold": 0.0},  # some class is always flagged, and unlearnt
+    "pud": {"epochs": [1] * 5},  # of each step
+    "pud_code": {"epochs": [1] * 5},
 }
 
 FAMILIES = [
