@@ -30,7 +30,7 @@ from defenses.base import ReserveView, defense
 # Where each model has lost about half of its accuracy: an agreement at 0 or at 100 % would show nothing.
 RADII = {
     "standard": {"linf": 16 / 255, "l2": 0.5},
-    "adversarial training": {"linf": 40 / 255, "l2": 1.5},
+    "adversarial training": {"linf": 40 / 255, "l2": 0.75},
     "badnets, then aft": {"linf": 24 / 255, "l2": 0.75},
 }
 
