@@ -225,7 +225,7 @@ def test_a_grid_through_slurm_equals_the_same_grid_here(sweep):
     assert len(there) == 36
     assert set(there.status) == {"done"}
     pd.testing.assert_frame_equal(here, there, check_exact=True)
-    sweep.assert_once(6 + 36 + 36)
+    sweep.assert_once(6 + 6 + 36 + 36)
     before = sweep.batches()
     sweep.run(*grid, "dispatch=slurm")
     assert sweep.batches() == before
@@ -236,7 +236,7 @@ def test_several_trials_share_one_gpu(sweep):
     packed = ["dispatch.slurm.gpus=1", "dispatch.trials_per_gpu=2", "dispatch.slurm.memory_gb=4"]
     sweep.run("dispatch=slurm", "grid.defenses=[no_defense,fine_tuning]", *packed)
     assert set(sweep.table().status) == {"done"}
-    sweep.assert_once(1 + 2 + 2)
+    sweep.assert_once(1 + 1 + 2 + 2)
     histories = [line.split()[-1] for line in (sweep.results / "store" / "history.log").read_text().splitlines()]
     assert len(set(histories)) == 3  # one process had the implant, two the repairs
     script = next((sweep.results / "slurm").glob("*/log/*_submission.sh")).read_text()
@@ -258,7 +258,7 @@ def test_a_cancelled_job_is_reported_and_computed_by_the_next_run(sweep):
     assert job in sweep.run(*STEADY, module="bench.status")
     sweep.run(*STEADY)
     assert set(sweep.table().status) == {"done"}
-    sweep.assert_once(1 + 2 + 2)
+    sweep.assert_once(1 + 1 + 2 + 2)
 
 
 @slurm
@@ -266,7 +266,7 @@ def test_a_job_whose_time_is_up_goes_on_from_its_checkpoint(sweep):
     ask = ["dispatch.slurm.timeout_min=2", "dispatch.slurm.signal_delay_s=30", "dispatch.slurm.max_timeouts=10"]
     sweep.run(*STEADY, "defense.steady.epochs=55", "defense.steady.pause=2", *ask)
     assert set(sweep.table().status) == {"done"}
-    sweep.assert_once(1 + 2 + 2)
+    sweep.assert_once(1 + 1 + 2 + 2)
     logs = [path.read_text() for path in (sweep.results / "slurm").glob("*/log/*_log.out")]
     assert any("timed-out" in log and "Requeued job" in log for log in logs)
     epochs = [int(line) for line in sweep.epochs.read_text().split()]
@@ -286,7 +286,7 @@ def test_a_dead_node_costs_no_finished_stage(sweep, bed):
         bed(node, "up")
     assert driver.returncode == 0, out
     assert set(sweep.table().status) == {"done"}
-    sweep.assert_once(1 + 2 + 2)
+    sweep.assert_once(1 + 1 + 2 + 2)
     epochs = [int(line) for line in sweep.epochs.read_text().split()]
     assert sorted(set(epochs)) == list(range(1, 31))
     assert len(epochs) <= 30 + 2
@@ -308,7 +308,7 @@ def test_a_killed_driver_leaves_its_jobs_and_the_next_attaches_to_them(sweep):
     sweep.run(*STEADY)
     assert sweep.batches() == before
     assert set(sweep.table().status) == {"done"}
-    sweep.assert_once(1 + 2 + 2)
+    sweep.assert_once(1 + 1 + 2 + 2)
     assert [int(line) for line in sweep.epochs.read_text().split()] == list(range(1, 9))
 
 
@@ -319,7 +319,7 @@ def test_two_drivers_submit_each_task_once(sweep):
         out, _ = driver.communicate(timeout=PATIENCE_S)
         assert driver.returncode == 0, out
     assert set(sweep.table().status) == {"done"}
-    sweep.assert_once(2 + 4 + 4)
+    sweep.assert_once(2 + 2 + 4 + 4)
     assert sum(len(jobs.Batch.read(path).packs) for path in (sweep.results / "slurm").iterdir()) == 2 + 4
 
 
@@ -336,7 +336,7 @@ def test_a_cell_that_raises_stops_nobody_and_is_not_tried_for_ever(sweep):
     assert list(table.status[["no_defense", "broken", "fine_tuning"]]) == ["done", "failed", "done"]
     assert "ValueError: this cell is poisoned" in table.reason["broken"]
     assert "this cell is poisoned" in out
-    sweep.assert_once(1 + 2 + 2)
+    sweep.assert_once(1 + 1 + 2 + 2)
 
 
 @slurm
@@ -347,7 +347,7 @@ def test_a_cell_that_takes_too_much_memory_is_named_and_its_neighbours_are_compu
     table = sweep.table().set_index("defense")
     assert list(table.status[["no_defense", "greedy", "fine_tuning"]]) == ["done", "failed", "done"]
     assert "OUT_OF_MEMORY" in table.reason["greedy"] or "memory" in table.reason["greedy"]
-    sweep.assert_once(1 + 2 + 2)
+    sweep.assert_once(1 + 1 + 2 + 2)
 
 
 @slurm
@@ -406,7 +406,7 @@ def test_a_tracking_server_that_goes_away_gets_what_it_missed_later(sweep, tmp_p
     here = sweep.table().sort_values("defense").reset_index(drop=True)
     assert len(there) == 2
     pd.testing.assert_frame_equal(there[FIGURES], here[FIGURES], check_dtype=False)
-    sweep.assert_once(1 + 2 + 2)
+    sweep.assert_once(1 + 1 + 2 + 2)
 
 
 @slurm
