@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from importlib.resources import files
 
 import pytest
 
 from attacks.base import attack
-from bench.config import UserError
+from bench.config import UserError, grids
 from bench.door import plan, protocol
 from defenses.base import defense
 
@@ -166,3 +167,14 @@ def test_a_swept_setting_cannot_be_set_beside_the_sweep(cache):
     swept = "grid.sweep=[{key: reserve.size, values: [0.01, 0.05]}]"
     with pytest.raises(UserError, match=r"reserve\.size is swept by this grid"):
         plan([*BASE, f"dataset.cache={cache}", "reserve.size=0.02", swept])
+
+
+@pytest.mark.parametrize("name", grids())
+def test_every_shipped_grid_can_be_planned_and_says_what_it_costs(cache, name):
+    # On digits, whatever its data: names, exceptions and sweeps are what a grid can get wrong.
+    opened = plan([f"grid={name}", "grid.datasets=[digits]", "grid.models=[test_resnet]", f"dataset.cache={cache}"])
+    assert opened.cfg.grid.name == name
+    assert opened.cfg.grid.purpose
+    text = files("bench.conf").joinpath("grid", f"{name}.yaml").read_text()
+    assert "# Purpose: " in text
+    assert "# Size: " in text
