@@ -199,6 +199,14 @@ def test_hostile_names_are_literal_in_markdown_and_in_the_data_of_the_page(tmp_p
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", source)
 
 
+def test_a_grid_of_which_nothing_is_done_is_shown_so(tmp_path):
+    trials = trials_of(["none", "badnets"], ["no_defense", "a"])
+    lost = [{**row, "status": "failed", "reason": "disk"} for row in trials[[*table.AXES, "seed"]].to_dict("records")]
+    write(table.trial_table(lost), tmp_path)
+    assert [cell["means"] for cell in data_of(tmp_path)["cells"]] == [[]] * 4
+    assert markdown_rows(tmp_path)["a"][:2] == ["failed", "failed"]
+
+
 def test_a_control_sign_or_a_broken_name_of_a_file_is_written_as_its_number(tmp_path):
     trials = trials_of(["none"], ["no_defense"])
     broken = table.trial_table([{**row, "reason": "a\x00b\x1b[1m\udcff"} for row in trials.to_dict("records")])

@@ -155,7 +155,11 @@ def _data(
     both = table.with_reported(measured, reported)
     columns = table.shown(both, everything=True)
     names = [column.name for column in columns]
-    means = np.stack([both[f"{name}_mean"].to_numpy(float) for name in names], axis=1) if names else np.empty((0, 0))
+    means = (
+        np.stack([both[f"{name}_mean"].to_numpy(float) for name in names], axis=1)
+        if names
+        else np.empty((len(both), 0))
+    )
     spreads = (
         np.stack([both.get(f"{name}_std", pd.Series(np.nan, both.index)).to_numpy(float) for name in names], axis=1)
         if names
