@@ -8,15 +8,18 @@ from __future__ import annotations
 import functools
 import math
 import platform
+import random
 import resource
 import subprocess
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -205,7 +208,8 @@ class Bench:
         method = defense_from(trial.defend)
         view = self._view(trial, method, journal)
         try:
-            verdict = method.defend(view)
+            with _global_sources_untouched(method.name):
+                verdict = method.defend(view)
         except NotApplicable as error:
             return {"status": "not applicable", "reason": str(error)}, {}
         except Diverged as error:
@@ -421,6 +425,32 @@ def defense_from(identity: Identity) -> Defense:
 def _method(registry: Registry, settings: dict[str, Any]) -> Any:
     own = {key: value for key, value in settings.items() if key not in ("name", "version", "source")}
     return registry[settings["name"]](**own)
+
+
+@contextmanager
+def _global_sources_untouched(name: str) -> Iterator[None]:
+    """Refuse a method that draws from, or seeds, a global random source: what runs beside it would change its figures.
+
+    Raises:
+        ValueError: behind the method, naming the source.
+    """
+
+    def states() -> dict[str, bytes]:
+        kind, keys, *rest = np.random.get_state()
+        return {
+            "torch": torch.random.get_rng_state().numpy().tobytes(),
+            "numpy": repr((kind, np.asarray(keys).tobytes(), rest)).encode(),
+            "random": repr(random.getstate()).encode(),
+        }
+
+    before = states()
+    yield
+    changed = [source for source, state in states().items() if state != before[source]]
+    if changed:
+        raise ValueError(
+            f"{name} drew from the global random source of {' and '.join(changed)}; "
+            "draw from bench.engine.data.generator(view.seed, 'what for'), so that a repeat gives the same figures"
+        )
 
 
 def _findings(suspicion: Tensor | None, flagged: Tensor | None, images: int, name: str) -> Tensors:

@@ -244,3 +244,23 @@ def test_scores_for_another_number_of_images_are_refused(tiny, monkeypatch):
     bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"shape \(3,\); \(1367,\) is due"):
         bench.run(opened.trials[0])
+
+
+@pytest.mark.parametrize("source", ["torch", "numpy", "random"])
+def test_a_defense_that_draws_from_a_global_random_source_fails_with_the_name_of_the_source(tiny, monkeypatch, source):
+    import random
+
+    import numpy as np
+
+    draw = {"torch": lambda: torch.rand(1), "numpy": lambda: np.random.rand(), "random": random.random}[source]
+
+    def careless(self: Telling, view: ReserveView) -> Verdict:
+        draw()
+        return Verdict(view.model)
+
+    monkeypatch.setitem(defense, "telling", Telling)
+    monkeypatch.setattr(Telling, "defend", careless)
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[telling]"])
+    bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    with pytest.raises(ValueError, match=f"global random source of {source}; draw from bench.engine.data.generator"):
+        bench.run(opened.trials[0])
