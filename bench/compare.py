@@ -111,7 +111,7 @@ def _load(place: str) -> pd.DataFrame:
         raise UserError(f"{path} does not exist; name a grid's folder, a trials.csv, or COMMIT:PATH")
     head = list(pd.read_csv(source, nrows=0).columns)
     source.seek(0)
-    return read_reported(source, place) if "provenance" in head else read_trials(source, place)
+    return read_reported(source, place) if {"provenance", "source"} & set(head) else read_trials(source, place)
 
 
 def _regressions(one: pd.DataFrame, two: pd.DataFrame, tolerance: float, figures: list[str], significant: bool) -> int:
@@ -184,6 +184,7 @@ def changes(one: pd.DataFrame, two: pd.DataFrame, figures: list[str]) -> tuple[l
 
 def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: list[str]) -> int:
     """Print cells that both have side by side, and how alike the two order them."""
+    import numpy as np
     from scipy import stats
 
     from bench.config import UserError
@@ -192,7 +193,13 @@ def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: li
 
     tables = [table if "kind" in table else cells(table) for table in (one, two)]
     a, b = (table.assign(protocol=table.get("protocol", "")) for table in tables)
-    both = a.merge(b, on=AXES, suffixes=("", "_other"))
+    # A published table names no setting of ours, and often no poison rate: what is not said fits every cell.
+    named = [axis for axis in AXES if axis != "setting"]
+    both = a.merge(b, on=named, suffixes=("", "_other"))
+    fits = (both.setting == both.setting_other) | (both.setting == "") | (both.setting_other == "")
+    rates = both[["poison_rate", "poison_rate_other"]]
+    fits &= rates.isna().any(axis=1) | np.isclose(rates.iloc[:, 0], rates.iloc[:, 1])
+    both = both[fits].assign(setting=both.setting.where(both.setting != "", both.setting_other))
     if both.empty:
         raise UserError(f"{places[0]} and {places[1]} have no cell in common; names must be this project's")
     print(f"{len(both)} cells in both: {places[0]} | {places[1]} | difference, in points")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +85,22 @@ def test_published_figures_stand_beside_ours_with_the_rank_correlation(saved, tm
     assert "digits/net/reserve/badnets/c: ASR 30.0 | 4.0 | -26.0 [100 epochs]" in out
     # One pair of six in the other order: Kendall 1 - 2/6, Spearman 1 - 6 * 2 / 60.
     assert "Spearman 0.80, Kendall 0.67" in out
+
+
+def test_a_published_table_fits_every_setting_and_only_its_own_poison_rate(saved, tmp_path, capsys):
+    theirs = tmp_path / "published.csv"
+    lines = ["Board,digits,net,badnets,0.01,a,,0.9,0.5,x", "Board,digits,net,badnets,0.1,a,,0.9,0.25,one run"]
+    head = "source,dataset,model,attack,poison_rate,defense,setting,clean_accuracy,asr,differs"
+    theirs.write_text("\n".join([head, *lines]))
+    assert compare.main([saved("one", [row("a", 0, 0.9, 0.1)]), str(theirs)]) == 0
+    out = capsys.readouterr().out
+    assert "1 cells in both" in out
+    assert "digits/net/reserve/badnets/a: ACC 90.0 | 90.0 | +0.0, ASR 10.0 | 25.0 | +15.0 [one run]" in out
+
+
+def test_a_table_of_an_earlier_version_is_read():
+    path = str(Path(__file__).parents[1] / "results" / "cifar10_attacks" / "trials_seed0.csv")
+    assert compare.main([path, path]) == 0
 
 
 def test_two_commits_are_compared_through_git(saved, tmp_path, monkeypatch):

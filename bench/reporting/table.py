@@ -149,7 +149,8 @@ def read_trials(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
 
     try:
         table = pd.read_csv(source, keep_default_na=False, dtype=str)
-        missing = [column for column in (*AXES, "seed", "status") if column not in table]
+        # An earlier version swept nothing, and had no such column.
+        missing = [name for name in (*AXES, "seed", "status") if name not in table and name != "variant"]
         if missing:
             raise ValueError(f"it has no column {missing[0]!r}")
         for column in FIGURES:
@@ -238,6 +239,8 @@ def read_reported(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
     path = name or source
     try:
         table = pd.read_csv(source, dtype=str, keep_default_na=False)
+        # The names that results/published has for them.
+        table = table.rename(columns={"source": "provenance", "differs": "protocol"})
     except (OSError, ValueError) as error:
         raise UserError(f"report.reported: {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     needed = [axis for axis in AXES if axis != "variant"] + ["provenance"]
@@ -249,7 +252,8 @@ def read_reported(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
     if (table.provenance.str.strip() == "").any():
         raise UserError(f"report.reported: {path} has a row without provenance; say where its figures were printed")
     rows: dict[str, Any] = {axis: table[axis].astype(object) if axis in table else "" for axis in AXES}
-    rows["poison_rate"] = np.nan
+    rates = table.poison_rate if "poison_rate" in table else pd.Series("", index=table.index)
+    rows["poison_rate"] = pd.to_numeric(rates.replace("", "nan"), errors="coerce")
     for name, column in COLUMN.items():
         for figure, goal in ((name, f"{name}_mean"), (f"{name}_std", f"{name}_std")):
             if figure in table:
