@@ -1,6 +1,7 @@
 """What changed between two results, with significance; or how ours stand beside published ones.
 
     python -m bench.compare A B [tolerance=0.02] [figures=asr,clean_accuracy] [significant=true]
+    python -m bench.compare A REPORTED.csv [ignore=model] [rename=cifar10_jpeg:cifar10]
 
 A, B            a grid's folder under results/, a trials.csv, or COMMIT:PATH of one that git keeps
 tolerance=0.02  how much worse a figure of B may be, as a share: 0.02 is two points
@@ -9,6 +10,8 @@ significant=true  only a difference at 5 % (paired t-test over seeds, Holm over 
 
 Either may be a CSV of reported figures (with a column `provenance`, as for report.reported): then the two are set side
 by side, cell by cell with the differences in protocol that its column `protocol` names, and with rank correlations.
+ignore=AXES (of dataset, model) sets cells side by side that differ there, and says so; rename=OURS:THEIRS reads one
+name as another.
 
 Exit status: 0 nothing is worse, 1 something is worse by more than the tolerance or no longer done, 2 a wrong argument.
 """
@@ -53,15 +56,16 @@ def main(arguments: list[str]) -> int:
     settings = dict(argument.split("=", 1) for argument in arguments if argument not in places)
     if len(places) != 2:
         raise UserError(f"{len(places)} results came; write two: python -m bench.compare A B (folders or trials.csv)")
-    odd = set(settings) - {"tolerance", "figures", "significant"}
+    odd = set(settings) - {"tolerance", "figures", "significant", "ignore", "rename"}
     if odd:
-        raise UserError(f"there is no setting {min(odd)!r}; known: tolerance, figures, significant")
+        raise UserError(f"there is no setting {min(odd)!r}; known: tolerance, figures, significant, ignore, rename")
     tolerance, figures = _tolerance(settings.get("tolerance", "0.02")), _figures(settings.get("figures"))
     if settings.get("significant", "false") not in ("true", "false"):
         raise UserError(f"significant is {settings['significant']!r}; write true or false")
+    ignored = _ignored(settings.get("ignore", ""))
     one, two = (_load(place) for place in places)
     if "kind" in one or "kind" in two:
-        return _beside(one, two, places, figures)
+        return _beside(*_alike(one, two, settings), places, figures, ignored)
     return _regressions(one, two, tolerance, figures, settings.get("significant") == "true")
 
 
@@ -75,6 +79,27 @@ def _tolerance(text: str) -> float:
     if not 0 <= found < 1:
         raise UserError(f"tolerance is {text!r}; write a share in [0, 1): 0.02 is two points")
     return found
+
+
+def _ignored(text: str) -> list[str]:
+    from bench.config import UserError
+
+    chosen = [name for name in text.strip("[]").replace(" ", "").split(",") if name]
+    for name in chosen:
+        if name not in ("dataset", "model"):
+            raise UserError(f"ignore: {name!r} must be the same in both; write dataset, model or both")
+    return chosen
+
+
+def _alike(one: pd.DataFrame, two: pd.DataFrame, settings: dict[str, str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Both tables, with names read as others where the command line says so."""
+    from bench.config import UserError
+
+    names = dict(pair.partition(":")[::2] for pair in settings.get("rename", "").split(",") if pair)
+    if not all(names.values()):
+        raise UserError(f"rename is {settings['rename']!r}; write rename=cifar10_jpeg:cifar10")
+    axes = ["dataset", "model", "attack", "defense"]
+    return one.assign(**one[axes].replace(names)), two.assign(**two[axes].replace(names))
 
 
 def _figures(text: str | None) -> list[str]:
@@ -182,7 +207,7 @@ def changes(one: pd.DataFrame, two: pd.DataFrame, figures: list[str]) -> tuple[l
     return [Change(*entry[:-1], float(p)) for entry, p in zip(found, adjusted, strict=True)], broken, counts
 
 
-def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: list[str]) -> int:
+def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: list[str], ignored: list[str]) -> int:
     """Print cells that both have side by side, and how alike the two order them."""
     import numpy as np
     from scipy import stats
@@ -194,7 +219,7 @@ def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: li
     tables = [table if "kind" in table else cells(table) for table in (one, two)]
     a, b = (table.assign(protocol=table.get("protocol", "")) for table in tables)
     # A published table names no setting of ours, and often no poison rate: what is not said fits every cell.
-    named = [axis for axis in AXES if axis != "setting"]
+    named = [axis for axis in AXES if axis not in ("setting", *ignored)]
     both = a.merge(b, on=named, suffixes=("", "_other"))
     fits = (both.setting == both.setting_other) | (both.setting == "") | (both.setting_other == "")
     rates = both[["poison_rate", "poison_rate_other"]]
@@ -209,7 +234,8 @@ def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: li
             x, y = row.get(f"{name}_mean", math.nan), row.get(f"{name}_mean_other", math.nan)
             if not (math.isnan(x) or math.isnan(y)):
                 parts.append(f"{COLUMN[name].title} {100 * x:.1f} | {100 * y:.1f} | {100 * (y - x):+.1f}")
-        protocols = "; ".join(text for text in (row.protocol, row.protocol_other) if text)
+        other = [f"{axis} {row[f'{axis}_other']}" for axis in ignored if row[axis] != row[f"{axis}_other"]]
+        protocols = "; ".join(text for text in (row.protocol, *other, row.protocol_other) if text)
         text = ", ".join(parts) or "no figure in common"
         print(f"{'/'.join(name for name in row[AXES] if name)}: {text}{f' [{protocols}]' if protocols else ''}")
     for name in figures:

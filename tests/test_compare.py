@@ -98,6 +98,17 @@ def test_a_published_table_fits_every_setting_and_only_its_own_poison_rate(saved
     assert "digits/net/reserve/badnets/a: ACC 90.0 | 90.0 | +0.0, ASR 10.0 | 25.0 | +15.0 [one run]" in out
 
 
+def test_another_network_and_another_name_of_the_data_can_be_set_side_by_side_and_are_named(saved, tmp_path, capsys):
+    theirs = tmp_path / "published.csv"
+    head = "provenance,dataset,model,attack,poison_rate,defense,setting,asr,protocol"
+    theirs.write_text(f"{head}\nBoard,numerals,large,badnets,0.1,a,,0.25,one run")
+    ours = saved("one", [row("a", 0, 0.9, 0.1)])
+    with pytest.raises(UserError, match="no cell in common"):
+        compare.main([ours, str(theirs), "ignore=model"])
+    assert compare.main([ours, str(theirs), "ignore=model", "rename=digits:numerals"]) == 0
+    assert "ASR 10.0 | 25.0 | +15.0 [model large; one run]" in capsys.readouterr().out
+
+
 def test_a_table_of_an_earlier_version_is_read():
     path = str(Path(__file__).parents[1] / "results" / "cifar10_attacks" / "trials_seed0.csv")
     assert compare.main([path, path]) == 0
@@ -121,6 +132,7 @@ def test_two_commits_are_compared_through_git(saved, tmp_path, monkeypatch):
         (["a", "b", "tolerence=0.1"], "known: tolerance"),
         (["a", "b", "figures=asrr"], "asr"),
         (["a", "b", "significant=1"], "true or false"),
+        (["results/cifar10_attacks/trials_seed0.csv"] * 2 + ["ignore=attack"], "must be the same in both"),
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments, words):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.resources import files
 
 import pytest
+from omegaconf import OmegaConf
 
 from attacks.base import attack
 from bench.config import UserError, grids
 from bench.door import plan, protocol
+from bench.grid import _identity_of
+from bench.store import key_of
 from defenses.base import defense
 
 BASE = ["grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "grid.seeds=1"]
@@ -167,6 +170,63 @@ def test_a_swept_setting_cannot_be_set_beside_the_sweep(cache):
     swept = "grid.sweep=[{key: reserve.size, values: [0.01, 0.05]}]"
     with pytest.raises(UserError, match=r"reserve\.size is swept by this grid"):
         plan([*BASE, f"dataset.cache={cache}", "reserve.size=0.02", swept])
+
+
+def others(value: object) -> list[object]:
+    """Values near this one, of which a method takes at least one."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1, value * 2, max(value - 1, 0), 8]
+    if isinstance(value, float):
+        return [value / 2, value * 2, value + 0.1]
+    if isinstance(value, list):
+        return [[other, *value[1:]] for other in others(value[0])]
+    return [0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("registry", "name"),
+    [(registry, name) for registry in (attack, defense) for name in sorted(registry) if name != "none"],
+)
+def test_every_number_and_switch_of_every_method_is_part_of_its_identity(registry, name):
+    method = registry[name]()
+    before = _identity_of(method)
+    for field in fields(method):
+        value = getattr(method, field.name)
+        if isinstance(value, str):
+            continue
+        for other in (other for other in others(value) if other != value):
+            try:
+                changed = replace(method, **{field.name: other})
+            except (ValueError, TypeError):
+                continue  # a value that this method refuses
+            assert key_of(_identity_of(changed)) != key_of(before), field.name
+            break
+        else:
+            pytest.fail(f"no other value of {name}.{field.name} was accepted beside {value}")
+
+
+@pytest.mark.parametrize("group", ["reserve", "train", "measure", "model"])
+def test_every_setting_of_a_stage_is_part_of_its_identity(keys, group):
+    from bench.config import load
+
+    base = ["measure.relearn=true"]  # its own settings count where it is measured
+    before = keys(*base)
+    for key, value in load([])[group].items():
+        if isinstance(value, str) or key in ("relearn", "reactivate", "connection", "momentum"):
+            continue
+        value = [1, 5] if OmegaConf.is_list(value) else value
+        changed = {
+            "pool": 0.2,
+            "contamination": 0.2,
+            "size": 0.02,
+            "warmup": 0.1,
+            "label_smoothing": 0.1,
+            "relearn_poisoned": "[1,5]",
+        }
+        other = changed.get(key, others(value)[0] if value is not None else 10)
+        assert keys(*base, f"{group}.{key}={other}") != before, f"{group}.{key}"
 
 
 @pytest.mark.parametrize("name", grids())
