@@ -158,7 +158,7 @@ class Sweep:
         return pd.read_csv(self.folder / results / "quick" / "trials.csv")
 
     def history(self) -> Counter[str]:
-        """How often each stage was computed."""
+        """How often each stage was computed, the inspection of each infected model included."""
         lines = (self.results / "store" / "history.log").read_text().splitlines()
         return Counter(" ".join(line.split()[1:3]) for line in lines)
 
