@@ -297,7 +297,8 @@ class _Driver:
             self.lost[task.place] += 1
             if task not in blamed and self.lost[task.place] <= RESUBMITS:
                 continue
-            last = jobs.last_line(jobs.log_of(self.root, element.batch, element.job))
+            # The last line says that it was killed, and the one before why.
+            last = jobs.last_line(jobs.log_of(self.root, element.batch, element.job), 2)
             where = f" on {element.node}" if element.node else ""
             self._keep(task, held, element.job, f"job {element.job}{where} ended as {state}: {last}", state)
             self._failed(task)
@@ -323,7 +324,7 @@ class _Driver:
                 continue
             state = jobs.ended_as(job)
             if state in jobs.ENDED - {"COMPLETED", "CANCELLED", "PREEMPTED"}:
-                last = jobs.last_line(jobs.find_log(self.root, job))
+                last = jobs.last_line(jobs.find_log(self.root, job), 2)
                 self.store.fail(stage, key, f"{stage}: job {job} ended as {state}: {last}", "", job=job)
             lease.release(claim.path, forget=False)
 

@@ -182,17 +182,17 @@ def find_log(root: Path, job: str) -> Path | None:
     return found[-1] if found else None
 
 
-def last_line(log: Path | None) -> str:
-    """The last words of a job; empty if there are none."""
+def last_line(log: Path | None, lines: int = 1) -> str:
+    """The last words of a job, in one line; empty if there are none."""
     if log is None:
         return ""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 8192))
-            lines = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
+            found = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
     except OSError:
         return ""
-    return next((" ".join(line.split())[:200] for line in reversed(lines) if line.strip()), "")
+    return " / ".join([" ".join(line.split())[:200] for line in found if line.strip()][-lines:])
 
 
 def cancel(jobs: Iterable[str]) -> None:
