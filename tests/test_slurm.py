@@ -352,10 +352,10 @@ def test_a_cell_that_takes_too_much_memory_is_named_and_its_neighbours_are_compu
 
 @slurm
 def test_cancel_ends_the_jobs_of_a_grid_and_of_no_other(sweep):
-    mine, other = sweep.start(*STEADY), sweep.start(*STEADY, "defense.steady.pause=1.5")
-    sweep.trained(4)
-    time.sleep(3)
-    assert "cancelled" in sweep.run(*STEADY, module="bench.cancel")
+    endless = [*STEADY, "defense.steady.epochs=9000"]
+    mine, other = sweep.start(*endless), sweep.start(*STEADY)
+    sweep.trained(12)  # more than the other grid's: ours is at work
+    assert "1 running" in sweep.run(*endless, module="bench.cancel")
     out, _ = mine.communicate(timeout=PATIENCE_S)
     assert mine.returncode == 1, out
     out, _ = other.communicate(timeout=PATIENCE_S)
