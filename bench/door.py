@@ -160,24 +160,22 @@ def command(opened: Plan, trial: Trial) -> str:
 
     The precision is named: on another kind of device `auto` would be another one.
     """
+    from bench.grid import PER_CELL, written
+
     axes = ("dataset", "model", "attack", "defense", "setting")
     mine = [*(f"grid.{axis}s" for axis in axes), "grid.seeds"]
     mine += ["results", "train.precision", "dry_run", "report.reported", "report.plots"]
     words = [word for word in opened.arguments if word.partition("=")[0].lstrip("+") not in mine]
     if trial.variant:
         words = [word for word in words if not word.startswith("grid.sweep=")]
-        swept = [pair.partition("=") for pair in trial.variant.split(", ")]
+        pairs = re.split(rf", (?=(?:{'|'.join(PER_CELL)})\.[\w.]+=)", trial.variant)
+        swept = [pair.partition("=") for pair in pairs]
         words.append("grid.sweep=[" + ",".join(f"{{key:{key},values:[{value}]}}" for key, _, value in swept) + "]")
-    words += [f"grid.{axis}s=[{_quoted(getattr(trial, axis))}]" for axis in axes]
-    words += ["results=reproduced", f"train.precision={trial.implant['train']['precision']}"]
+    words += [f"grid.{axis}s=[{written(getattr(trial, axis))}]" for axis in axes]
+    words.append("results=reproduced")
+    if "train.precision=" not in trial.variant:  # what is swept cannot be set beside the sweep
+        words.append(f"train.precision={trial.implant['train']['precision']}")
     return shlex.join(["python", "-m", "bench.run", *words, f"grid.seeds=[{trial.seed}]"])
-
-
-def _quoted(name: str) -> str:
-    """A name inside a list of Hydra's."""
-    if re.fullmatch(r"[A-Za-z_][\w./:-]*", name):
-        return name
-    return '"' + re.sub(r'(\\*)"', r'\1\1\\"', name) + '"'
 
 
 def report(opened: Plan) -> Any:

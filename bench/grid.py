@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -12,7 +13,7 @@ from functools import cached_property, partial
 from itertools import product
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from attacks.base import Attack, attack
@@ -41,7 +42,8 @@ class Trial:
     """One attack x defense x data set x architecture x setting x variant x seed.
 
     Attributes:
-        variant: the swept settings of this trial, e.g. `reserve.contamination=0.1`; empty where nothing is swept.
+        variant: the swept settings of this trial as a command line has them, e.g. `reserve.contamination=0.1`; empty
+            where nothing is swept.
         implant, defend, evaluate: the identities of its three stages. `defend` and `evaluate` are empty where the
             defense is not applicable in the setting; `reason` says why.
         inspect: the identity of what is measured once of the infected model, for all of its repairs.
@@ -235,6 +237,17 @@ def expand(
     return trials
 
 
+def written(value: Any) -> str:
+    """A setting as Hydra reads it on a command line, with no blank behind the commas of a list."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, list | ListConfig):
+        return "[" + ",".join(map(written, value)) + "]"
+    if not isinstance(value, str) or re.fullmatch(r"[A-Za-z_][\w./:-]*", value):
+        return str(value)
+    return '"' + re.sub(r'(\\*)"', r'\1\1\\"', value) + '"'
+
+
 def _variants(cfg: DictConfig, explicit: frozenset[str]) -> list[dict[str, Any]]:
     """Every combination of the swept values; one empty one where nothing is swept.
 
@@ -295,7 +308,7 @@ def _trials(
     # Without a trigger there is nothing to wake.
     wanted = [name for name in CONTROLLED if measure[name] and implant["attack"]["poison_rate"]]
     twin = once(("twin", id(cfg)), lambda: _identity_of(attack_of(cfg, "none"))) if wanted else {}
-    variant = ", ".join(f"{key}={value}" for key, value in swept.items())
+    variant = ", ".join(f"{key}={written(value)}" for key, value in swept.items())
 
     def infected(seed: int) -> tuple[Identity, str, Identity, Identity, str]:
         """What the trials on one infected model share: its identity, what is measured of it, its clean twin."""

@@ -307,13 +307,31 @@ def test_the_command_of_a_cell_computes_the_same_figures_anew(run_grid, tiny, tm
     assert trials.variant[chosen] == "reserve.size=0.05"
 
 
+def test_the_command_of_a_swept_cell_plans_that_very_cell_whatever_kind_of_value_is_swept(cache):
+    from bench.door import command, plan
+
+    keys = {
+        "defense.rates": "[[0.2,0.3,0.4,0.5],[0.1,0.2,0.3,0.4]]",
+        "defense.target_label": "[null]",
+        "defense.spectre": "[false]",
+        "train.precision": "[float32,bfloat16]",
+    }
+    sweep = ",".join(f"{{key:{key},values:{values}}}" for key, values in keys.items())
+    axes = ["grid.attacks=[badnets]", "grid.defenses=[pud]", "grid.settings=[trainset]", "grid.seeds=2"]
+    opened = plan(["grid=quick", f"dataset.cache={cache}", *axes, f"grid.sweep=[{sweep}]"])
+    assert len({trial.keys() for trial in opened.trials}) == len(opened.trials) == 2 * 2 * 2
+    for trial in (opened.trials[0], opened.trials[-1]):
+        (again,) = plan(shlex.split(command(opened, trial))[3:]).trials
+        assert (again.variant, again.seed, again.keys()) == (trial.variant, trial.seed, trial.keys())
+
+
 @pytest.mark.parametrize("name", ["folder:my pets", 'a"b', "plain_1", "a,b]", "it's"])
 def test_a_name_in_a_command_comes_through_the_shell_and_hydra(name):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from bench.door import _quoted
+    from bench.grid import written
 
-    (word,) = shlex.split(shlex.join([f"grid.datasets=[{_quoted(name)}]"]))
+    (word,) = shlex.split(shlex.join([f"grid.datasets=[{written(name)}]"]))
     assert OverridesParser.create().parse_override(word).value() == [name]
 
 
