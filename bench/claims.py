@@ -99,7 +99,8 @@ def answer(claim: dict[str, Any], trials: pd.DataFrame) -> Answer:
 def judge(check: dict[str, Any], trials: pd.DataFrame) -> tuple[bool | None, str]:
     """One check against a table of trials: its verdict (None without figures) and the figures in a line.
 
-    A cell counts with the mean of its seeds. A cell of which a trial failed or diverged does not hold.
+    A cell counts with the mean of its seeds, each variant of a sweep for itself. A cell of which a trial failed,
+    diverged or was wrecked does not hold.
     """
     figure, minus = check["figure"], check.get("minus")
     values = _means(trials, check["of"], figure)
@@ -136,7 +137,7 @@ def judge(check: dict[str, Any], trials: pd.DataFrame) -> tuple[bool | None, str
 
 
 def _means(trials: pd.DataFrame, of: dict[str, str], figure: str) -> dict[tuple[str, ...], float]:
-    """(data set, network, attack) -> mean over seeds; NaN where a trial failed or diverged."""
+    """(data set, network, variant if any, attack) -> mean over seeds; NaN where one failed, diverged or was wrecked."""
     if figure not in trials:
         return {}
     part = trials[trials.poison_rate > 0]
@@ -144,11 +145,13 @@ def _means(trials: pd.DataFrame, of: dict[str, str], figure: str) -> dict[tuple[
         part = part[part[key] == value]
     part = part[~part.status.isin(["missing", "not applicable"])]
     found = {}
-    for place, group in part.groupby(["dataset", "model", "attack"], sort=False):
+    # A table published before there were sweeps has no variant; one read as CSV has no number for an empty one.
+    part = part.assign(variant=part["variant"].fillna("") if "variant" in part else "")
+    for place, group in part.groupby(["dataset", "model", "variant", "attack"], sort=False):
         whole = (group.status == "done").all()
         if whole and group[figure].isna().all():
             continue  # the table does not have this figure
-        found[tuple(str(name) for name in place)] = float(group[figure].mean()) if whole else math.nan
+        found[tuple(str(name) for name in place if name)] = float(group[figure].mean()) if whole else math.nan
     return found
 
 

@@ -56,6 +56,20 @@ def test_a_failed_or_diverged_seed_does_not_hold_and_a_missing_one_is_no_evidenc
     assert judge(LOW, table(("pud", "sig", 0.0)))[0] is None
 
 
+def test_each_value_of_a_sweep_is_a_cell_of_its_own():
+    rows = table(("pbe", "sig", 0.0), ("pbe", "sig", 0.16)).assign(variant=["reserve.size=0.05", "reserve.size=0.01"])
+    verdict, line = judge(LOW, rows)  # their mean would hold
+    assert verdict is False
+    assert line.endswith("d m reserve.size=0.05 sig 0.0, d m reserve.size=0.01 sig 16.0 (!)")
+
+
+def test_a_table_without_a_sweep_says_the_same_from_a_file(tmp_path):
+    rows = table(("pbe", "sig", 0.0), ("pbe", "wanet", 0.2)).assign(variant="")
+    rows.to_csv(tmp_path / "trials.csv", index=False)
+    assert judge(LOW, pd.read_csv(tmp_path / "trials.csv")) == judge(LOW, rows)
+    assert judge(LOW, rows)[0] is False
+
+
 def test_the_clean_model_is_no_attack():
     rows = table(("pbe", "none", float("nan")), ("pbe", "sig", 0.0))
     rows.loc[0, "poison_rate"] = 0.0
