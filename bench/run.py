@@ -116,6 +116,7 @@ def _print_fits(opened: Plan) -> None:
 def _print_plan(opened: Plan, tasks: list[Task]) -> None:
     """The plan in a few lines, then each stage that would be computed."""
     from bench.dispatch import IMPLANT
+    from bench.store import key_of
 
     trials = opened.trials
     applicable = [trial for trial in trials if trial.defend]
@@ -123,7 +124,12 @@ def _print_plan(opened: Plan, tasks: list[Task]) -> None:
     print(f"{opened.title}")
     print(f"trials: {len(trials)}, of them {there} finished, {len(trials) - len(applicable)} not applicable")
     implants = [task for task in tasks if task.stages == IMPLANT]
-    print(f"to compute: {len(implants)} infected models, {len(tasks) - len(implants)} repairs with their measures")
+    planned = {task.trial.keys()[0] for task in implants}
+    twins = {key_of(task.trial.control) for task in tasks if task.trial.control} - planned
+    twins = {key for key in twins if not opened.store.is_finished("implant", key)}
+    beside = f", {len(twins)} clean twins to measure them by" if twins else ""
+    repairs = f"{len(tasks) - len(implants)} repairs with their measures{beside}"
+    print(f"to compute: {len(implants)} infected models, {repairs}")
     for task in tasks:
         print(f"  {task.title}")
 

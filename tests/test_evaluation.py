@@ -17,8 +17,10 @@ from bench import evaluation
 from bench.door import plan
 from bench.engine import robustness
 from bench.engine.data import Augmentation, ImageSet, generator
+from bench.engine.metrics import detection
 from bench.evaluation import Case, measured
 from bench.pipeline import Bench, Busy
+from bench.reporting.columns import MEASURES
 from bench.store import Store, key_of
 
 CLASSES = 4
@@ -211,3 +213,25 @@ def test_a_measure_beside_a_clean_twin_names_it_in_the_plan(cache):
     assert key_of(infected.control) == key_of(clean.implant)  # the twin is the one of the grid
     assert infected.evaluate["inspect"] != plain[1].evaluate["inspect"]
     assert clean.evaluate["inspect"] == plain[0].evaluate["inspect"]
+
+
+def test_the_plan_counts_the_clean_twins_that_no_cell_of_the_grid_trains(tiny, capsys):
+    from bench.run import main
+
+    base = [*tiny, "grid.defenses=[no_defense]", "measure.relearn=true", "dry_run=true"]
+    main([*base, "grid.attacks=[badnets,blended]"])
+    assert "2 infected models, 2 repairs with their measures, 1 clean twins" in capsys.readouterr().out
+    main([*base, "grid.attacks=[none,badnets]"])
+    assert "2 infected models, 2 repairs with their measures\n" in capsys.readouterr().out
+
+
+def test_every_figure_of_an_evaluation_has_a_column_in_the_tables():
+    infected = Reader(target=1)
+    case = case_of(Corner(), infected)
+    inspected = evaluation.inspected(infected, None, case, {}) | {"reactivate": 0.25}
+    figures = measured(infected, case, MEASURE, inspected, evaluation.predict(infected, case.test))["figures"]
+    poisoned, scores = torch.tensor([True, False]), torch.tensor([1.0, 0.0])
+    figures |= evaluation._with_gain("relearn_asr", 0.5, 0.25)
+    figures |= detection(poisoned=poisoned, suspicion=scores, flagged=poisoned)
+    figures |= dict.fromkeys(("clean_accuracy", "autoattack_accuracy", "autoattack_l2_accuracy"))
+    assert set(figures) == {column.name for column in MEASURES}

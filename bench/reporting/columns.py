@@ -86,6 +86,7 @@ MEASURES = (
     Column("relearn_gain", "relearn gain", "%", "lower", False, "relearn ASR beyond that of the control"),
     Column("reactivate_asr", "reactivate ASR", "%", "lower", True, "ASR under an optimised change of the trigger"),
     Column("reactivate_asr_control", "reactivate control", "%", "", False, "the same on a model without backdoor"),
+    Column("reactivate_gain", "reactivate gain", "%", "lower", False, "reactivate ASR beyond that of the control"),
     Column("detection_auroc", "AUROC", "%", "higher", True, "suspicion scores: poisoned against clean images"),
     Column("detection_auprc", "AUPRC", "%", "higher", False, "area under precision and recall of the scores"),
     Column("detection_tpr_at_fpr_5", "TPR at FPR 5 %", "%", "higher", False, "poison found at 5 % false alarms"),
