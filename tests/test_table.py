@@ -105,3 +105,13 @@ def test_names_with_marks_of_markdown_stay_text():
     lines = boards(trial_table([row("a|b*<i>", "badnets", 0, 0.9, 0.1)]), ["x|y"])[0].markdown()
     assert "| a\\|b\\*&lt;i> |" in lines
     assert "- x\\|y" in lines
+
+
+def test_a_wrecked_model_is_known_without_the_undefended_one_in_the_grid():
+    rows = [row("aft", "badnets", seed, now, 0.0, infected_accuracy=0.95) for seed, now in enumerate((0.85, 0.84))]
+    trials = trial_table(rows)
+    assert trials.status.tolist() == ["done", "wrecked"]
+    assert trials.reason[1] == "clean accuracy 84.0, 11.0 points below the infected model's"
+    assert not any("nobody can tell" in note for note in boards(trials, [])[0].notes)
+    unmeasured = trial_table([row("aft", "badnets", 0, 0.2, 0.0)])
+    assert any("nobody can tell" in note for note in boards(unmeasured, [])[0].notes)

@@ -125,6 +125,8 @@ def _wreck(table: pd.DataFrame) -> pd.DataFrame:
     done = table.status == "done"
     base = table[done & (table.defense == BASELINE)].drop_duplicates(place)[[*place, "clean_accuracy"]]
     before = table[place].merge(base, on=place, how="left").clean_accuracy.to_numpy()
+    # Without the undefended model in the grid, each evaluation still has its accuracy.
+    before = np.where(np.isnan(before), table.infected_accuracy.to_numpy(), before)
     lost = before - table.clean_accuracy.to_numpy()
     # Rounded: 0.95 - 0.85 is a little more than 0.10.
     wrecked = (done & (np.round(lost, 9) > WRECKED)).to_numpy()
@@ -614,7 +616,8 @@ def _notes(part: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
         notes.append(f"missing: {int(part.missing.sum())} trials are not computed yet; run the grid to fill them")
     if (part.done < part.seeds).any():
         notes.append("† a mean over finished cells only; nothing in such a row is bold")
-    if BASELINE not in set(part.defense):
+    unknown = (trials.status == "done") & trials.infected_accuracy.isna()
+    if BASELINE not in set(part.defense) and unknown.any():
         notes.append(f"without {BASELINE} in the grid nobody can tell whether a model is wrecked")
     warned = trials[trials.warnings != ""].drop_duplicates(["defense", "attack", "warnings"])
     notes += [f"warning: {row.defense} against {row.attack}: {row.warnings}" for row in records(warned)]
