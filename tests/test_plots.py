@@ -5,8 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
+from bench.engine import robustness
 from bench.reporting import plots
-from bench.reporting.table import trial_table
+from bench.reporting.table import cells, trial_table
 
 
 def row(attack, defense, seed, asr, **more):
@@ -52,7 +53,7 @@ def test_every_figure_is_drawn_from_the_data_that_it_needs(tmp_path):
     ]
     more = {
         "rounds": [{"name": f"step {i}", "asr": 0.5 / (i + 1), "clean_accuracy": 0.9} for i in range(3)],
-        "autoattack": [{"norm": "Linf", "epsilon": e / 255, "accuracy": 1 / (1 + e)} for e in (1, 2, 4)],
+        "autoattack": [{"norm": "linf", "epsilon": e / 255, "accuracy": 1 / (1 + e)} for e in (1, 2, 4)],
         "connection": [
             {"epsilon": e / 255, "infected": {"concentration": 0.5}, "twin": {"concentration": None}} for e in (1, 2)
         ],
@@ -64,3 +65,12 @@ def test_every_figure_is_drawn_from_the_data_that_it_needs(tmp_path):
     again = plots.write(trial_table([row("badnets", "a", 0, 0.5)]), tmp_path, "Grid x")
     assert {path.stem for path in again} == {"asr_heatmap", "accuracy_against_asr", "cost"}
     assert {path.stem for path in tmp_path.iterdir()} == {path.stem for path in again}
+
+
+def test_a_radius_that_the_evaluation_wrote_is_drawn_in_levels_of_255():
+    rows = [{"norm": "linf", "epsilon": radius, "accuracy": 0.5} for radius in robustness.LINF]
+    rows.append({"norm": "l2", "epsilon": robustness.L2, "accuracy": 0.5})
+    trials = trial_table([row("badnets", "a", 0, 0.5)])
+    figure = plots._epsilon(plots._Grid(trials, cells(trials), pd.Series([{"more": {"autoattack": rows}}]), "x"))
+    (axis,) = figure.axes
+    assert axis.lines[0].get_xdata() == pytest.approx([0.25, 0.5, 1, 2, 4, 8])

@@ -441,12 +441,16 @@ def _where(row: Any, *more: str) -> str:
     return _place((*(getattr(row, axis) for axis in (*BOARD, "setting")), *more))
 
 
+# As bench.engine.robustness names them: heading, and unit of the radius.
+_NORMS = {"linf": ("L∞", 255), "l2": ("L2", 1)}
+
+
 def _epsilon(grid: _Grid) -> Figure | None:
     rows = [
         (
-            _where(row, step["norm"]),
+            _where(row, _NORMS[step["norm"]][0]),
             row.defense,
-            step["epsilon"] * (255 if step["norm"] == "Linf" else 1),
+            step["epsilon"] * _NORMS[step["norm"]][1],
             100 * step["accuracy"],
         )
         for row, steps in grid.more("autoattack")
