@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bench.engine.adversarial import clamped
 from bench.engine.data import to_float
 from bench.engine.models import Classifier
 from bench.engine.training import Hooks, Recipe, fit
@@ -41,6 +42,7 @@ class NeuralPolarizer(Defense):
     """
 
     paper: ClassVar[str] = "arXiv:2306.16697"
+    version: ClassVar[int] = 2  # black and white pixels take part in the attack
     epsilon: float = 3.0
     step_size: float = 0.1
     attack_steps: int = 2
@@ -128,7 +130,7 @@ class Polarizing(Hooks):
         there = torch.zeros((), dtype=torch.bool, device=images.device)
         for step in range(npd.attack_steps):
             change.requires_grad_(True)
-            logits = functional_call(model, weight, ((images + change).clamp(0, 1),))
+            logits = functional_call(model, weight, (clamped(images + change),))
             (gradient,) = torch.autograd.grad(F.cross_entropy(logits, aim), change)
             with torch.no_grad():
                 if step:

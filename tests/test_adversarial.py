@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.engine.adversarial import pgd, under_attack
+from bench.engine.adversarial import clamped, pgd, under_attack
 from bench.engine.data import generator
 from bench.engine.models import ModelSpec
 
@@ -199,3 +199,11 @@ def test_modes_and_flags_come_back_when_the_attack_fails():
         attack_that_fails()
     assert all(module.training for module in model.modules())
     assert all(weight.requires_grad for weight in model.parameters())
+
+
+def test_the_slope_of_the_clamp_is_one_on_the_bounds_and_none_beyond():
+    points = torch.tensor([-0.1, 0.0, 0.5, 1.0, 1.1], requires_grad=True)
+    kept = clamped(points)
+    assert torch.equal(kept, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+    kept.sum().backward()
+    assert torch.equal(points.grad, torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0]))

@@ -104,6 +104,20 @@ def test_the_attack_stays_in_its_ball_among_images_and_nears_its_aim():
     assert loss(infected(found), aim) < loss(infected(given), aim)
 
 
+def test_the_attack_moves_black_and_white_pixels_too():
+    class Brightness(nn.Module):
+        """Class 0 for dark images, class 1 for bright ones."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            mean = images.mean(dim=(1, 2, 3))
+            return torch.stack([-mean, mean], dim=1)
+
+    black_and_white = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    settings = NeuralPolarizer(epsilon=100.0, step_size=0.125, attack_steps=2, enough=1.0)
+    found = Polarizing(settings).attack(Brightness(), {}, black_and_white, torch.tensor([1, 0]))
+    assert torch.equal(found, torch.stack([torch.full((3, 4, 4), 0.25), torch.full((3, 4, 4), 0.75)]))
+
+
 def test_an_attack_that_has_arrived_stops():
     infected, given = model(), images()
     polarized = Polarized(infected, place(infected, images(2)))

@@ -34,6 +34,14 @@ def under_attack(model: nn.Module, eval_mode: bool = True) -> Iterator[None]:
             weight.requires_grad_(flag)
 
 
+def clamped(points: Tensor) -> Tensor:
+    """Clamped to [0, 1], with a slope of 1 on both bounds.
+
+    That of torch's own clamp is 0 there: through it a black or white pixel gets no gradient, and never moves.
+    """
+    return torch.where((points < 0) | (points > 1), points.detach().clamp(0, 1), points)
+
+
 def pgd(
     model: nn.Module,
     images: Tensor,
