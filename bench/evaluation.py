@@ -26,7 +26,7 @@ from bench.engine.metrics import (
     success_by_class,
 )
 from bench.engine.models import Classifier
-from bench.engine.training import Tensors
+from bench.engine.training import Diverged, Tensors
 from bench.grid import RELEARN_TABLE
 from bench.store import Identity
 
@@ -205,7 +205,7 @@ def relearned(model: Classifier, case: Case, counts: list[int]) -> list[dict[str
     """Retune copies of a model with so many poisoned images each: ASR behind it, and the steps to an ASR of half.
 
     The images are drawn from the training split, the same ones for a repaired model and its control, and each smaller
-    number of poisoned ones is a part of the larger.
+    number of poisoned ones is a part of the larger. A copy that diverges has no figures.
     """
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     train = case.train()
@@ -217,17 +217,26 @@ def relearned(model: Classifier, case: Case, counts: list[int]) -> list[dict[str
     probe = fixed_part(case.judged(case.test), PROBE_IMAGES)
     rows = []
     for count in counts:
-        done = reactivation.relearn(
-            model,
-            clean,
-            poisoned[:count],
-            success=lambda candidate: case.success(candidate, probe) or 0.0,
-            augmentation=case.augmentation,
-            seed=generator(case.seed, "relearn").initial_seed(),
-            precision=case.precision,
-        )
-        row = {"poisoned": count, "asr": case.success(model, case.test), "steps": done.steps}
-        rows.append(row | {"clean_accuracy": accuracy(predict(model, case.test), case.test.labels)})
+        try:
+            done = reactivation.relearn(
+                model,
+                clean,
+                poisoned[:count],
+                success=lambda candidate: case.success(candidate, probe) or 0.0,
+                augmentation=case.augmentation,
+                seed=generator(case.seed, "relearn").initial_seed(),
+                precision=case.precision,
+            )
+            rows.append(
+                {
+                    "poisoned": count,
+                    "asr": case.success(model, case.test),
+                    "steps": done.steps,
+                    "clean_accuracy": accuracy(predict(model, case.test), case.test.labels),
+                }
+            )
+        except Diverged:  # the retuned copy did, not the model that is measured
+            rows.append({"poisoned": count, "asr": None, "steps": None, "clean_accuracy": None})
         model.load_state_dict(weights)
     return rows
 

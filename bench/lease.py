@@ -9,6 +9,7 @@ between looking and taking can never take a living claim away.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -84,9 +85,11 @@ def take(folder: Path) -> Path | None:
             json.dump(asdict(me), file)
         try:
             os.link(beside, path)
-        except OSError:
+        except OSError as error:
             # NFS repeats a request whose answer was lost, and then says that the name is taken: by ourselves.
             if os.stat(beside).st_nlink != 2:
+                if error.errno not in (errno.EEXIST, errno.ENOENT):
+                    raise  # a file system without hard links would look taken for ever
                 return None
     except FileNotFoundError:  # finished by another process just now, and the folder is gone
         return None

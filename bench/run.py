@@ -143,10 +143,7 @@ def _track(opened: Plan) -> None:
     name, artifacts = str(opened.cfg.grid.name), Path(opened.cfg.results) / "mlflow"
     try:
         tracking.sync(opened.trials, opened.store, opened.tracking_uri, name, artifacts)
-        files = [
-            path for path in sorted(opened.folder.iterdir()) if path.suffix in (".md", ".csv", ".tex", ".html", ".png")
-        ]
-        tracking.log_files(opened.tracking_uri, name, artifacts, files)
+        tracking.log_files(opened.tracking_uri, name, artifacts, tracking.published(opened.folder))
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         print(

@@ -19,8 +19,7 @@ def main(arguments: list[str]) -> int:
     try:
         sent = tracking.sync(opened.trials, opened.store, opened.tracking_uri, name, artifacts)
         if opened.folder.is_dir():
-            files = [path for path in sorted(opened.folder.iterdir()) if path.suffix in (".md", ".csv", ".png")]
-            tracking.log_files(opened.tracking_uri, name, artifacts, files)
+            tracking.log_files(opened.tracking_uri, name, artifacts, tracking.published(opened.folder))
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"MLflow at {opened.tracking_uri} took nothing or not all: {reason}") from error

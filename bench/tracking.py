@@ -67,6 +67,11 @@ def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
     return sent
 
 
+def published(folder: Path) -> list[Path]:
+    """The tables, page and plots of a grid that its experiment shows."""
+    return [path for path in sorted(folder.iterdir()) if path.suffix in (".md", ".csv", ".tex", ".html", ".png")]
+
+
 def log_files(uri: str, experiment: str, artifacts: Path, files: list[Path]) -> None:
     """Keep tables and plots with the experiment, in one run named after the grid."""
     client, place = _open(uri, experiment, artifacts)

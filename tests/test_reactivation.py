@@ -256,3 +256,28 @@ def test_relearning_by_numbers_without_the_papers_own_is_refused(cache):
         plan(["grid=quick", "measure.relearn_poisoned=[1,10]", f"dataset.cache={cache}"])
     with pytest.raises(UserError, match="write 0 for none"):
         plan(["grid=quick", "measure.autoattack_images=-1", f"dataset.cache={cache}"])
+
+
+def test_a_copy_that_diverges_while_it_relearns_costs_no_other_figure(tiny, monkeypatch):
+    from bench.engine import reactivation
+    from bench.engine.training import Diverged
+
+    def diverging(*_: object, **__: object) -> None:
+        raise Diverged("the loss became nan")
+
+    opened = plan(
+        [
+            *tiny,
+            "grid.attacks=[badnets]",
+            "grid.defenses=[no_defense]",
+            "measure.relearn=true",
+            "measure.relearn_poisoned=[5]",
+        ]
+    )
+    bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    monkeypatch.setattr(reactivation, "relearn", diverging)
+    bench.run(opened.trials[0])
+    result = bench.store.result("evaluate", opened.trials[0].keys()[2])
+    assert result["status"] == "done"
+    assert result["figures"]["asr"] is not None
+    assert result["figures"]["relearn_asr"] is result["figures"]["relearn_gain"] is None
