@@ -145,6 +145,7 @@ class Bench:
             "seconds": journal.seconds,
             "peak_memory_mib": memory.mib(),
             "images": journal.images,
+            "gflop": journal.passes * _flops(spec_of(self.infos[trial.dataset], trial.implant["model"])) / 1e9,
             # A value that is no number is a gap in the curve: JSON has no NaN.
             "curves": {
                 name: [(step, value if math.isfinite(value) else None) for step, value in curve]
@@ -390,6 +391,11 @@ class _Fresh:
 
     def __call__(self, seed: int) -> Classifier:
         return self.spec.build(generator(seed, "defender's weights").initial_seed()).to(self.device)
+
+
+@functools.cache
+def _flops(spec: ModelSpec) -> int:
+    return spec.flops()
 
 
 def split(labels: Tensor, pool: float, seed: int) -> tuple[Tensor, Tensor]:

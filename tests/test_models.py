@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.engine.data import generator
+from bench.engine.adversarial import pgd
+from bench.engine.data import ImageSet, generator
+from bench.engine.metrics import predict
 from bench.engine.models import Classifier, ModelSpec, check_name
 
 MEAN, STD = (0.2, 0.45, 0.7), (0.15, 0.25, 0.35)
@@ -380,3 +382,30 @@ def test_looking_for_norms_leaves_no_trace(name):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
     assert all(weight.requires_grad for weight in model.parameters())
+
+
+# What a pass costs ----------------------------------------------------------------------------------------------
+
+
+def test_flops_are_those_of_the_papers():
+    imagenet = functools.partial(ModelSpec, num_classes=1000, channels=3, image_size=224, mean=MEAN, std=STD)
+    # He et al. give 1.8 billion multiply-adds for ResNet-18; each is two operations.
+    assert imagenet("resnet18", stem="stock").flops() == pytest.approx(2 * 1.8e9, rel=0.02)
+    # Twelve blocks of 192 on 197 tokens: four projections, an MLP of eight more, attention's two products.
+    block = 12 * 192**2 * 197 + 2 * 197**2 * 192
+    ends = 196 * 16**2 * 3 * 192 + 192 * 1000
+    assert imagenet("vit_tiny_patch16_224", stem="stock").flops() == 2 * (12 * block + ends)
+
+
+def test_a_pass_with_gradients_to_images_counts_twice_and_one_of_training_three_times():
+    def cost(work) -> float:
+        before = Classifier.passes
+        work()
+        return Classifier.passes - before
+
+    model, batch = spec("test_resnet", size=8).build(0).eval(), images(size=8, count=4)
+    data = ImageSet((batch * 255).byte(), torch.zeros(4, dtype=torch.int64))
+    assert cost(lambda: predict(model, data)) == 4
+    assert cost(lambda: model.stages(batch)) == 3 * 4
+    assert cost(lambda: pgd(model, batch, data.labels, epsilon=0.1, step_size=0.1, steps=5)) == 2 * 4 * 5
+    assert cost(lambda: model.requires_grad_(False)(batch)) == 4

@@ -449,7 +449,9 @@ def test_networks_of_timm_resume_bit_for_bit(tmp_path, name, optimizer):
     data = noise(24, size=16)
     recipe = Recipe(epochs=3, batch_size=8, optimizer=optimizer, lr=0.01)
     build = lambda: ModelSpec(name, 3, 3, 16, (0.5,) * 3, (0.25,) * 3).build(0)  # noqa: E731
-    expected = fit(build(), data, recipe, seed=0)
+    whole = Journal()
+    expected = fit(build(), data, recipe, seed=0, journal=whole)
+    assert (spent := whole.passes) == 3 * 3 * 24  # of 24 images in 3 epochs, each as dear as three forward passes
 
     def kill(_: nn.Module, epoch: int) -> None:
         if epoch == 3:
@@ -457,7 +459,9 @@ def test_networks_of_timm_resume_bit_for_bit(tmp_path, name, optimizer):
 
     with pytest.raises(Killed):
         fit(build(), data, recipe, seed=0, journal=Journal(tmp_path, every_s=0), after_epoch=kill)
-    assert same(fit(build(), data, recipe, seed=0, journal=Journal(tmp_path, every_s=0)), expected)
+    journal = Journal(tmp_path, every_s=0)
+    assert same(fit(build(), data, recipe, seed=0, journal=journal), expected)
+    assert journal.passes == spent
 
 
 def test_a_network_with_frozen_weights_resumes_bit_for_bit(tmp_path):

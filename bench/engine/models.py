@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,11 @@ class Classifier(nn.Module):
         net: the timm model.
         notes: how the network was fitted to the image size, one line each.
         image_size: pixels a side of the images that it takes.
+        passes: images that went through any classifier of this process, in forward passes: one without gradients is
+            1, with gradients to the images alone 2, in training 3.
     """
+
+    passes: ClassVar[float] = 0.0
 
     def __init__(
         self,
@@ -65,7 +69,16 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) float in [0, 1] -> (B, classes) logits."""
-        return self.net((images - self.mean) / self.std)
+        return self.net(self._counted(images))
+
+    def _counted(self, images: Tensor) -> Tensor:
+        """The images normalised, and noted in `passes`."""
+        cost = 1
+        if torch.is_grad_enabled():
+            trained = any(weight.requires_grad for weight in self.parameters())
+            cost = 3 if trained else 2 if images.requires_grad else 1
+        Classifier.passes += cost * len(images)
+        return (images - self.mean) / self.std
 
     def features(self, images: Tensor) -> Tensor:
         """(B, D): what the classifier head reads."""
@@ -80,13 +93,13 @@ class Classifier(nn.Module):
     def stages(self, images: Tensor) -> list[Tensor]:
         """The output of each stage as (B, C, H, W) maps, also for transformers (tokens as a grid)."""
         maps: list[Tensor] = self.net.forward_intermediates(
-            (images - self.mean) / self.std, intermediates_only=True, output_fmt="NCHW"
+            self._counted(images), intermediates_only=True, output_fmt="NCHW"
         )
         return maps
 
     def logits_and_stages(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """What `forward` and `stages` give, by one pass: batch norm sees the batch once."""
-        last, maps = self.net.forward_intermediates((images - self.mean) / self.std, output_fmt="NCHW")
+        last, maps = self.net.forward_intermediates(self._counted(images), output_fmt="NCHW")
         return self.net.forward_head(last), maps
 
     def norms(self) -> list[Norm]:
@@ -160,6 +173,17 @@ class ModelSpec:
             net, notes = _fitted(self)
         model = Classifier(net, self.mean, self.std, notes, self.image_size)
         return model.to(memory_format=torch.channels_last)
+
+    def flops(self) -> int:
+        """Floating-point operations of one image's forward pass: those of convolutions and matrix products."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with torch.device("meta"):
+            model = self.build(0).eval()
+            image = torch.empty(1, self.channels, self.image_size, self.image_size)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.net(image)
+        return int(counter.get_total_flops())
 
     def check(self) -> tuple[str, ...]:
         """Refuse, without any compute, an architecture that cannot take these images.

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .data import Augmentation, ImageSet, equal_batches, generator
+from .models import Classifier
 
 Tensors = dict[str, Tensor]
 Net = TypeVar("Net", bound=nn.Module)
@@ -94,7 +95,7 @@ class Journal:
         every_s: seconds between checkpoints; it cannot change a figure.
         images: training images seen so far, adversarial passes not counted.
         precision: what a recipe's `auto` means here.
-        earlier_s: seconds that were spent before an interruption.
+        earlier_s, earlier_passes: what was spent before an interruption.
     """
 
     folder: Path | None = None
@@ -103,13 +104,20 @@ class Journal:
     images: int = 0
     precision: str = "auto"
     earlier_s: float = 0.0
+    earlier_passes: float = 0.0
     _started: float = field(default_factory=time.perf_counter)
+    _passes: float = field(default_factory=lambda: Classifier.passes)
     _parts: set[str] = field(default_factory=set)
 
     @property
     def seconds(self) -> float:
         """Spent so far, also before an interruption."""
         return self.earlier_s + time.perf_counter() - self._started
+
+    @property
+    def passes(self) -> float:
+        """Images that went through networks so far, in forward passes, as `Classifier.passes` counts them."""
+        return self.earlier_passes + Classifier.passes - self._passes
 
     def begin(self, part: str) -> None:
         """Note that a part of the work starts.
@@ -293,7 +301,7 @@ def _save(
     tensors |= named("optimizer", optimizer_tensors(optimizer))
     tensors |= named("hooks", hooks.tensors())
     kept = {"epoch": str(epoch), "curves": json.dumps(journal.curves), "images": str(journal.images)}
-    kept["seconds"] = str(journal.seconds)
+    kept |= {"seconds": str(journal.seconds), "passes": str(journal.passes)}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}")
     save_file({name: value.contiguous() for name, value in tensors.items()}, beside, kept)
@@ -315,4 +323,5 @@ def _restore(
     hooks.restore(part_of("hooks", tensors))
     journal.curves.update({name: [(s, v) for s, v in curve] for name, curve in json.loads(kept["curves"]).items()})
     journal.images, journal.earlier_s = int(kept["images"]), float(kept["seconds"])
+    journal.earlier_passes = float(kept.get("passes", 0))  # earlier versions noted none
     return int(kept["epoch"])

@@ -99,6 +99,7 @@ COSTS = (
     Column("defend_seconds", "defense", "s", "", True, "seconds of the defense alone"),
     Column("evaluate_seconds", "evaluation", "s", "", False, "seconds of the measures"),
     Column("peak_memory_mib", "memory", "MiB", "", True, "peak memory of the defense"),
+    Column("defend_gflop", "compute", "GFLOP", "", True, "estimate: the defense's passes through networks alone"),
     Column("defend_images", "images", "", "", False, "images that went through the defense's training"),
 )
 COLUMN = {column.name: column for column in (*MEASURES, *COSTS)}

@@ -84,6 +84,7 @@ def trial_row(trial: Trial, store: Store) -> dict[str, Any]:
         made.append(result["provenance"])
         if stage == "defend":
             row["peak_memory_mib"], row["defend_images"] = result["peak_memory_mib"], result["images"]
+            row["defend_gflop"] = result.get("gflop")  # stores of earlier versions have none
     assert result is not None
     row |= {"status": result["status"], "reason": result.get("reason", "")}
     row |= {column.name: result.get("figures", {}).get(column.name) for column in MEASURES}
