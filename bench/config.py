@@ -39,6 +39,8 @@ class GridConfig:
     settings: list[str] = field(default_factory=lambda: ["reserve"])
     seeds: Any = 3  # a number n (seeds 0 to n - 1) or a list
     sweep: list[Any] = field(default_factory=list)  # {key: reserve.size, values: [0.01, 0.05]}: one more axis each
+    # {name: fixed, defense: pbe, set: {selection: false}}: a defense with other settings as a row of its own
+    ablations: list[Any] = field(default_factory=list)
     exceptions: list[Any] = field(default_factory=list)  # {attack: sig, set: {attack.poison_rate: 0.05}, why: "..."}
 
 

@@ -95,7 +95,7 @@ def _device(cfg: DictConfig, pick: Callable[[str], torch.device]) -> torch.devic
 
 def protocol(opened: Plan) -> list[str]:
     """The lines printed beneath every table: what the numbers mean, and every setting that is not a default."""
-    from bench.grid import overridden, seeds_of
+    from bench.grid import ablations, overridden, seeds_of
 
     cfg, infos = opened.cfg, opened.infos
     measure, reserve = cfg.measure, cfg.reserve
@@ -122,6 +122,9 @@ def protocol(opened: Plan) -> list[str]:
         + ", ".join(f"{key} {value}" for key, value in cfg.train.items() if key not in ("updates",) or value),
         f"settings that are not the methods' defaults: {_changed(cfg) or 'none'}",
     ]
+    for name, entry in ablations(cfg).items():
+        if name in cfg.grid.defenses:
+            lines.append(f"{name}: {entry['defense']} with {entry['set']}")
     for exception in cfg.grid.exceptions:
         where = ", ".join(str(exception[axis]) for axis in exception if axis not in ("set", "why")) or "all cells"
         applied = {
@@ -140,12 +143,13 @@ def _changed(cfg: DictConfig) -> str:
 
     from attacks.base import attack
     from bench.config import attack_of, defense_of
+    from bench.grid import method_of
     from defenses.base import defense
 
     found = []
     for group, names, registry, of in (
         ("attack", cfg.grid.attacks, attack, attack_of),
-        ("defense", cfg.grid.defenses, defense, defense_of),
+        ("defense", {method_of(cfg, name): None for name in cfg.grid.defenses}, defense, defense_of),
     ):
         for name in names:
             defaults = asdict(registry[name]())

@@ -126,13 +126,14 @@ def names(cfg: DictConfig) -> dict[str, list[str]]:
         "datasets": _distinct(grid.datasets, "grid.datasets"),
         "models": _distinct(grid.models, "grid.models"),
         "attacks": _distinct(grid.attacks, "grid.attacks", attack),
-        "defenses": _distinct(grid.defenses, "grid.defenses", defense),
+        "defenses": _distinct(grid.defenses, "grid.defenses", [*defense, *ablations(cfg)]),
         "settings": _distinct(grid.settings, "grid.settings", SETTINGS),
     }
 
 
 def check(cfg: DictConfig) -> None:
     """What can be refused without looking at any data."""
+    _check_ablations(cfg)  # first: they are names of the grid too
     names(cfg), seeds_of(cfg.grid.seeds)
     reserve = cfg.reserve
     if not 0 < reserve.size <= reserve.pool < 1 or not 0 <= reserve.contamination <= 1:
@@ -163,13 +164,52 @@ def check(cfg: DictConfig) -> None:
     _check_exceptions(cfg)
 
 
+def _check_ablations(cfg: DictConfig) -> None:
+    """Every ablation has a name of its own, and changes settings that its defense has."""
+    for name, entry in ablations(cfg).items():
+        if name in defense:
+            raise UserError(f"grid.ablations: {name!r} is a defense already; write another name")
+        _distinct([entry["defense"]], f"grid.ablations.{name}.defenses", defense)
+        for key in entry["set"]:
+            if key not in cfg.defense[entry["defense"]]:
+                known = list(cfg.defense[entry["defense"]])
+                raise UserError(f"grid.ablations.{name}: {entry['defense']} has no setting {key!r}.{near(key, known)}")
+
+
+def ablations(cfg: DictConfig) -> dict[str, dict[str, Any]]:
+    """The grid's ablations by name, each with its `defense` and what it `set`s.
+
+    Raises:
+        UserError: one lacks a part, or two have one name.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for entry in cfg.grid.ablations:
+        if (
+            not OmegaConf.is_dict(entry)
+            or set(entry) != {"name", "defense", "set"}
+            or not OmegaConf.is_dict(entry["set"])
+            or entry["name"] in found
+        ):
+            raise UserError(
+                f"grid.ablations: {entry!r}; write {{name: fixed, defense: pbe, set: {{selection: false}}}}, "
+                "each name once"
+            )
+        found[str(entry["name"])] = OmegaConf.to_container(entry, resolve=True)  # type: ignore[assignment]
+    return found
+
+
+def method_of(cfg: DictConfig, name: str) -> str:
+    """The registered defense behind a name of the grid: itself, or the one that an ablation changes."""
+    return str(ablations(cfg).get(name, {"defense": name})["defense"])
+
+
 def _check_exceptions(cfg: DictConfig) -> None:
     """Every exception has what it needs, and matches by names that exist."""
     known: dict[str, Iterable[str] | None] = {
         "dataset": None,
         "model": None,
         "attack": attack,
-        "defense": defense,
+        "defense": [*defense, *ablations(cfg)],
         "setting": SETTINGS,
     }
     for exception in cfg.grid.exceptions:
@@ -191,7 +231,7 @@ def overridden(cfg: DictConfig, exception: Any, key: str, explicit: frozenset[st
     if head not in ("attack", "defense"):
         return key in explicit
     methods = _listed(exception[head] if head in exception else cfg.grid[f"{head}s"])
-    return all(f"{head}.{method}.{rest}" in explicit for method in methods)
+    return all(f"{head}.{method_of(cfg, method)}.{rest}" in explicit for method in methods)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -216,6 +256,7 @@ def expand(
     axes, seeds = names(cfg), seeds_of(cfg.grid.seeds)
     variants = _variants(cfg, explicit)
     exceptions: list[dict[str, Any]] = OmegaConf.to_container(cfg.grid.exceptions, resolve=True)  # type: ignore[assignment]
+    ablated = ablations(cfg)
     once = _Once()
     trials: list[Trial] = []
     for data in axes["datasets"]:
@@ -232,7 +273,7 @@ def expand(
                             "setting": setting,
                         }
                         for swept in variants:
-                            own = _with_exceptions(cfg, place, exceptions, explicit, swept, once)
+                            own = _with_exceptions(cfg, place, exceptions, ablated, explicit, swept, once)
                             trials += _trials(own, infos[data], place, seeds, precision, swept, once)
     return trials
 
@@ -384,7 +425,7 @@ def _implant(
 
 def _defend(cfg: DictConfig, place: dict[str, str], usual: dict[str, Any]) -> tuple[Identity, str]:
     """The identity of a defense in a setting but for its infected model; without one, the reason why."""
-    defender = defense_of(cfg, place["defense"])
+    defender = defense_of(cfg, method_of(cfg, place["defense"]))
     try:
         view = offered(type(defender), place["setting"])
     except (TypeError, NameError) as error:  # a plug-in without a type, or with one that cannot be found
@@ -424,28 +465,40 @@ def _with_exceptions(
     cfg: DictConfig,
     place: dict[str, str],
     exceptions: list[dict[str, Any]],
+    ablated: dict[str, dict[str, Any]],
     explicit: frozenset[str],
     swept: dict[str, Any],
     once: _Once,
 ) -> DictConfig:
     """The configuration of one cell: every exception that matches is set, in order; the command line wins.
 
-    What is swept is set last.
+    Behind them comes what the row of an ablation is named for, and what is swept is set last.
 
-    `attack.poison_rate` in an exception means this cell's attack, `defense.epochs` its defense.
+    `attack.poison_rate` in an exception means this cell's attack, `defense.epochs` its defense; one that matches a
+    defense matches its ablations too.
+
+    Raises:
+        UserError: the command line sets what an ablation changes.
     """
-    settings: list[tuple[str, str, Any]] = []
+    name = place["defense"]
+    ablation = ablated.get(name, {"defense": name, "set": {}})
+    methods = {**place, "defense": ablation["defense"]}
     fitting = (
         exception
         for exception in exceptions
-        if all(place[axis] in _listed(value) for axis, value in exception.items() if axis in place)
+        if all({place[axis], methods[axis]} & set(_listed(value)) for axis, value in exception.items() if axis in place)
     )
     changes = [("exceptions", key, value) for exception in fitting for key, value in exception["set"].items()]
-    for source, key, value in [*changes, *(("sweep", key, value) for key, value in swept.items())]:
+    changes += [("ablations", f"defense.{key}", value) for key, value in ablation["set"].items()]
+    changes += [("sweep", key, value) for key, value in swept.items()]
+    settings: list[tuple[str, str, Any]] = []
+    for source, key, value in changes:
         head, _, rest = str(key).partition(".")
-        path = f"{head}.{place[head]}.{rest}" if head in ("attack", "defense") else str(key)
+        path = f"{head}.{methods[head]}.{rest}" if head in ("attack", "defense") else str(key)
         if path not in explicit:
             settings.append((source, path, value))
+        elif source == "ablations":
+            raise UserError(f"{path} is what the row {name!r} of this grid changes; leave it out, or the row")
     if not settings:
         return cfg
     return once(("cfg", json.dumps(settings, default=str)), partial(_changed, cfg, settings))

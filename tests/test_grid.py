@@ -117,6 +117,48 @@ def test_the_protocol_prints_an_exception_unless_the_command_line_replaced_it_fo
     assert "'defense.lr': 0.5" in printed(shared, "defense.fine_tuning.lr=0.1")
 
 
+ABLATED = [
+    "grid.defenses=[aft,plain]",
+    "grid.attacks=[badnets]",
+    "grid.seeds=1",
+    "grid.exceptions=[{defense: aft, set: {defense.updates: 250}, why: short}]",
+]
+
+
+def test_an_ablation_is_a_row_of_its_own_and_changes_its_defense_there_alone(cache):
+    row = "grid.ablations=[{name: plain, defense: aft, set: {epsilon: 0}}]"
+    opened = plan([*ABLATED, row, f"dataset.cache={cache}"])
+    assert [trial.defense for trial in opened.trials] == ["aft", "plain"]
+    whole, ablated = (trial.defend["defense"] for trial in opened.trials)
+    # The exception for the method holds for both; the stage's identity is the method's, not the row's.
+    assert ablated == {**whole, "epsilon": 0.0} != whole
+    assert whole["updates"] == 250
+    assert "plain: aft with {'epsilon': 0}" in "\n".join(protocol(opened))
+    same = plan(["defense.aft.epsilon=0", *ABLATED, "grid.defenses=[aft]", f"dataset.cache={cache}"])
+    assert same.trials[0].keys() == opened.trials[1].keys()
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ("{name: aft, defense: pbe, set: {epsilon: 0}}", "'aft' is a defense already"),
+        ("{name: plain, defense: pbr, set: {epsilon: 0}}", "Did you mean 'pbe'"),
+        ("{name: plain, defense: aft, set: {epsilom: 0}}", "Did you mean 'epsilon'"),
+        ("{name: plain, defense: aft}", "write {name: fixed, defense: pbe"),
+        ("{name: plain, defense: aft, set: {epsilon: many}}", "epsilon"),
+    ],
+)
+def test_an_ablation_that_makes_no_sense_is_refused(cache, row, hint):
+    with pytest.raises(UserError, match=hint):
+        plan([*ABLATED, f"grid.ablations=[{row}]", f"dataset.cache={cache}"])
+
+
+def test_what_an_ablation_changes_cannot_be_set_beside_it(cache):
+    row = "grid.ablations=[{name: plain, defense: aft, set: {epsilon: 0}}]"
+    with pytest.raises(UserError, match="what the row 'plain' of this grid changes"):
+        plan([*ABLATED, row, "defense.aft.epsilon=0.1", f"dataset.cache={cache}"])
+
+
 def test_a_setting_that_offers_too_little_is_not_applicable_with_the_reason(cache):
     opened = plan(["grid.defenses=[fine_tuning]", "grid.settings=[trainset]", f"dataset.cache={cache}"])
     assert all(not trial.defend and "trainset" in trial.reason for trial in opened.trials)
