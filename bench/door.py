@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from bench.grid import Trial
     from bench.store import Store
 
+# Where things lie and run: nothing that a figure depends on.
+LOCAL = re.compile(r"(results|dry_run|dataset\.(root|cache)|(dispatch|tracking|report)(\..*)?)=")
+
 
 @dataclass
 class Plan:
@@ -122,6 +125,8 @@ def protocol(opened: Plan) -> list[str]:
         + ", ".join(f"{key} {value}" for key, value in cfg.train.items() if key not in ("updates",) or value),
         f"settings that are not the methods' defaults: {_changed(cfg) or 'none'}",
     ]
+    words = [word for word in opened.arguments if not LOCAL.match(word.lstrip("+"))]
+    lines.append(f"command: {shlex.join(['python', '-m', 'bench.run', *words])}")
     for name, entry in ablations(cfg).items():
         if name in cfg.grid.defenses:
             lines.append(f"{name}: {entry['defense']} with {entry['set']}")

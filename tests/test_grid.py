@@ -117,6 +117,11 @@ def test_the_protocol_prints_an_exception_unless_the_command_line_replaced_it_fo
     assert "'defense.lr': 0.5" in printed(shared, "defense.fine_tuning.lr=0.1")
 
 
+def test_the_protocol_names_the_command_without_what_changes_no_figure(cache):
+    opened = plan(["grid=quick", "grid.seeds=1", "dispatch.workers=3", "results=away", f"dataset.cache={cache}"])
+    assert "command: python -m bench.run grid=quick grid.seeds=1" in protocol(opened)
+
+
 ABLATED = [
     "grid.defenses=[aft,plain]",
     "grid.attacks=[badnets]",

@@ -18,7 +18,7 @@ from bench.store import STAGES, Store
 
 AXES = ["dataset", "model", "variant", "setting", "attack", "defense"]  # what tells one cell from another
 BOARD = AXES[:3]
-TEXTS = [*AXES, "status", "reason", "warnings", "trial", "commit"]
+TEXTS = [*AXES, "status", "reason", "warnings", "trial", "commit", "machine"]
 FIGURES = ["poison_rate", *(column.name for column in (*MEASURES, *COSTS))]
 COLUMNS = [
     *AXES,
@@ -30,6 +30,7 @@ COLUMNS = [
     "warnings",
     "commit",
     "clean",
+    "machine",
     "trial",
 ]
 
@@ -92,7 +93,14 @@ def trial_row(trial: Trial, store: Store) -> dict[str, Any]:
     # An implant can be older than what was done to it: every commit that had a hand in the figure is named.
     row["commit"] = " ".join(dict.fromkeys(origin["commit"] for origin in made if origin["commit"]))
     row["clean"] = all(origin["clean"] for origin in made)
+    row["machine"] = "; ".join(dict.fromkeys(_machine(origin) for origin in made))
     return row
+
+
+def _machine(origin: dict[str, Any]) -> str:
+    """What a stage was computed on."""
+    versions = ", ".join(f"{name} {origin[name]}" for name in ("python", "torch", "timm") if name in origin)
+    return f"{origin.get('device', 'unknown')}, {versions}"
 
 
 def trial_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
@@ -625,6 +633,8 @@ def _notes(part: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
     commits = commits_of(trials)
     if commits:
         notes.append(f"commit: {', '.join(commits)}")
+    machines = sorted({machine for several in trials.machine for machine in several.split("; ") if machine})
+    notes += [f"computed on: {machine}" for machine in machines]
     return notes
 
 
