@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from attacks.base import Attack, attack
 from bench.config import UserError, attack_of, defense_of
-from bench.engine import ENGINE_VERSION
+from bench.engine import ENGINE_VERSION, autoattack
 from bench.engine.datasets import DatasetInfo
 from bench.engine.models import ModelSpec
 from bench.engine.registry import near
@@ -341,9 +341,10 @@ def _trials(
     where = (id(cfg), place["dataset"], place["model"], place["attack"])
     implant, usual = once(("implant", *where), lambda: _implant(cfg, info, place, precision))
     defend, reason = once(("defend", id(cfg), place["defense"], place["setting"]), lambda: _defend(cfg, place, usual))
+    versions = {"autoattack": autoattack.VERSION} if cfg.measure.autoattack_images else {}
     measure: Identity = once(
         ("measure", id(cfg)),
-        lambda: {"stage": "evaluate", "engine": ENGINE_VERSION, **OmegaConf.to_container(cfg.measure)},  # type: ignore[dict-item]
+        lambda: {"stage": "evaluate", "engine": ENGINE_VERSION, **OmegaConf.to_container(cfg.measure), **versions},  # type: ignore[dict-item]
     )
 
     # Without a trigger there is nothing to wake.

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from bench.engine import robustness
 from bench.engine.autoattack import (
     Ball,
+    _new_hills,
+    _new_square,
     apgd,
     autoattack,
     checkpoints,
@@ -107,13 +109,16 @@ def test_each_attack_with_gradients_alone_finds_what_lies_within_the_radius_and_
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_square_fools_without_gradients_what_is_well_within_the_radius_and_nothing_beyond(norm):
     model = Linear(3)
+    with torch.no_grad():  # the last row and column are out of its reach, and do not matter here
+        model.weight.view(3, 6, 6)[:, -1] = 0
+        model.weight.view(3, 6, 6)[:, :, -1] = 0
     data = grey(model, 60)
     data = data[radii(model, data, norm) > 0]
     exact = radii(model, data, norm)
     ball = Ball(norm, exact.median().item())
     images = data.images / 255
     with torch.no_grad():
-        found = square(model, images, data.labels, ball, generator(0, "test"), queries=500)
+        found = square(model, images, data.labels, ball, generator(0, "test"), queries=2000)
         fooled = model(found).argmax(1) != data.labels
     assert (ball.size(found - images) <= ball.epsilon * (1 + 1e-5)).all()
     assert not fooled[exact > 1.001 * ball.epsilon].any()
@@ -168,6 +173,18 @@ def test_the_targeted_ratio_of_logits_by_hand_and_its_freedom_from_scale():
     assert dlr_targeted(logits, label, target).item() == pytest.approx(-1 / (4 - (1 + 0) / 2))
     assert dlr_targeted(7 * logits + 3, label, target).item() == pytest.approx(-1 / 3.5)
     assert dlr_targeted(logits[:, :3], label, target).item() == -1  # no fourth logit: the plain difference
+
+
+@pytest.mark.parametrize(("norm", "propose"), [("linf", _new_square), ("l2", _new_hills)])
+def test_windows_of_square_reach_all_but_the_last_row_and_column_as_those_of_the_released_code(norm, propose):
+    # It draws floor(U * (length - side)), U in [0, 1): Andriushchenko et al. have one place more.
+    grey, source = torch.full((1, 1, 8, 8), 0.5), generator(0, "windows")
+    moved = torch.zeros(8, 8, dtype=torch.bool)
+    for _ in range(300):
+        moved |= (propose(grey, grey, Ball(norm, 0.5), 1 / 64, source) != grey)[0, 0]
+    assert moved[:-1, :-1].all()
+    assert not moved[-1].any()
+    assert not moved[:, -1].any()
 
 
 def test_the_window_of_square_halves_as_in_the_paper():
