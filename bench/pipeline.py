@@ -90,6 +90,7 @@ class Bench:
     checkpoint_s: float = 60.0
     origin: dict[str, Any] = field(default_factory=provenance)
     _sets: dict[tuple[str, str], ImageSet] = field(default_factory=dict)
+    _cases: dict[str, evaluation.Case] = field(default_factory=dict)
 
     def run(self, trial: Trial, stages: tuple[str, ...] = STAGES) -> None:
         """Compute the named stages of a trial that are not finished, in order.
@@ -281,7 +282,11 @@ class Bench:
 
     def _case(self, trial: Trial) -> evaluation.Case:
         identity = trial.implant
-        return evaluation.Case(
+        key = key_of(identity)
+        if key in self._cases:
+            return self._cases[key]
+        self._cases.clear()  # of one implant at a time: it holds triggered images
+        self._cases[key] = evaluation.Case(
             attacker=attack_from(identity),
             tensors=self.trigger_of(trial),
             num_classes=self.infos[trial.dataset].num_classes,
@@ -290,8 +295,9 @@ class Bench:
             train=lambda: self._split(trial)[0],
             augmentation=Augmentation(**identity["dataset"]["augmentation"]),
             precision=identity["train"]["precision"],
-            infected=functools.partial(self._stored, trial, "implant", key_of(identity)),
+            infected=functools.partial(self._stored, trial, "implant", key),
         )
+        return self._cases[key]
 
     def _stored(self, trial: Trial, stage: str, key: str) -> Classifier:
         """The model that a finished stage left, in eval mode."""

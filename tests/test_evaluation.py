@@ -235,3 +235,46 @@ def test_every_figure_of_an_evaluation_has_a_column_in_the_tables():
     figures |= detection(poisoned=poisoned, suspicion=scores, flagged=poisoned)
     figures |= dict.fromkeys(("clean_accuracy", "autoattack_accuracy", "autoattack_l2_accuracy"))
     assert set(figures) == {column.name for column in MEASURES}
+
+
+# Triggers are made once -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dim(Corner):
+    """The last pixel becomes a grey that no byte is."""
+
+    has_wrong_trigger: ClassVar[bool] = True
+
+    def stamp(self, images: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        stamped_counts.append(len(images))
+        stamped = images.clone()
+        stamped[..., -1, -1] = 0.7123
+        return stamped
+
+    def stamp_cover(self, images: Tensor, tensors: dict[str, Tensor], source: torch.Generator) -> Tensor:
+        stamped_counts.append(-len(images))
+        return images
+
+
+stamped_counts: list[int] = []
+
+
+@pytest.mark.parametrize(("quantise", "calls"), [(True, [40, -40]), (False, [40, -40, 40, -40])])
+def test_all_repairs_of_an_implant_are_shown_the_same_triggered_images(quantise, calls):
+    seen: list[Tensor] = []
+
+    class Looking(Reader):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images[:, 0, -1, -1])
+            return super().forward(images)
+
+    stamped_counts.clear()
+    case, before = case_of(Dim(quantise=quantise), Reader()), {"infected_accuracy": None, "infected_asr": None}
+    for model in (Looking(), Looking()):
+        figures = measured(model, case, MEASURE, {"figures": before}, case.test.labels)["figures"]
+        assert figures["cross_trigger_accuracy"] == 1.0
+    assert stamped_counts == calls
+    # Rounded to bytes where the attack rounds: 0.7123 * 255 = 181.6.
+    shade = 182 / 255 if quantise else 0.7123
+    assert sum(bool((part == torch.tensor(shade)).all()) for part in seen) == 2
