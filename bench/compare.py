@@ -225,8 +225,15 @@ def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: li
     rates = both[["poison_rate", "poison_rate_other"]]
     fits &= rates.isna().any(axis=1) | np.isclose(rates.iloc[:, 0], rates.iloc[:, 1])
     both = both[fits].assign(setting=both.setting.where(both.setting != "", both.setting_other))
+    known = [f"{name}_mean" for name in figures if {f"{name}_mean", f"{name}_mean_other"} <= set(both)]
+    shared = [both[name].notna() & both[f"{name}_other"].notna() for name in known]
+    both = both[np.any(shared, axis=0)] if shared else both[:0]
+    # A repair that needs no image stands in each setting of ours; beside a cell that names none it is one.
+    both = both.drop_duplicates(
+        [*named, *(f"{axis}_other" for axis in [*ignored, "setting"]), "protocol_other", *known]
+    )
     if both.empty:
-        raise UserError(f"{places[0]} and {places[1]} have no cell in common; names must be this project's")
+        raise UserError(f"{places[0]} and {places[1]} have no figure of a cell in common; names must be this project's")
     print(f"{len(both)} cells in both: {places[0]} | {places[1]} | difference, in points")
     for _, row in both.iterrows():
         parts = []
@@ -236,8 +243,8 @@ def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: li
                 parts.append(f"{COLUMN[name].title} {100 * x:.1f} | {100 * y:.1f} | {100 * (y - x):+.1f}")
         other = [f"{axis} {row[f'{axis}_other']}" for axis in ignored if row[axis] != row[f"{axis}_other"]]
         protocols = "; ".join(text for text in (row.protocol, *other, row.protocol_other) if text)
-        text = ", ".join(parts) or "no figure in common"
-        print(f"{'/'.join(name for name in row[AXES] if name)}: {text}{f' [{protocols}]' if protocols else ''}")
+        place = "/".join(name for name in row[AXES] if name)
+        print(f"{place}: {', '.join(parts)}{f' [{protocols}]' if protocols else ''}")
     for name in figures:
         if f"{name}_mean" not in both or f"{name}_mean_other" not in both:
             continue

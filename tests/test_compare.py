@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from attacks.base import attack
 from bench import compare
-from bench.config import UserError
+from bench.config import UserError, load_methods
 from bench.reporting import table
+from defenses.base import defense
+
+PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 
 
 def row(defense, seed, accuracy, asr, **more):
@@ -103,10 +107,28 @@ def test_another_network_and_another_name_of_the_data_can_be_set_side_by_side_an
     head = "provenance,dataset,model,attack,poison_rate,defense,setting,asr,protocol"
     theirs.write_text(f"{head}\nBoard,numerals,large,badnets,0.1,a,,0.25,one run")
     ours = saved("one", [row("a", 0, 0.9, 0.1)])
-    with pytest.raises(UserError, match="no cell in common"):
+    with pytest.raises(UserError, match="no figure of a cell in common"):
         compare.main([ours, str(theirs), "ignore=model"])
     assert compare.main([ours, str(theirs), "ignore=model", "rename=digits:numerals"]) == 0
     assert "ASR 10.0 | 25.0 | +15.0 [model large; one run]" in capsys.readouterr().out
+
+
+def test_a_cell_without_a_figure_in_common_is_left_out_and_one_of_two_settings_counts_once(saved, tmp_path, capsys):
+    theirs = tmp_path / "published.csv"
+    head = "provenance,dataset,model,attack,defense,setting,clean_accuracy,asr"
+    theirs.write_text(f"{head}\nBoard,digits,net,badnets,a,,0.9,0.25\nBoard,digits,net,badnets,b,,,")
+    same = [row("a", 0, 0.9, 0.1), row("a", 0, 0.9, 0.1, setting="trainset"), row("b", 0, 0.9, 0.1)]
+    assert compare.main([saved("one", same), str(theirs)]) == 0
+    assert "1 cells in both" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*.csv")), ids=lambda path: path.name)
+def test_what_is_published_can_be_read_and_names_methods_of_ours_where_we_have_them(path):
+    found = table.read_reported(path)
+    assert found[["clean_accuracy_mean", "asr_mean"]].notna().any(axis=1).all()
+    load_methods([])
+    assert set(found.attack) - {"blind"} <= set(attack)
+    assert set(found.defense) - {"d-br", "d-st", "dde", "mbns", "dbd"} <= set(defense)
 
 
 def test_a_table_of_an_earlier_version_is_read():
