@@ -115,3 +115,13 @@ def test_a_wrecked_model_is_known_without_the_undefended_one_in_the_grid():
     assert not any("nobody can tell" in note for note in boards(trials, [])[0].notes)
     unmeasured = trial_table([row("aft", "badnets", 0, 0.2, 0.0)])
     assert any("nobody can tell" in note for note in boards(unmeasured, [])[0].notes)
+
+
+def test_a_defense_that_does_not_work_in_a_setting_has_no_row_there_and_stands_in_the_notes():
+    reason = "tuner does not work in the setting 'trainset'"
+    none = {"setting": "trainset", "status": "not applicable", "reason": reason}
+    trials = [row("no_defense", attack, 0, 0.9, 0.9, setting="trainset") for attack in ("badnets", "blended")]
+    trials += [row("tuner", attack, 0, None, None, **none) for attack in ("badnets", "blended")]
+    (board,) = boards(trial_table(trials), [])
+    assert [cells[0].parts[0][0] for cells in board.rows] == ["setting: trainset", "no_defense"]
+    assert board.notes[0] == "not applicable in the setting trainset: tuner"

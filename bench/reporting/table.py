@@ -518,6 +518,7 @@ def _boards(trials: pd.DataFrame, table: pd.DataFrame, marked: Marks, protocol: 
         for (kind, setting), group in parts(part, ["kind", "setting"]):
             remark = "" if kind == "measured" else "; reported, not measured here, not ranked"
             board.rows.append([Entry(((f"setting: {setting}{remark}", ""),))])
+            group = group[~_foreign(group)]  # a row of nothing but n/a tells nothing; the notes name it
             board.rows += _group((*place, str(setting)), group, attacks, clean, rest, marked)
             if kind == "reported":
                 sources += [
@@ -615,8 +616,18 @@ def _or_inf(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
+def _foreign(cells: pd.DataFrame) -> pd.Series:
+    """Which cells are of a defense that does not work in their setting at all, whatever the attack and the network."""
+    if "not_applicable_reason" not in cells:
+        return pd.Series(False, index=cells.index)
+    return cells.not_applicable_reason.fillna("").str.contains("does not work in the setting", regex=False)
+
+
 def _notes(part: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
     notes = []
+    for setting, cells in part[_foreign(part)].groupby("setting", sort=False):
+        notes.append(f"not applicable in the setting {setting}: {', '.join(dict.fromkeys(cells.defense))}")
+    part = part[~_foreign(part)]
     for state in STATES[1:-1]:
         count, reason = _field(state), f"{_field(state)}_reason"
         for _, cell in part[part[count] > 0].drop_duplicates(["defense", "setting", reason]).iterrows():
