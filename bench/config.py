@@ -84,7 +84,9 @@ class MeasureConfig:
     relearn: bool = False  # fine-tune on 2 % clean and a few poisoned images; about one fine-tuning for each number
     relearn_poisoned: list[int] = field(default_factory=lambda: [1, 5, 10, 50])  # 5, the paper's, is in the table
     reactivate: bool = False  # the best universal perturbation of the trigger within 4/255; 100 steps
-    connection: bool = False  # adversarial against triggered images, once for each infected model; 200 passes
+    # Adversarial against triggered images, on 1,000 images at most: 200 passes for each infected model, 100 for each
+    # repair; python -m bench.connection draws them.
+    connection: bool = False
 
 
 @dataclass

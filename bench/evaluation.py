@@ -146,7 +146,7 @@ def measured(
     if "relearn" in inspected:
         rows = relearned(model, case, measure["relearn_poisoned"])
         result["relearn"] = [
-            row | {f"{key}_control": control[key] for key in ("asr", "steps", "clean_accuracy")}
+            row | {f"{key}_control": control.get(key) for key in ("asr", "steps", "clean_accuracy", "course")}
             for row, control in zip(rows, inspected["relearn"], strict=True)
         ]
         shown = next(row for row in result["relearn"] if row["poisoned"] == RELEARN_TABLE)
@@ -154,7 +154,10 @@ def measured(
     if "reactivate" in inspected:
         figures |= _with_gain("reactivate_asr", reactivated(model, case), inspected["reactivate"])
     if "connection" in inspected:
-        result["connection"] = inspected["connection"]
+        after = still_connected(model, case) if inspected["connection"] else []
+        result["connection"] = [
+            row | {"repaired": own} for row, own in zip(inspected["connection"], after, strict=True)
+        ]
     return result | {"figures": figures}
 
 
@@ -225,7 +228,7 @@ def _with_gain(name: str, value: float | None, control: float | None) -> dict[st
 
 
 def relearned(model: Classifier, case: Case, counts: list[int]) -> list[dict[str, Any]]:
-    """Retune copies of a model with so many poisoned images each: ASR behind it, and the steps to an ASR of half.
+    """Retune copies of a model with so many poisoned images each: ASR behind it, and the course to there.
 
     The images are drawn from the training split, the same ones for a repaired model and its control, and each smaller
     number of poisoned ones is a part of the larger. A copy that diverges has no figures.
@@ -256,10 +259,11 @@ def relearned(model: Classifier, case: Case, counts: list[int]) -> list[dict[str
                     "asr": case.success(model, case.test),
                     "steps": done.steps,
                     "clean_accuracy": accuracy(predict(model, case.test), case.test.labels),
+                    "course": done.course,
                 }
             )
         except Diverged:  # the retuned copy did, not the model that is measured
-            rows.append({"poisoned": count, "asr": None, "steps": None, "clean_accuracy": None})
+            rows.append({"poisoned": count, **dict.fromkeys(("asr", "steps", "clean_accuracy", "course"))})
         model.load_state_dict(weights)
     return rows
 
@@ -272,24 +276,46 @@ def reactivated(model: Classifier, case: Case) -> float | None:
 
 
 def connected(infected: Classifier, twin: Classifier, case: Case) -> list[dict[str, Any]]:
-    """The connection of adversarial and triggered images, for each radius; empty if no image can show it.
-
-    Shown on test images that both models classify correctly: the finding is about images that are right before.
-    """
-    data = case.judged(case.test)
-    right = (predict(infected, data) == data.labels) & (predict(twin, data) == data.labels)
-    data = fixed_part(data[right], PROBE_IMAGES)
+    """The connection of adversarial and triggered images, for each radius; empty if no image can show it."""
+    data = _right(case, infected, twin)
     if not len(data):
         return []
     rows = []
     for epsilon in connection.EPSILONS:
-        traces = [connection.trace(model, data, case.trigger, epsilon=epsilon) for model in (infected, twin)]
-        figures = connection.compare(
-            *traces,
-            labels=data.labels,
-            wanted=case.wanted(data.labels),
-            num_classes=case.num_classes,
-            seed=case.seed,
-        )
-        rows.append({"epsilon": epsilon, **figures})
+        noise = generator(case.seed, "connection noise", device=data.images.device)
+        traces = [
+            connection.trace(model, data, case.trigger, epsilon=epsilon, noise=source)
+            for model, source in ((infected, None), (twin, None), (infected, noise))
+        ]
+        rows.append({"epsilon": epsilon, **connection.compare(*traces, **_seen(case, data))})
     return rows
+
+
+def still_connected(model: Classifier, case: Case) -> list[dict[str, Any] | None]:
+    """The same of a repaired model, on images that it has right; None for each radius if there is none."""
+    data = _right(case, model)
+    if not len(data):
+        return [None for _ in connection.EPSILONS]
+    traces = [connection.trace(model, data, case.trigger, epsilon=epsilon) for epsilon in connection.EPSILONS]
+    return [connection.describe(own, **_seen(case, data)) for own in traces]
+
+
+def _right(case: Case, *models: Classifier) -> ImageSet:
+    """Judged test images that the models classify correctly: the finding is about images that are right before.
+
+    In one order for all models, so that the sets of two models differ by their errors only.
+    """
+    data = fixed_part(case.judged(case.test), len(case.test))
+    right = torch.ones_like(data.labels, dtype=torch.bool)
+    for model in models:
+        right &= predict(model, data) == data.labels
+    return data[right.nonzero().flatten()[:PROBE_IMAGES]]
+
+
+def _seen(case: Case, data: ImageSet) -> dict[str, Any]:
+    return {
+        "labels": data.labels,
+        "wanted": case.wanted(data.labels),
+        "num_classes": case.num_classes,
+        "seed": case.seed,
+    }

@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 # Poisoned images of the retuning that the table shows: Min et al., arXiv:2410.09838.
 RELEARN_TABLE = 5
+CONNECTION = 2  # the version of what `measure.connection` measures: in the identity, since it has grown
 # Measures that are read beside a clean twin.
 CONTROLLED = ("relearn", "reactivate", "connection")
 # Folders beside the grids' own under results/.
@@ -362,6 +363,8 @@ def _trials(
             inspection |= {name: measure[name] for name in wanted} | {"control": key_of(control)}
             if "relearn" in wanted:
                 inspection["relearn"] = measure["relearn_poisoned"]
+            if "connection" in wanted:
+                inspection["connection"] = CONNECTION
         return ours, key_of(ours), inspection, control, key_of(inspection)
 
     for seed in seeds:

@@ -58,8 +58,11 @@ def test_the_steps_to_half_are_counted_from_before_the_first_and_not_looked_for_
 
     done = relearn(Linear(), grey(299), grey(1), success=success, augmentation=Augmentation(), seed=0)
     assert done.steps == steps
-    # 300 images are three batches: fifteen steps in five epochs.
-    assert len(seen) == (16 if steps is None else steps + 1)
+    # 300 images are three batches: fifteen steps in five epochs. Behind the half, the end of each epoch is looked at.
+    ends = [] if steps is None else [step for step in (3, 6, 9, 12, 15) if step > steps]
+    looks = [*range(16 if steps is None else steps + 1), *ends]
+    assert [step for step, _ in done.course] == looks
+    assert len(seen) == len(looks)
 
 
 def test_a_model_relearns_what_a_few_poisoned_images_say():
@@ -145,12 +148,40 @@ def test_the_connection_of_six_images_by_hand():
     assert found["difference"]["concentration"] == pytest.approx(3 / 5)
     assert found["infected"]["entropy"] == pytest.approx(-(0.8 * math.log(0.8) + 0.2 * math.log(0.2)) / math.log(4))
     assert (found["infected"]["top_is_target"], found["twin"]["top_is_target"]) == (True, False)
+    assert found["infected"]["classes"] == pytest.approx([4 / 5, 1 / 5, 0, 0])
     assert found["difference"]["similarity"] == pytest.approx(0.6)
     assert found["difference"]["overlap"] == pytest.approx(0.5)
     # What is the same for every image has an interval of no width.
     assert found["infected"]["similarity_interval"] == pytest.approx([0.5, 0.5])
     low, high = found["infected"]["concentration_interval"]
     assert low < 4 / 5 < high <= 1
+
+
+def test_random_noise_of_the_infected_model_is_a_control_of_its_own():
+    one = traces([0, 0, 0, 0, 1, 3])
+    found = compare(one, one, traces(LABELS.tolist()), labels=LABELS, wanted=TARGET, num_classes=4, seed=0)
+    assert (found["noise"]["fooled"], found["noise"]["concentration"], found["noise"]["classes"]) == (0, None, None)
+    alone = connection.describe(one, labels=LABELS, wanted=TARGET, num_classes=4, seed=0)
+    assert alone == {"images": 6, **found["infected"]}
+
+
+def test_random_noise_is_a_corner_of_the_ball_and_no_attack(monkeypatch):
+    class Seen(Linear):
+        head_width = 16
+
+        def features(self, images: Tensor) -> Tensor:
+            self.seen = [*getattr(self, "seen", []), images]
+            return images.flatten(1)
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("noise needs no gradient")
+
+    monkeypatch.setattr(connection, "pgd", refused)
+    model, data = Seen(), grey(40)
+    trace(model, data, cornered, epsilon=8 / 255, noise=generator(0, "noise"))
+    shift = model.seen[0] - data.images.float() / 255
+    torch.testing.assert_close(shift.abs(), torch.full_like(shift, 8 / 255))
+    assert abs(shift.mean().item()) < 3 * 8 / 255 / math.sqrt(shift.numel())
 
 
 def test_the_difference_of_a_model_to_itself_is_nothing_in_every_resample():
@@ -238,11 +269,17 @@ def test_each_repair_is_read_beside_a_clean_twin_that_is_made_once(tiny, monkeyp
     first = opened.trials[0]
     assert bench.store.result("implant", key_of(first.control))["poisoned"] == 0
     results = [bench.store.result("evaluate", trial.keys()[2]) for trial in opened.trials]
-    assert results[0]["connection"] == results[1]["connection"]
-    assert [row["epsilon"] for row in results[0]["connection"]] == [2 / 255, 8 / 255]
+    shared = [[{**row, "repaired": None} for row in result["connection"]] for result in results]
+    assert shared[0] == shared[1]
+    for row, other, epsilon in zip(*(result["connection"] for result in results), (2 / 255, 8 / 255), strict=True):
+        assert row["epsilon"] == epsilon
+        assert row["repaired"] != other["repaired"]
+        # Nothing was repaired by no_defense; its images may be more: the twin need not have them right.
+        assert row["repaired"]["images"] == row["images"] == 20
     for result in results:
         figures, rows = result["figures"], result["relearn"]
         assert [row["poisoned"] for row in rows] == [1, 5]
+        assert rows[1]["course"][0][0] == rows[1]["course_control"][0][0] == 0
         assert figures["relearn_asr"] == rows[1]["asr"]
         assert figures["relearn_asr_control"] == rows[1]["asr_control"] == results[0]["relearn"][1]["asr_control"]
         for name in ("relearn", "reactivate"):

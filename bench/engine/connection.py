@@ -1,7 +1,8 @@
 """Do the adversarial examples of an infected model resemble its triggered images?
 
 Papers: Mu et al., CVPR 2023, arXiv:2202.06312, and Niu et al., 2024, arXiv:2405.17929, whose finding this measures.
-Differs: neither abstract gives a protocol; this one is ours, and reads every figure beside a clean twin.
+Differs: neither abstract gives a protocol; this one is ours, and reads every figure beside a clean twin and
+random noise.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ EPSILONS = tuple(radius / 255 for radius in (1, 2, 4, 6, 8))
 STEPS = 20  # each of a fifth of the radius, from the image itself
 ACTIVE_SHARE = 0.1  # of the units that the head reads
 RESAMPLES = 1000
+
+_Shares = dict[str, tuple[float | None, Tensor | None]]  # a figure, and the same of each resample
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,22 @@ def trace(
     trigger: Callable[[Tensor], Tensor],
     *,
     epsilon: float,
+    noise: torch.Generator | None = None,
     batch_size: int = 256,
 ) -> Traces:
-    """Attack each image away from its label, and compare what comes out with the triggered image."""
+    """Attack each image away from its label, and compare what comes out with the triggered image.
+
+    Args:
+        noise: draws the control instead, on the device of the images: a corner of the same ball, pixel by pixel.
+    """
     model.eval()
     predicted, similarity, overlap = [], [], []
     for images, labels in data.chunks(batch_size):
-        found = pgd(model, images, labels, epsilon=epsilon, step_size=epsilon / 5, steps=STEPS)
+        if noise is None:
+            found = pgd(model, images, labels, epsilon=epsilon, step_size=epsilon / 5, steps=STEPS)
+        else:
+            signs = torch.randint(2, images.shape, generator=noise, device=images.device) * 2 - 1
+            found = (images + epsilon * signs).clamp(0, 1)
         with torch.no_grad():
             predicted.append(model(found).argmax(1).cpu())
             features = [model.features(version) for version in (found, images, trigger(images))]
@@ -81,45 +93,33 @@ def trace(
 
 
 def compare(
-    infected: Traces, twin: Traces, *, labels: Tensor, wanted: Tensor, num_classes: int, seed: int
+    infected: Traces,
+    twin: Traces,
+    noise: Traces | None = None,
+    *,
+    labels: Tensor,
+    wanted: Tensor,
+    num_classes: int,
+    seed: int,
 ) -> dict[str, Any]:
     """The figures of both models and of their difference, with 95 % bootstrap intervals.
 
-    Both models see the same images, and each resample draws the same ones for both: the intervals are paired.
+    All see the same images, and each resample draws the same ones for all: the intervals are paired.
 
     Args:
+        noise: of the infected model under random noise, the other control.
         labels, wanted: (N,) int64, true classes and those that the attacker wants; both models had all right.
 
     Returns:
-        Under `infected` and `twin`: `fooled` (share of all images); `concentration`, the share of the fooled images
-        that went where the attacker wants (1 / (classes - 1) by chance); `entropy` of the fooled images' classes, 1
-        for uniform; `top_is_target`, None if the attacker wants several classes; `similarity` and `overlap` as in
-        `Traces`, means. Each of `concentration`, `similarity` and `overlap` comes with `_interval`, and under
-        `difference` is infected minus twin. `lift` is the ratio of both concentrations. What cannot be said is None.
+        Under `infected`, `twin` and `noise` what `describe` says; under `difference` infected minus twin; `lift` is the
+        ratio of their concentrations. What cannot be said is None.
     """
-    count = len(labels)
-    labels, wanted = labels.cpu(), wanted.cpu()
-    drawn = torch.randint(count, (RESAMPLES, count), generator=generator(seed, "connection bootstrap"))
-    shares: dict[str, dict[str, tuple[float | None, Tensor | None]]] = {}
-    result: dict[str, Any] = {"images": count}
-    for name, traces in (("infected", infected), ("twin", twin)):
-        fooled = traces.predicted != labels
-        hits = (fooled & (traces.predicted == wanted)).double()
-        every = fooled.double()
-        shares[name] = {
-            "concentration": _ratio(hits, every, drawn),
-            "similarity": _mean(traces.similarity, drawn),
-            "overlap": (None, None) if traces.overlap is None else _mean(traces.overlap, drawn),
-        }
-        spread = torch.bincount(traces.predicted[fooled], minlength=num_classes).double()
-        some = bool(fooled.any())
-        single = bool((wanted == wanted[0]).all())
-        result[name] = {
-            "fooled": every.mean().item(),
-            "entropy": _entropy(spread) if some else None,
-            "top_is_target": bool(spread.argmax() == wanted[0]) if some and single else None,
-        } | _with_intervals(shares[name])
-    difference: dict[str, tuple[float | None, Tensor | None]] = {}
+    drawn = _resamples(len(labels), seed)
+    shares, result = {}, {"images": len(labels)}
+    for name, traces in (("infected", infected), ("twin", twin), ("noise", noise)):
+        if traces is not None:
+            shares[name], result[name] = _described(traces, labels, wanted, num_classes, drawn)
+    difference: _Shares = {}
     for key, (ours, our_draws) in shares["infected"].items():
         theirs, their_draws = shares["twin"][key]
         if ours is None or theirs is None or our_draws is None or their_draws is None:
@@ -130,6 +130,45 @@ def compare(
     ours, theirs = shares["infected"]["concentration"][0], shares["twin"]["concentration"][0]
     result["lift"] = ours / theirs if ours is not None and theirs else None
     return result
+
+
+def describe(traces: Traces, *, labels: Tensor, wanted: Tensor, num_classes: int, seed: int) -> dict[str, Any]:
+    """The figures of one model.
+
+    Returns:
+        `images`; `fooled` (share of all images); `concentration`, the share of the fooled images that went where the
+        attacker wants (1 / (classes - 1) by chance); `classes`, the share of the fooled images that went to each class,
+        and its `entropy`, 1 for uniform; `top_is_target`, None if the attacker wants several classes; `similarity` and
+        `overlap` as in `Traces`, means. Each of `concentration`, `similarity` and `overlap` comes with `_interval`.
+    """
+    return {"images": len(labels)} | _described(traces, labels, wanted, num_classes, _resamples(len(labels), seed))[1]
+
+
+def _resamples(count: int, seed: int) -> Tensor:
+    return torch.randint(count, (RESAMPLES, count), generator=generator(seed, "connection bootstrap"))
+
+
+def _described(
+    traces: Traces, labels: Tensor, wanted: Tensor, num_classes: int, drawn: Tensor
+) -> tuple[_Shares, dict[str, Any]]:
+    labels, wanted = labels.cpu(), wanted.cpu()
+    fooled = traces.predicted != labels
+    hits = (fooled & (traces.predicted == wanted)).double()
+    every = fooled.double()
+    shares: _Shares = {
+        "concentration": _ratio(hits, every, drawn),
+        "similarity": _mean(traces.similarity, drawn),
+        "overlap": (None, None) if traces.overlap is None else _mean(traces.overlap, drawn),
+    }
+    spread = torch.bincount(traces.predicted[fooled], minlength=num_classes).double()
+    some = bool(fooled.any())
+    single = bool((wanted == wanted[0]).all())
+    return shares, {
+        "fooled": every.mean().item(),
+        "classes": (spread / spread.sum()).tolist() if some else None,
+        "entropy": _entropy(spread) if some else None,
+        "top_is_target": bool(spread.argmax() == wanted[0]) if some and single else None,
+    } | _with_intervals(shares)
 
 
 def _ratio(part: Tensor, whole: Tensor, drawn: Tensor) -> tuple[float | None, Tensor | None]:
@@ -144,7 +183,7 @@ def _mean(values: Tensor, drawn: Tensor) -> tuple[float | None, Tensor | None]:
     return _ratio(values, torch.ones_like(values), drawn)
 
 
-def _with_intervals(shares: dict[str, tuple[float | None, Tensor | None]]) -> dict[str, Any]:
+def _with_intervals(shares: _Shares) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, (value, draws) in shares.items():
         found[key], found[f"{key}_interval"] = value, None

@@ -34,24 +34,31 @@ class Relearned:
     Attributes:
         steps: optimizer steps until half of the probe's images went to the target, counted from 0 (before any
             step); None if they never did.
+        course: (step, share of the probe's images that went to the target): at each step up to there, and after each
+            epoch behind it.
     """
 
     model: nn.Module
     steps: int | None
+    course: list[tuple[int, float]]
 
 
 class _Watch(Hooks):
     def __init__(self, success: Callable[[nn.Module], float]) -> None:
         self.success = success
         self.reached: int | None = None
+        self.course: list[tuple[int, float]] = []
 
     def look(self, model: nn.Module, step: int) -> None:
-        if self.reached is None and self.success(model.eval()) >= 0.5:
+        self.course.append((step, self.success(model.eval())))
+        if self.reached is None and self.course[-1][1] >= 0.5:
             self.reached = step
 
     def after_step(self, model: nn.Module, step: int, steps: int) -> None:
-        self.look(model, step + 1)
-        model.train()
+        # Behind the half it costs a look for each epoch, not for each step.
+        if self.reached is None or (step + 1) % (steps // RELEARN.epochs) == 0:
+            self.look(model, step + 1)
+            model.train()
 
 
 def relearn(
@@ -76,7 +83,7 @@ def relearn(
     data = ImageSet(torch.cat([clean.images, poisoned.images]), torch.cat([clean.labels, poisoned.labels]))
     journal = Journal(precision=precision)
     fit(model, data, RELEARN, seed=seed, augmentation=augmentation, hooks=watch, journal=journal, part="relearn")
-    return Relearned(model, watch.reached)
+    return Relearned(model, watch.reached, watch.course)
 
 
 def reactivate(
