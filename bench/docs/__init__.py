@@ -1,0 +1,255 @@
+"""Pages that are written from the code: what every column means, and every method with its settings."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import MISSING, Field, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+NOTE = "<!-- Written by `python -m bench.docs` from the code; change it there. -->"
+
+OURS = ("attacks", "baselines", "defenses")  # a plug-in has a documentation of its own
+# Columns of the files that are no figures: what `bench.reporting.table` puts beside them.
+PLACES = {
+    "dataset": "data set, as `grid.datasets` names it",
+    "model": "timm's name of the architecture",
+    "variant": "the swept settings of this trial as a command line has them; empty where nothing is swept",
+    "setting": "what the defender owns: `reserve` or `trainset`",
+    "attack": "`none` is the clean model",
+    "defense": "`no_defense` is the infected model as it is",
+    "poison_rate": "poisoned / all training images, a share",
+    "seed": "of data split, weights, poison and defense",
+    "status": "`done`, `not applicable`, `wrecked`, `diverged`, `failed` or `missing`",
+    "reason": "why it is not `done`, in one line",
+    "warnings": "what the evaluator found suspicious, e.g. signs of masked gradients",
+    "commit": "every commit that had a hand in the figures",
+    "clean": "was the tree of these commits unchanged?",
+    "trial": "the key of the evaluation: its folder is `results/store/evaluate/<first two digits>/<key>/`",
+}
+STATES = {
+    "done": "measured; counts",
+    "not applicable": "the method has no meaning in this setting or for this network; the reason says why",
+    "wrecked": "measured, but more than 10 points of clean accuracy are lost; never averaged, worst rank",
+    "diverged": "ended in NaN, or no better than naming the most common class; never averaged, worst rank",
+    "failed": "an error, kept with its reason; the next run tries it again; worst rank",
+    "missing": "not computed yet; the defense is not ranked",
+}
+
+_COLUMNS = f"""# Columns
+{NOTE}
+
+Shares run from 0 to 1 in files and in MLflow, and are printed in percent. *Shown*: printed by default where the grid
+has it; the others stand in the files, and on the page when switched on."""
+
+_FILES = r"""## Files
+
+- `trials.csv`: a row for each trial, figures to the last bit.
+- `leaderboard.csv`: a row for each cell. `NAME_mean` and `NAME_std` (sample standard deviation) over the seeds that are
+  done, `NAME_t95` half of the 95 % t-interval (the one to print), `NAME_low` and `NAME_high` the bootstrap's, one count
+  for each state, and the first reason of each. `kind` is `measured` or `reported`.
+- `wide.csv`: a row for each defense. Means over attacks, `asr_median`, `asr_high` (how many attacks stay above 10 %) of
+  `asr_cells`, `rank`, and `ATTACK: NAME` for each attack.
+- `leaderboard.md`, `leaderboard.tex` (`\input` it; needs `booktabs` and `textcomp`), `leaderboard.html` (one file).
+- `connection.csv` (`python -m bench.connection`): a row for each model (`kind`: `infected`, `twin`, `noise` or
+  `repaired`), radius and seed. `fooled`; `concentration`, the share of the fooled that go to the target; `similarity`
+  and `overlap`, how much nearer than the clean image to the triggered one; each with `_low` and `_high`; `lift` over
+  the twin's concentration; `top_is_target`; `classes`, the distribution over classes."""
+
+_METHODS = f"""# Attacks and defenses
+{NOTE}
+
+Any setting is `attack.NAME.SETTING=VALUE` or `defense.NAME.SETTING=VALUE` on the command line, or one more axis with
+`grid.sweep`. Defaults are the paper's unless *Differs* says otherwise."""
+
+
+def pages() -> dict[str, str]:
+    """File name -> text of every page that is written from the code."""
+    from bench.config import load_methods
+
+    load_methods([])
+    return {"columns.md": _columns(), "methods.md": _methods()}
+
+
+# Columns -------------------------------------------------------------------------------------------------------------
+
+
+def _columns() -> str:
+    from bench.reporting.columns import COSTS, MEASURES
+
+    def table(columns: Any) -> list[str]:
+        better = {"higher": "higher", "lower": "lower", "": "–"}
+        rows = [
+            [c.heading, f"`{c.name}`", c.unit or "count", better[c.better], "yes" if c.shown else "", c.about]
+            for c in columns
+        ]
+        return _table(["printed as", "in files and MLflow", "unit", "better", "shown", "meaning"], rows)
+
+    lines = [
+        *(_COLUMNS.splitlines()),
+        "",
+        "## Figures",
+        "",
+        *table(MEASURES),
+        "",
+        "## Price",
+        "",
+        *table(COSTS),
+        "",
+        "## Beside the figures, in `trials.csv`",
+        "",
+        *_table(["column", "meaning"], [[f"`{name}`", text] for name, text in PLACES.items()]),
+        "",
+        "## States",
+        "",
+        *_table(["state", "meaning"], [[f"`{name}`", text] for name, text in STATES.items()]),
+        "",
+        *(_FILES.splitlines()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# Methods -------------------------------------------------------------------------------------------------------------
+
+
+def _methods() -> str:
+    from attacks.base import Attack, attack
+    from defenses.base import SETTINGS, Defense, defense, offered
+
+    def setting(name: str, cls: type) -> str:
+        works = {place: view.__name__ for place in SETTINGS if (view := offered(cls, place))}
+        return "; ".join(f"`{place}` (sees `{view}`)" for place, view in works.items())
+
+    def label(name: str, cls: type) -> str:
+        return ", ".join(mode.replace("_", "-") for mode in cls.label_modes)  # type: ignore[attr-defined]
+
+    lines = [
+        *(_METHODS.splitlines()),
+        "",
+        "## Settings of every attack",
+        "",
+        *_table(["setting", "default", "meaning"], _settings(Attack, object)),
+        "",
+        "## Attacks",
+        "",
+        "![clean image, triggered image and difference, for thirteen attacks](../../results/readme/gallery.png)",
+        "",
+        *_all(attack, Attack, "labels", label),
+        "## Defenses",
+        "",
+        *_all(defense, Defense, "works in", setting),
+    ]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _all(registry: dict[str, type], base: type, fact: str, of: Any) -> list[str]:
+    lines: list[str] = []
+    told: dict[str, str] = {}  # file -> the method that it was told for
+    ours = {name: cls for name, cls in registry.items() if cls.__module__.partition(".")[0] in OURS}
+    for name, cls in sorted(ours.items(), key=_place):
+        file = _file(cls)
+        lines += [f"### {name}", ""]
+        if file in told:
+            first = registry[told[file]]
+            lines += [f"{_summary(cls)} {fact.capitalize()}: {of(name, cls)}.", ""]
+            changed = [(f.name, _default(f)) for f in fields(cls) if _default(f) != _defaults(first).get(f.name)]
+            lines += [f"As `{told[file]}`, but " + ", ".join(f"`{key}={value}`" for key, value in changed) + ".", ""]
+            continue
+        told[file] = name
+        title, parts = _header(cls)
+        lines += [title, ""]
+        facts = [("Paper", parts.get("Paper", "none.")), ("Differs", parts.get("Differs", "none known."))]
+        facts += [(fact.capitalize(), of(name, cls) + ".")]
+        facts += [("Limits", parts["Limits"])] if "Limits" in parts else []
+        lines += [f"- {key}: {text}" for key, text in facts] + [f"- Code: [{file}](../../{file})", ""]
+        rows = _settings(cls, base)
+        if rows:
+            lines += [*_table(["setting", "default", "meaning"], rows), ""]
+    return lines
+
+
+def _place(named: tuple[str, type]) -> tuple[Any, ...]:
+    """This project's own methods first, and behind each its presets."""
+    name, cls = named
+    return _file(cls).startswith("baselines"), _file(cls), name != _stem(cls), name
+
+
+def _file(cls: type) -> str:
+    return cls.__module__.replace(".", "/") + ".py"
+
+
+def _stem(cls: type) -> str:
+    return cls.__module__.rpartition(".")[2]
+
+
+def _summary(cls: type) -> str:
+    return _plain((cls.__doc__ or "").strip().split("\n\n")[0])
+
+
+def _header(cls: type) -> tuple[str, dict[str, str]]:
+    """The first line of a method's file, and what stands behind `Paper:`, `Differs:` and `Limits:`."""
+    text = inspect.getdoc(inspect.getmodule(cls)) or ""
+    title, _, rest = text.partition("\n\n")
+    found = re.split(r"^(Papers?|Differs|Limits): ", rest, flags=re.MULTILINE)
+    parts = {
+        key.rstrip("s") if key == "Papers" else key: value for key, value in zip(found[1::2], found[2::2], strict=True)
+    }
+    return _plain(title), {key: _plain(value) for key, value in parts.items()}
+
+
+def _settings(cls: type, base: type) -> list[list[str]]:
+    """Setting, default and meaning of what a method adds to its base, or changes; what is told at once is one row."""
+    usual = {} if base is object else _defaults(base)
+    about = _about(cls)
+    own = [f for f in fields(cls) if usual.get(f.name) != _default(f)]
+    return [
+        [", ".join(f"`{f.name}`" for f in group), ", ".join(f"`{_default(f)}`" for f in group), text]
+        for text, group in ((text, list(found)) for text, found in groupby(own, lambda f: about.get(f.name, f.name)))
+    ]
+
+
+def _defaults(cls: type) -> dict[str, str]:
+    return {f.name: _default(f) for f in fields(cls)}
+
+
+def _default(f: Field[Any]) -> str:
+    """As a command line has it."""
+    from bench.grid import written
+
+    value = f.default_factory() if f.default_factory is not MISSING else f.default
+    if isinstance(value, tuple):
+        value = list(value)
+    if isinstance(value, float) and len(repr(value)) > 12:  # 6 / 255 is what was meant
+        levels = 255 * value
+        return f"{levels:.0f}/255" if abs(levels - round(levels)) < 1e-9 else f"{value:.4g}"
+    return written(value)
+
+
+def _about(cls: type) -> dict[str, str]:
+    """Setting -> what the `Attributes` of a class, or of those that it is built on, say of it."""
+    found: dict[str, str] = {}
+    for one in reversed(cls.__mro__):
+        _, _, listed = inspect.cleandoc(one.__dict__.get("__doc__") or "").partition("Attributes:\n")
+        listed = re.split(r"^\S", listed, maxsplit=1, flags=re.MULTILINE)[0]
+        for entry in re.split(r"\n(?=    \S)", listed.rstrip()):
+            names, _, text = entry.strip().partition(":")
+            if re.fullmatch(r"\w+(, \w+)*", names):
+                found |= dict.fromkeys(names.split(", "), _plain(text))
+    return found
+
+
+# Markdown ------------------------------------------------------------------------------------------------------------
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(header), line(["---"] * len(header)), *(line(row) for row in rows)]

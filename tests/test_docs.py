@@ -1,0 +1,88 @@
+"""The documentation says what the code says."""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from attacks.base import attack
+from bench import docs
+from bench.grid import PER_CELL
+from bench.reporting.columns import COLUMN
+from bench.reporting.table import COLUMNS, STATES
+from defenses.base import defense
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(docs.HERE.glob("*.md"))
+METHODS = [cls for cls in (*attack.values(), *defense.values()) if cls.__module__.partition(".")[0] in docs.OURS]
+
+
+@pytest.mark.parametrize("name", ["columns.md", "methods.md"])
+def test_a_page_that_is_written_from_the_code_is_what_the_code_says_now(name):
+    assert (docs.HERE / name).read_text() == docs.pages()[name], "run python -m bench.docs"
+
+
+def test_every_column_and_state_has_its_line():
+    assert set(COLUMNS) == {*COLUMN, *docs.PLACES}
+    assert tuple(docs.STATES) == STATES
+
+
+@pytest.mark.parametrize("cls", METHODS, ids=lambda cls: cls.name)
+def test_every_setting_of_a_method_says_what_it_means(cls):
+    assert {field.name for field in fields(cls)} - set(docs._about(cls)) == set()
+
+
+def test_a_default_of_levels_is_written_as_levels():
+    rows = {name: default for name, default, _ in docs._settings(defense["aft"], object)}
+    assert rows["`epsilon`"] == "`6/255`"
+    assert rows["`lr`, `batch_size`, `momentum`, `weight_decay`"] == "`0.01`, `128`, `0.9`, `0.0005`"
+
+
+def test_every_link_of_the_documentation_leads_somewhere():
+    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#]+)\)", page.read_text())]
+    assert links
+    assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
+    assert {page.name for page in PAGES} - {"README.md"} == {
+        link for page, link in links if page.name == "README.md" and "/" not in link
+    }
+
+
+def texts() -> list[str]:
+    """Every text in the code, as it is printed but for what stands in braces."""
+    found = []
+    for folder in ("bench", "slurm", "defenses", "attacks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            found += [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+    return [text for text in found if isinstance(text, str)]
+
+
+def test_every_error_message_of_the_faq_is_one_that_the_code_prints():
+    headings = re.findall(r"^### `(.+)`$", (docs.HERE / "faq.md").read_text(), flags=re.MULTILINE)
+    known = texts()
+    assert len(headings) > 15
+    for heading in headings:
+        for part in (piece.strip(" ();") for piece in heading.split("…")):
+            assert any(part in text for text in known), part
+
+
+def test_every_setting_that_the_documentation_names_exists():
+    from bench.config import load
+
+    cfg = load([])
+    heads = {*PER_CELL, "grid", "dataset", "model", "dispatch", "tracking", "report"}
+    for page in PAGES:
+        for words in re.findall(r"`([^`]+)`", page.read_text()):
+            for key in re.findall(r"(?:^|[ \[{])((?:\w+\.)+\w+)(?=[=,} ]|$)", words):
+                head, *rest = key.split(".")
+                if head not in heads or rest[-1] in ("py", "md", "yaml", "csv") or re.search(r"[A-Z]{3}|shrink", key):
+                    continue
+                node = cfg
+                for part in (head, *rest):
+                    if part in ("submitit", "additional"):
+                        break
+                    assert part in node, f"{page.name}: {key}"
+                    node = node[part]
