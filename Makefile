@@ -31,7 +31,7 @@ test: setup
 
 # Kills, resumed sweeps, the quick grid's promises: some minutes.
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -rs
 
 # A real Slurm on this machine, as root on Debian (slurm/testbed/testbed.sh install fetches the packages): some minutes.
 test-slurm: setup
@@ -44,7 +44,7 @@ test-realdata: setup
 # Needs Debian's chromium; what drives it is installed here.
 test-browser: setup
 	$(BIN)/uv pip install --quiet --python $(BIN)/python 'playwright>=1.49' 'axe-playwright-python>=0.1.4' 'scikit-posthocs>=0.11'
-	$(BIN)/python -m pytest -m browser
+	$(BIN)/python -m pytest -m browser -rs
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
