@@ -6,10 +6,11 @@ A defense has one colour and one marker in every figure; the palette can be told
 from __future__ import annotations
 
 import functools
+import json
 import math
 import textwrap
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from bench.grid import RELEARN_TABLE
 from bench.reporting.columns import COLUMN
+from bench.reporting.connection import KINDS, SHARED, connections, largest, over_seeds
 from bench.reporting.table import BASELINE, BOARD, STATES, cells, marks, parts, records
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ WIDTH = 3.35  # inches: one column of a two-column paper
 PAGE = 6.9
 _MARKERS = "osD^vP*X<>"
 _LINES = ("-", "--", "-.", ":")
+TWIN = "clean twin"
 
 
 def write(trials: pd.DataFrame, folder: Path, title: str, evidence: list[dict[str, Any]] | None = None) -> list[Path]:
@@ -41,11 +45,28 @@ def write(trials: pd.DataFrame, folder: Path, title: str, evidence: list[dict[st
     Returns:
         the PNG files; a PDF lies beside each.
     """
-    table = cells(trials)
+    return _drawn({**_DRAWN, **_CONNECTION}, trials, folder, title, evidence)
+
+
+def write_connection(
+    trials: pd.DataFrame, folder: Path, title: str, evidence: list[dict[str, Any]] | None = None
+) -> list[Path]:
+    """The figures of the finding alone, as `write`."""
+    return _drawn(_CONNECTION, trials, folder, title, evidence)
+
+
+def _drawn(
+    figures: dict[str, Callable[[_Grid], Figure | None]],
+    trials: pd.DataFrame,
+    folder: Path,
+    title: str,
+    evidence: list[dict[str, Any]] | None,
+) -> list[Path]:
     behind = pd.Series(evidence or [{}] * len(trials), dtype=object)
+    grid = _Grid(trials.reset_index(drop=True), cells(trials), behind, title)
     found = []
-    for name, draw in _DRAWN.items():
-        figure = draw(_Grid(trials.reset_index(drop=True), table, behind, title))
+    for name, draw in figures.items():
+        figure = draw(grid)
         path = folder / f"{name}.png"
         if figure is None:
             path.unlink(missing_ok=True)
@@ -63,6 +84,13 @@ class _Grid:
     def __init__(self, trials: pd.DataFrame, table: pd.DataFrame, behind: pd.Series, title: str) -> None:
         self.trials, self.table, self.behind, self.title = trials, table, behind, title
         self.attacked = table[table.poison_rate > 0]
+        self.connections = connections(self.trials, list(behind))
+        groups = table.assign(whole=table.done == table.seeds).groupby([*BOARD, "setting", "defense"], sort=False)
+        self._whole = groups.whole.all().to_dict()
+
+    def whole(self, row: Any) -> bool:
+        """Is every cell of this defense done? If not, its means are over other attacks than its rivals'."""
+        return bool(self._whole[(*(getattr(row, axis) for axis in BOARD), row.setting, row.defense)])
 
     def caption(self, what: str, table: pd.DataFrame | None = None) -> str:
         done = (self.table if table is None else table).done
@@ -82,8 +110,12 @@ def _look(name: str) -> dict[str, Any]:
     """Colour, marker and line of a defense, the same wherever it is drawn."""
     import seaborn as sns
 
-    if name == BASELINE:
-        return {"color": "0.35", "marker": "x", "linestyle": ":"}
+    if name in (BASELINE, TWIN):
+        return {
+            "color": "0.35",
+            "marker": "x" if name == BASELINE else "+",
+            "linestyle": ":" if name == BASELINE else "--",
+        }
     known = _known()
     place = known.index(name) if name in known else zlib.crc32(name.encode())
     return {
@@ -171,12 +203,20 @@ def _place(place: tuple[Any, ...]) -> str:
 
 
 def _means(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
-    """One row for each defense of a place: means over attacks of the figures, and whether all is done."""
-    groups = table.groupby([*BOARD, "setting", "defense"], sort=False)
-    found = groups[[f"{name}_mean" for name in names]].mean()
+    """One row for each defense of a place: means over attacks of the figures."""
+    found = table.groupby([*BOARD, "setting", "defense"], sort=False)[[f"{name}_mean" for name in names]].mean()
     found.columns = pd.Index(names)
-    found["whole"] = groups.apply(lambda part: bool((part.done == part.seeds).all()))
     return found.reset_index()
+
+
+def _point(axis: Axes, grid: _Grid, row: Any, x: float, y: float) -> None:
+    """A defense as a large marker, hollow where not all of its cells are done."""
+    look = _look(str(row.defense))
+    inside = {} if grid.whole(row) or look["marker"] in "x+" else {"markerfacecolor": "white"}
+    axis.plot(x, y, label=row.defense, linestyle="none", color=look["color"], marker=look["marker"], **inside, zorder=3)
+
+
+HOLLOW = "hollow: not all cells are done"
 
 
 def _heatmap(grid: _Grid) -> Figure | None:
@@ -234,9 +274,9 @@ def _scatter(grid: _Grid) -> Figure | None:
                 own = points[(points[[*BOARD, "setting", "defense"]] == [*place, row.defense]).all(axis=1)]
                 faint = {"color": look["color"], "marker": look["marker"], "s": 7, "alpha": 0.35, "linewidths": 0.5}
                 axis.scatter(100 * own.asr_mean, 100 * own.clean_accuracy_mean, **faint)
-                large = {"color": look["color"], "marker": look["marker"], "s": 30, "zorder": 3}
-                axis.scatter(100 * row.asr, 100 * row.clean_accuracy, label=row.defense, **large)
-            front = _front(part[part.whole & (part.defense != BASELINE)])
+                _point(axis, grid, row, 100 * row.asr, 100 * row.clean_accuracy)
+            whole = [grid.whole(row) and row.defense != BASELINE for row in records(part)]
+            front = _front(part[whole])
             if len(front) > 1:
                 axis.plot(100 * front.asr, 100 * front.clean_accuracy, color="0.6", linewidth=0.8, zorder=1)
             axis.set_xlim(-3, 103)
@@ -245,7 +285,7 @@ def _scatter(grid: _Grid) -> Figure | None:
             axis.set_ylim(min(low, max(high - 10, 0)), min(high + 0.5, 101))
             axis.set(title=_place(place), xlabel="ASR (%)", ylabel="clean accuracy (%)")
         _legend(figure, axes)
-        what = "Upper left is best. Large: mean over attacks, small: one attack; line: Pareto front of the means."
+        what = f"Upper left is best. Large: mean over attacks ({HOLLOW}), small: one attack; line: Pareto front."
         return _titled(figure, grid.caption(what, points))
 
 
@@ -310,12 +350,16 @@ def _bars(grid: _Grid, table: pd.DataFrame, names: list[str], label: str, what: 
                 color = colors[index] if len(names) > 1 else [_look(str(defense))["color"] for defense in part.defense]
                 title = COLUMN[name].heading if len(names) > 1 else None
                 axis.barh(at, 100 * part[name], thick * 0.9, color=color, label=title)
-                for where, defense in zip(at, part.defense, strict=True):
+                for where, defense, mean in zip(at, part.defense, 100 * part[name], strict=True):
                     values = 100 * own[own.defense == defense][f"{name}_mean"]
                     axis.scatter(values, np.full(len(values), where), s=4, color="black", alpha=0.5, linewidths=0)
+                    text = "no figure" if math.isnan(mean) else f"{mean:.1f}"
+                    axis.text(np.nanmax([0, mean, *values]), where, f" {text}", va="center", size=5, color="0.25")
             axis.set_yticks(range(len(part)), [_short(defense) for defense in part.defense])
             axis.set_ylim(len(part) - 0.5, -0.5)
-            axis.set(title=_place(place), xlabel=label, xlim=(0, 100))
+            # A quarter of the axis for the figures behind the bars; small ones are shown large.
+            most = 100 * np.nanmax([0.0, *own[[f"{name}_mean" for name in names]].to_numpy().flat])
+            axis.set(title=_place(place), xlabel=label, xlim=(0, max(12.0, min(1.25 * most, 112))))
         _legend(figure, axes)
         return _titled(figure, grid.caption(what, table))
 
@@ -376,13 +420,14 @@ def _cost(grid: _Grid) -> Figure | None:
         figure, axes = _panels(plt, len(places), WIDTH, 2.3)
         for axis, (place, part) in zip(axes, places, strict=True):
             for row in records(part):
-                look = _look(str(row.defense)) | {"linestyle": "none"}
-                axis.plot(row.defend_seconds, 100 * row.asr, label=row.defense, **look)
+                _point(axis, grid, row, row.defend_seconds, 100 * row.asr)
             axis.set(
                 title=_place(place), xlabel="seconds of the defense", ylabel="ASR (%)", xscale="log", ylim=(-3, 103)
             )
         _legend(figure, axes)
-        return _titled(figure, grid.caption("Effect against cost, means over attacks; lower left is best.", points))
+        return _titled(
+            figure, grid.caption(f"Effect against cost, means over attacks; lower left is best; {HOLLOW}.", points)
+        )
 
 
 def _sweep(grid: _Grid) -> Figure | None:
@@ -464,7 +509,7 @@ def _epsilon(grid: _Grid) -> Figure | None:
 def _rounds(grid: _Grid) -> Figure | None:
     """What a progressive method reached step by step."""
     names = {"asr": "ASR", "clean_accuracy": "clean accuracy", "selected_poison": "poison in selection"}
-    names |= {"detection_auroc": "AUROC"}
+    names |= {"random_poison": "poison in a random pick", "detection_auroc": "AUROC"}
     found = [
         (_where(row), row.defense, figure, index, step["name"], 100 * step[figure])
         for row, steps in grid.more("rounds")
@@ -516,47 +561,188 @@ def _detection(grid: _Grid) -> Figure | None:
     return figure
 
 
+# Of the connection: colour, marker, line; the order is that of the legend.
+_SEEN = {"infected": (3, "o", "-"), "twin": (2, "s", "--"), "noise": (None, "x", ":")}
+
+
 def _connection(grid: _Grid) -> Figure | None:
-    """Adversarial examples of infected models and of their clean twins: the share that goes where the trigger sends."""
-    seen, rows = set(), []
-    for row, steps in grid.more("connection"):
-        if (place := (row.dataset, row.model, row.variant, row.attack, row.seed)) in seen:
-            continue
-        seen.add(place)
-        rows += [
-            (
-                _place((row.dataset, row.model, row.variant, row.attack)),
-                kind,
-                255 * step["epsilon"],
-                100 * step[kind]["concentration"],
-            )
-            for step in steps
-            for kind in ("infected", "twin")
-            if step.get(kind, {}).get("concentration") is not None
-        ]
-    table = pd.DataFrame(rows, columns=["place", "kind", "radius", "share"])
-    panels = parts(table, "place")
+    """Adversarial examples of each infected model over the radius, beside its clean twin and random noise."""
+    table = over_seeds(grid.connections)
+    table = table[table.kind != "repaired"]
+    panels = [
+        (place, part, name)
+        for place, part in parts(table, SHARED)
+        for name in ("concentration", "similarity")
+        if part[name].notna().any()
+    ]
     if not panels:
         return None
+    labels = {"concentration": "to the target (%)", "similarity": "similarity"}
+    with _paper() as plt:
+        figure, axes = _panels(plt, len(panels), WIDTH / 2, 1.45)
+        for axis, (place, part, name) in zip(axes, panels, strict=True):
+            for kind, own in parts(part, "kind"):
+                _with_interval(axis, own, name, str(kind))
+            if name == "similarity":
+                axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
+            else:
+                axis.set_ylim(-3, 103)
+            axis.set(title=_place(place), xlabel="radius (levels of 255)", ylabel=labels[name])
+        _legend(figure, axes)
+        what = (
+            "Adversarial examples: share given the attacker's class, of those that fool the model, and how much nearer "
+            "than the clean image their features are to the triggered image's (cosine). Bars: widest 95 % interval "
+            "over images of any seed."
+        )
+        return _titled(figure, grid.caption(what))
+
+
+def _with_interval(axis: Axes, own: pd.DataFrame, name: str, kind: str) -> None:
     import seaborn as sns
 
+    color, marker, line = _SEEN[kind]
+    scale = 100 if name == "concentration" else 1
+    values = scale * own[[name, f"{name}_low", f"{name}_high"]]
+    reach = [values[name] - values[f"{name}_low"], values[f"{name}_high"] - values[name]]
+    axis.errorbar(
+        255 * own.epsilon,
+        values[name],
+        np.nan_to_num(np.maximum(reach, 0)),
+        label=KINDS[kind],
+        color="0.45" if color is None else sns.color_palette("colorblind")[color],
+        marker=marker,
+        markersize=3,
+        linestyle=line,
+        capsize=1.5,
+        elinewidth=0.6,
+    )
+
+
+def _connection_repaired(grid: _Grid) -> Figure | None:
+    """The share to the target at the largest radius, behind each defense, between infected model and clean twin."""
+    import seaborn as sns
+
+    table = over_seeds(largest(grid.connections))
+    table = table[table.concentration.notna()]
+    panels = [(place, part) for place, part in parts(table, SHARED) if (part.kind == "repaired").any()]
+    if not panels:
+        return None
+    rows = table[table.kind == "repaired"][["defense", "setting"]].drop_duplicates()
+    several = rows.setting.nunique() > 1
+    order = {pair: at for at, pair in enumerate(rows.itertuples(index=False, name=None))}
+    names = [f"{_short(defense, 20)}{f' ({setting})' if several else ''}" for defense, setting in order]
+    colors = sns.color_palette("colorblind")
     with _paper() as plt:
-        figure, axes = _panels(plt, len(panels), WIDTH / 1.45, 1.7)
+        wide = 0.075 * max(map(len, names))
+        figure, axes = _panels(
+            plt, len(panels), WIDTH / 2 if len(panels) > 1 else WIDTH - wide, 0.8 + 0.15 * len(order)
+        )
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width + wide, height)
         for axis, (place, part) in zip(axes, panels, strict=True):
-            for kind, color, marker, label in zip(
-                ("infected", "twin"),
-                sns.color_palette("colorblind"),
-                "os",
-                ("infected model", "clean twin"),
-                strict=False,
-            ):
-                own = part[part.kind == kind].groupby("radius").share
-                mean, std = own.mean(), own.std().fillna(0)
-                axis.errorbar(mean.index, mean, std, label=label, color=color, marker=marker, capsize=2)
-            axis.set(title=place, xlabel="radius (levels of 255)", ylabel="to the target (%)", ylim=(-3, 103))
+            for kind in ("infected", "twin"):
+                for row in records(part[part.kind == kind]):
+                    color, _, line = _SEEN[kind]
+                    shade = colors[color or 0]
+                    axis.axvspan(
+                        100 * row.concentration_low, 100 * row.concentration_high, color=shade, alpha=0.15, lw=0
+                    )
+                    axis.axvline(100 * row.concentration, color=shade, linestyle=line, label=KINDS[kind])
+            for row in records(part[part.kind == "repaired"]):
+                value, low, high = (100 * getattr(row, f"concentration{end}") for end in ("", "_low", "_high"))
+                reach = np.nan_to_num([[max(0, value - low)], [max(0, high - value)]])
+                at = order[row.defense, row.setting]
+                color = _look(row.defense)["color"]
+                axis.errorbar(
+                    [value], [at], xerr=reach, color=color, marker="o", markersize=3, capsize=1.5, elinewidth=0.8
+                )
+            axis.set(title=_place(place), xlabel="to the target (%)", xlim=(-3, 103), ylim=(len(order) - 0.5, -0.5))
+            first = axis.get_subplotspec().is_first_col()
+            axis.set_yticks(range(len(order)), names if first else [""] * len(order))
+            axis.grid(axis="y", color="0.9", linewidth=0.5)
+            axis.set_axisbelow(True)
         _legend(figure, axes)
-        what = "Adversarial examples given to the attacker's class, of all that fool the model; mean ± std over seeds."
+        what = (
+            f"Adversarial examples at {255 * table.epsilon.max():g}/255 behind each defense: share given the "
+            "attacker's class, of those that fool it; bars and bands: widest 95 % interval over images of any seed."
+        )
         return _titled(figure, grid.caption(what))
+
+
+def _connection_classes(grid: _Grid) -> Figure | None:
+    """Where the adversarial examples of infected model and clean twin go, class by class, at the largest radius."""
+    import seaborn as sns
+
+    table = largest(grid.connections)
+    table = table[table.kind.isin(["infected", "twin"]) & (table.classes != "null")]
+    panels = parts(table, SHARED)
+    if not panels:
+        return None
+    with _paper() as plt:
+        figure, axes = _panels(plt, len(panels), WIDTH / 2 if len(panels) > 1 else WIDTH, 1.4)
+        for axis, (place, part) in zip(axes, panels, strict=True):
+            for index, kind in enumerate(("infected", "twin")):
+                shares = [json.loads(text) for text in part[part.kind == kind].classes]
+                if shares:
+                    mean = 100 * np.mean(shares, axis=0)
+                    color = sns.color_palette("colorblind")[_SEEN[kind][0] or 0]
+                    at = np.arange(len(mean)) + 0.4 * (index - 0.5)
+                    axis.bar(at, mean, 0.4, color=color, label=KINDS[kind])
+            axis.set(title=_place(place), xlabel="class", ylabel="share (%)")
+            if len(mean) <= 10:
+                axis.set_xticks(range(len(mean)))
+        _legend(figure, axes)
+        what = f"Classes that adversarial examples at {255 * table.epsilon.max():g}/255 are given, of those that fool."
+        return _titled(figure, grid.caption(what))
+
+
+def _relearning(grid: _Grid) -> Figure | None:
+    """ASR over the steps of relearning with the paper's number of poisoned images, and over their number."""
+    course, number = [], []
+    for row, steps in grid.more("relearn"):
+        for step in steps:
+            for defense, end in ((row.defense, ""), (TWIN, "_control")):
+                points = step.get(f"course{end}")
+                if points and step["poisoned"] == RELEARN_TABLE:
+                    x, y = np.transpose(points)
+                    # Behind the half it was looked for once an epoch: between the looks a straight line.
+                    at = np.arange(x[-1] + 1)
+                    course += [
+                        (_where(row), defense, *pair) for pair in zip(at, 100 * np.interp(at, x, y), strict=True)
+                    ]
+                if step.get(f"asr{end}") is not None:
+                    number.append((_where(row), defense, step["poisoned"], 100 * step[f"asr{end}"]))
+    axes_of = [
+        (course, f"steps, {RELEARN_TABLE} poisoned images"),
+        (number, "poisoned images"),
+    ]
+    panels = [
+        (place, part, label)
+        for rows, label in axes_of
+        for place, part in parts(pd.DataFrame(rows, columns=["place", "defense", "x", "y"]), "place")
+        if part.x.nunique() > 1
+    ]
+    panels.sort(key=lambda panel: panel[0])
+    if not panels:
+        return None
+    with _paper() as plt:
+        figure, axes = _panels(plt, len(panels), WIDTH / 2, 1.7)
+        for axis, (place, part, label) in zip(axes, panels, strict=True):
+            for defense, own in parts(part, "defense"):
+                curve = own.groupby("x").y.mean()
+                look = _look(str(defense)) | ({"marker": ""} if len(curve) > 12 else {})
+                axis.plot(curve.index, curve, label=defense, **look)
+            if label == axes_of[1][1]:
+                axis.set_xscale("log")
+                values = sorted(part.x.unique())
+                axis.set_xticks(values, [f"{value:g}" for value in values])
+                axis.minorticks_off()
+            axis.set(title=place, xlabel=label, ylabel="ASR (%)", ylim=(-3, 103))
+        _legend(figure, axes)
+        what = (
+            "Relearning: ASR while a model is fine-tuned on clean images and a few poisoned ones; means over attacks."
+        )
+        return _titled(figure, grid.caption(what, grid.attacked))
 
 
 _DRAWN = {
@@ -570,7 +756,12 @@ _DRAWN = {
     "rounds": _rounds,
     "detection": _detection,
     "relearn": _relearn,
+    "relearn_curves": _relearning,
+}
+_CONNECTION = {
     "connection": _connection,
+    "connection_repaired": _connection_repaired,
+    "connection_classes": _connection_classes,
 }
 
 

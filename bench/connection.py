@@ -1,0 +1,49 @@
+"""The finding behind PBE and PUD: do adversarial examples of an infected model resemble its triggered images?
+
+    python -m bench.connection [grid=NAME] [key=value ...]     the same settings as bench.run
+
+Computes nothing: it reads what `python -m bench.run ... measure.connection=true` left in the store. For each infected
+model, its clean twin, random noise, and each repaired model: of the untargeted adversarial examples that fool it, the
+share that goes to the class that the attacker wants (1 / (classes - 1) by chance); how much nearer than the clean image
+they are to the triggered one, as cosine of the features and as overlap of the most active tenth of the units.
+
+Writes into results/NAME/: connection.csv (every radius and seed, with 95 % intervals over images and the distribution
+over classes), connection.md, and as PNG and PDF connection, connection_repaired and connection_classes.
+"""
+
+from __future__ import annotations
+
+from bench.door import command, enter, plan, show
+
+
+def main(arguments: list[str]) -> int:
+    opened = plan(arguments)
+    from bench.config import UserError
+    from bench.reporting import page, plots
+    from bench.reporting.connection import boards, connections, rank_correlation
+    from bench.reporting.table import Snapshot, trial_row, trial_table
+
+    store = Snapshot(opened.store)
+    trials = trial_table([trial_row(trial, store) for trial in opened.trials])
+    evidence = [page.evidence(trial, store, command(opened, trial)) for trial in opened.trials]
+    table = connections(trials, evidence)
+    if table.empty:
+        raise UserError(
+            f"no finished trial of grid {opened.cfg.grid.name} has this measure with these settings; run it with "
+            "measure.connection=true first, and give the same settings here"
+        )
+    found = boards(table)
+    lines = rank_correlation(trials, table)
+    for board in found:
+        board.notes += lines
+    opened.folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(opened.folder / "connection.csv", index=False)
+    (opened.folder / "connection.md").write_text("\n".join(board.markdown() for board in found))
+    drawn = plots.write_connection(trials, opened.folder, f"Grid {opened.cfg.grid.name}", evidence)
+    show(found)
+    print(f"Table and figures: {opened.folder}/connection.md, {', '.join(path.name for path in drawn)}")
+    return 0
+
+
+if __name__ == "__main__":
+    enter(main, __doc__)
