@@ -82,8 +82,11 @@ class _Grid:
     """What the figures are drawn from."""
 
     def __init__(self, trials: pd.DataFrame, table: pd.DataFrame, behind: pd.Series, title: str) -> None:
-        self.trials, self.table, self.behind, self.title = trials, table, behind, title
-        self.attacked = table[table.poison_rate > 0]
+        self.trials, self.cells, self.behind, self.title = trials, table, behind, title
+        # A defense that has no meaning in a setting would be an empty row there.
+        rows = [table[axis] for axis in (*BOARD, "setting", "defense")]
+        self.table = table[~(table.not_applicable == table.seeds).groupby(rows).transform("all")]
+        self.attacked = self.table[self.table.poison_rate > 0]
         self.connections = connections(self.trials, list(behind))
         groups = table.assign(whole=table.done == table.seeds).groupby([*BOARD, "setting", "defense"], sort=False)
         self._whole = groups.whole.all().to_dict()
@@ -181,6 +184,17 @@ def _titled(figure: Figure, caption: str) -> Figure:
     return figure
 
 
+def _names(table: pd.DataFrame) -> float:
+    """Inches that the names of defenses take beside a panel."""
+    return 0.065 * (max(len(_short(name)) for name in table.defense) + 3)
+
+
+def _tall(axis: Axes, inches: float, width: float) -> None:
+    """Give a panel its own height, from the top: rows are as high in a panel with few of them."""
+    axis.set_box_aspect(inches / width)
+    axis.set_anchor("N")
+
+
 def _legend(figure: Figure, axes: list[Axes]) -> None:
     """One legend for all panels beneath them, for which the figure grows."""
     entries: dict[str, Any] = {}
@@ -252,11 +266,12 @@ def _heatmap(grid: _Grid) -> Figure | None:
                 text = {"not applicable": "n/a"}.get(states[0], states[0]) if states else ""
                 axis.text(*where, text, ha="center", va="center", size=5, color="0.25")
             axis.set(title=_place(place), xlabel="", ylabel="")
+            _tall(axis, 0.19 * len(wide), width - _names(table) - 0.2)
             axis.set_xticklabels([_short(name) for name in wide.columns], rotation=45, ha="right")
             axis.set_yticklabels([_short(name) for name in wide.index], rotation=0)
-        figure.colorbar(
-            axes[0].collections[0], ax=axes, label="ASR (%)", shrink=0.6, aspect=30, fraction=0.04, pad=0.02
-        )
+        # It would anchor the panels anew.
+        bar = {"shrink": 0.6, "aspect": 30, "fraction": 0.04, "pad": 0.02, "panchor": False}
+        figure.colorbar(axes[0].collections[0], ax=axes, label="ASR (%)", **bar)
         return _titled(figure, grid.caption("Attack success rate; grey: no figure.", table))
 
 
@@ -309,7 +324,7 @@ def _robust(grid: _Grid) -> Figure | None:
         grid.table,
         names,
         "accuracy under attack (%)",
-        "Robust accuracy: mean over attacks and the clean model; dots: one of them.",
+        "Robust accuracy: mean over attacks and the clean model (its figure at the right); dots: one of them.",
     )
 
 
@@ -328,7 +343,7 @@ def _relearn(grid: _Grid) -> Figure | None:
         "ASR (%)",
         "Does it hold? ASR behind the defense, after fine-tuning on a few "
         "poisoned images (relearn) and under an optimised trigger (reactivate); control: a model without "
-        "backdoor. Mean over attacks; dots: one of them.",
+        "backdoor. Mean over attacks (its figure at the right); dots: one of them.",
     )
 
 
@@ -354,12 +369,15 @@ def _bars(grid: _Grid, table: pd.DataFrame, names: list[str], label: str, what: 
                     values = 100 * own[own.defense == defense][f"{name}_mean"]
                     axis.scatter(values, np.full(len(values), where), s=4, color="black", alpha=0.5, linewidths=0)
                     text = "no figure" if math.isnan(mean) else f"{mean:.1f}"
-                    axis.text(np.nanmax([0, mean, *values]), where, f" {text}", va="center", size=5, color="0.25")
+                    beside = {"transform": axis.get_yaxis_transform(), "va": "center", "ha": "right"}
+                    axis.text(1, where, text, size=5.5, color="0.25", **beside)
             axis.set_yticks(range(len(part)), [_short(defense) for defense in part.defense])
             axis.set_ylim(len(part) - 0.5, -0.5)
-            # A quarter of the axis for the figures behind the bars; small ones are shown large.
+            _tall(axis, len(part) * (0.12 + 0.1 * len(names)), WIDTH - _names(table))
+            # A fifth of the axis for the means as figures; small ones are shown large.
             most = 100 * np.nanmax([0.0, *own[[f"{name}_mean" for name in names]].to_numpy().flat])
-            axis.set(title=_place(place), xlabel=label, xlim=(0, max(12.0, min(1.25 * most, 112))))
+            axis.set(title=_place(place), xlabel=label, xlim=(0, max(12.0, 1.25 * most)))
+            axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 100])
         _legend(figure, axes)
         return _titled(figure, grid.caption(what, table))
 
@@ -370,7 +388,7 @@ def _ranks(grid: _Grid) -> Figure | None:
 
     found = {
         setting: ranking
-        for setting, ranking in marks(grid.trials, grid.table).overall.items()
+        for setting, ranking in marks(grid.trials, grid.cells).overall.items()
         if len(ranking.ranks) > 2 and not math.isnan(ranking.p)
     }
     if not found:
@@ -414,6 +432,8 @@ def _cost(grid: _Grid) -> Figure | None:
     points = points[points.defense != BASELINE]
     if points.empty or not (points.defend_seconds_mean > 0).any():
         return None
+    from matplotlib.ticker import LogLocator
+
     means = _means(points[points.defend_seconds_mean > 0], ["asr", "defend_seconds"])
     places = parts(means, [*BOARD, "setting"])
     with _paper() as plt:
@@ -424,6 +444,9 @@ def _cost(grid: _Grid) -> Figure | None:
             axis.set(
                 title=_place(place), xlabel="seconds of the defense", ylabel="ASR (%)", xscale="log", ylim=(-3, 103)
             )
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.minorticks_off()
         _legend(figure, axes)
         return _titled(
             figure, grid.caption(f"Effect against cost, means over attacks; lower left is best; {HOLLOW}.", points)
@@ -465,8 +488,10 @@ def _sweep(grid: _Grid) -> Figure | None:
         return _titled(figure, grid.caption("What the grid sweeps; means over attacks."))
 
 
-def _lines(grid: _Grid, rows: list[tuple[Any, ...]], xlabel: str, ylabel: str, what: str) -> Figure | None:
-    """Mean curves of defenses: rows of (place, defense, x, y)."""
+def _lines(
+    grid: _Grid, rows: list[tuple[Any, ...]], xlabel: str, ylabel: str, what: str, dense: bool = False
+) -> Figure | None:
+    """Mean curves of defenses: rows of (place, defense, x, y); dense ones have no markers."""
     table = pd.DataFrame(rows, columns=["place", "defense", "x", "y"]).dropna()
     panels = [(place, part) for place, part in parts(table, "place") if part.x.nunique() > 1]
     if not panels:
@@ -476,7 +501,7 @@ def _lines(grid: _Grid, rows: list[tuple[Any, ...]], xlabel: str, ylabel: str, w
         for axis, (place, part) in zip(axes, panels, strict=True):
             for defense, own in parts(part, "defense"):
                 curve = own.groupby("x").y.mean()
-                axis.plot(curve.index, curve, label=defense, **_look(str(defense)))
+                axis.plot(curve.index, curve, label=defense, **_look(str(defense)) | ({"marker": ""} if dense else {}))
             axis.set(title=place, xlabel=xlabel, ylabel=ylabel)
         _legend(figure, axes)
         return _titled(figure, grid.caption(what))
@@ -508,8 +533,8 @@ def _epsilon(grid: _Grid) -> Figure | None:
 
 def _rounds(grid: _Grid) -> Figure | None:
     """What a progressive method reached step by step."""
-    names = {"asr": "ASR", "clean_accuracy": "clean accuracy", "selected_poison": "poison in selection"}
-    names |= {"random_poison": "poison in a random pick", "detection_auroc": "AUROC"}
+    names = {"asr": "ASR", "clean_accuracy": "clean accuracy", "selected_poison": "poison, selected"}
+    names |= {"random_poison": "poison, random pick", "detection_auroc": "AUROC"}
     found = [
         (_where(row), row.defense, figure, index, step["name"], 100 * step[figure])
         for row, steps in grid.more("rounds")
@@ -552,12 +577,11 @@ def _detection(grid: _Grid) -> Figure | None:
         "false positives (%)",
         "true positives (%)",
         "Detection of poisoned training images: mean ROC over attacks and seeds.",
+        dense=True,
     )
     if figure:
         for axis in figure.axes:
             axis.plot([0, 100], [0, 100], color="0.8", linewidth=0.6, zorder=0)
-            for line in axis.lines:
-                line.set_marker("")
     return figure
 
 
