@@ -28,6 +28,7 @@ PLACES = {
     "warnings": "what the evaluator found suspicious, e.g. signs of masked gradients",
     "commit": "every commit that had a hand in the figures",
     "clean": "was the tree of these commits unchanged?",
+    "machine": "what its stages were computed on: device and versions",
     "trial": "the key of the evaluation: its folder is `results/store/evaluate/<first two digits>/<key>/`",
 }
 STATES = {
