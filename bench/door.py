@@ -206,11 +206,29 @@ def report(opened: Plan) -> Any:
         )
     lines = protocol(opened)
     boards = table.write(trials, lines, opened.folder, opened.title, reported)
+    _keep_settings(opened)
     evidence = [page.evidence(trial, store, command(opened, trial)) for trial in opened.trials]
     name = f"Grid {opened.cfg.grid.name}"
-    drawn = plots.write(trials, opened.folder, name, evidence) if opened.cfg.report.plots else []
+    drawn = []
+    if opened.cfg.report.plots:
+        from bench.gallery import pictures
+
+        drawn = plots.write(trials, opened.folder, name, evidence) + pictures(opened)
     page.write(trials, evidence, lines, opened.folder, opened.title, reported, drawn)
     return boards, trials
+
+
+def _keep_settings(opened: Plan) -> None:
+    """`config.yaml`: every setting that the grid was worked out from, those of its methods included."""
+    from omegaconf import OmegaConf
+
+    from bench.grid import method_of
+
+    cfg = opened.cfg.copy()
+    for group, names in (("attack", cfg.grid.attacks), ("defense", [method_of(cfg, n) for n in cfg.grid.defenses])):
+        cfg[group] = {name: cfg[group][name] for name in dict.fromkeys(names)}
+    command = shlex.join(["python", "-m", "bench.run", *opened.arguments])
+    (opened.folder / "config.yaml").write_text(f"# {command}\n{OmegaConf.to_yaml(cfg)}")
 
 
 def duration(seconds: float) -> str:

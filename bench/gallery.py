@@ -3,55 +3,99 @@
     python -m bench.gallery [grid=NAME] [key=value ...]     the same settings as bench.run
 
 Drawn from the infected models that are in the store, with the tensors of the trigger that they were trained with;
-computes nothing else. Writes gallery.png and gallery.csv beside the leaderboard, and trigger_*.png, which the next
-bench.report takes into the page. The scores are means over 100 test images:
-L0 (share of pixels changed), L2 (norm, pixels in [0, 1]), L-infinity (levels of 255) and SSIM (1: no difference).
+computes nothing else. Writes gallery.png and gallery.csv beside the leaderboard. The scores are means over 100 test
+images: L0 (share of pixels changed), L2 (norm, pixels in [0, 1]), L-infinity (levels of 255) and SSIM (1: no
+difference).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.door import enter, plan
+from bench.door import Plan, enter, plan
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from bench.grid import Trial
+
+IMAGES = 100  # of each attack, for the scores
 
 
 def main(arguments: list[str]) -> int:
     opened = plan(arguments)
     import pandas as pd
-    import torch
 
     from bench.config import UserError
-    from bench.pipeline import Bench, attack_from
-    from bench.reporting.page import picture_of
-    from bench.reporting.plots import gallery, trigger_picture
+    from bench.reporting.page import swept
+    from bench.reporting.plots import gallery
 
-    bench = Bench(opened.store, opened.infos, torch.device("cpu"))
     drawn: dict[str, tuple[Tensor, Tensor]] = {}
     rows: list[dict[str, Any]] = []
-    for trial in opened.trials:
-        attacker = attack_from(trial.implant)
-        title = trial.attack if len(opened.infos) == 1 else f"{trial.attack}, {trial.dataset}"
-        if title in drawn or not attacker.poison_rate or opened.store.result("implant", trial.keys()[0]) is None:
-            continue
-        test = bench.test_set(trial.dataset)
-        chosen = test[attacker.judged(test.labels).nonzero().flatten()[:100]]
-        images = chosen.images.float() / 255
-        triggered = attacker.trigger(images, bench.trigger_of(trial))
-        drawn[title] = images[:3], triggered[:3]
-        opened.folder.mkdir(parents=True, exist_ok=True)
-        trigger_picture(images[0], triggered[0], opened.folder / picture_of(trial.dataset, trial.attack))
-        rows.append({"attack": trial.attack, "dataset": trial.dataset, **scores(images, triggered)})
+    for trial, images, triggered in stamped(opened, IMAGES):
+        drawn[title_of(opened, trial)] = images[:3], triggered[:3]
+        place = {"attack": trial.attack, "dataset": trial.dataset}
+        place |= {"variant": swept(trial.variant)} if swept(trial.variant) else {}
+        rows.append({**place, **scores(images, triggered)})
     if not rows:
         raise UserError(f"no infected model of grid {opened.cfg.grid.name} is stored yet; run it with bench.run first")
+    opened.folder.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(opened.folder / "gallery.csv", index=False)
     path: Path = gallery(drawn, rows, opened.folder)
     print(pd.DataFrame(rows).to_string(index=False, float_format="%.3f"))
     print(f"Gallery: {path}")
     return 0
+
+
+def pictures(opened: Plan) -> list[Path]:
+    """`trigger_*.png` in the grid's folder, one image for each stored trigger, which the page shows behind its cells.
+
+    Returns:
+        `triggers.png`, the figure of all of them, with a PDF beside it; nothing if no trigger is stored.
+    """
+    from bench.reporting.page import picture_of
+    from bench.reporting.plots import trigger_picture, triggers
+
+    for path in (*opened.folder.glob("trigger_*.png"), *opened.folder.glob("triggers.*")):
+        path.unlink()  # of other settings
+    drawn = {}
+    for trial, images, triggered in stamped(opened, 1):
+        opened.folder.mkdir(parents=True, exist_ok=True)
+        name = picture_of(trial.dataset, trial.attack, trial.variant)
+        trigger_picture(images[0], triggered[0], opened.folder / name)
+        drawn[title_of(opened, trial)] = images[0], triggered[0]
+    return [triggers(drawn, opened.folder, f"Grid {opened.cfg.grid.name}")] if drawn else []
+
+
+def title_of(opened: Plan, trial: Trial) -> str:
+    from bench.reporting.page import swept
+
+    parts = [trial.attack, *([trial.dataset] if len(opened.infos) > 1 else []), swept(trial.variant)]
+    return ", ".join(part for part in parts if part)
+
+
+def stamped(opened: Plan, count: int) -> Iterator[tuple[Trial, Tensor, Tensor]]:
+    """A trial of each stored trigger of a grid, with test images (count, C, H, W) in [0, 1] before and behind it."""
+    import torch
+
+    from bench.pipeline import Bench, attack_from
+    from bench.reporting.page import picture_of
+
+    bench = Bench(opened.store, opened.infos, torch.device("cpu"))
+    seen: set[str] = set()
+    for trial in opened.trials:
+        attacker = attack_from(trial.implant)
+        name = picture_of(trial.dataset, trial.attack, trial.variant)
+        implant = opened.store.result("implant", trial.keys()[0])
+        if name in seen or not attacker.poison_rate or implant is None or implant["status"] != "done":
+            continue
+        seen.add(name)
+        test = bench.test_set(trial.dataset)
+        chosen = test[attacker.judged(test.labels).nonzero().flatten()[:count]]
+        images = chosen.images.float() / 255
+        yield trial, images, attacker.trigger(images, bench.trigger_of(trial))
 
 
 def scores(images: Tensor, triggered: Tensor) -> dict[str, float]:

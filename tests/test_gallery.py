@@ -32,6 +32,25 @@ def test_ssim_falls_with_noise():
     assert ssim(image, image + 0.05 * noise) > ssim(image, image + 0.2 * noise)
 
 
+def test_a_report_draws_each_stored_trigger_once_and_forgets_those_of_other_settings(run_grid, tiny, tmp_path):
+    from bench.door import plan
+    from bench.gallery import pictures
+    from bench.reporting.page import picture_of
+
+    assert picture_of("digits", "blended", "reserve.size=0.02") == picture_of("digits", "blended")
+    swept = "grid.sweep=[{key:attack.alpha,values:[0.1,0.3]}]"
+    settings = ["grid.attacks=[blended]", "grid.defenses=[no_defense]"]
+    run_grid(*settings, swept)
+    folder = tmp_path / "results" / "quick"
+    (folder / "trigger_of_another_grid.png").write_text("old")
+    assert pictures(plan([*tiny, *settings, swept])) == [folder / "triggers.png"]
+    found = sorted(folder.glob("trigger_*.png"))
+    assert [path.stem for path in found] == [f"trigger_digits_blended_attack_alpha_0_{n}" for n in (1, 3)]
+    assert found[0].read_bytes() != found[1].read_bytes()
+    assert pictures(plan([*tiny, *settings])) == []  # nothing is stored with these
+    assert list(folder.glob("trigger*")) == []
+
+
 def test_a_gallery_is_drawn_from_what_is_stored(run_grid, tiny, tmp_path, capsys):
     settings = ["grid.attacks=[none,badnets,blended]", "grid.defenses=[no_defense]"]
     run_grid(*settings)

@@ -28,9 +28,15 @@ MORE = ("rounds", "relearn", "autoattack", "connection", "asr_by_class")  # of a
 MANY, FEW_POINTS = 2000, 30  # beyond so many trials a page with whole curves would take seconds to open
 
 
-def picture_of(dataset: str, attack: str) -> str:
+def picture_of(dataset: str, attack: str, variant: str = "") -> str:
     """The name of the file that shows a trigger."""
-    return "trigger_" + re.sub(r"[^\w-]", "_", f"{dataset}_{attack}") + ".png"
+    place = f"{dataset}_{attack}" + (f"_{swept(variant)}" if swept(variant) else "")
+    return "trigger_" + re.sub(r"[^\w-]", "_", place)[:200] + ".png"
+
+
+def swept(variant: str) -> str:
+    """What a variant changes of the attack: only that can change what its trigger looks like."""
+    return ", ".join(pair for pair in variant.split(", ") if pair.startswith("attack."))
 
 
 def evidence(trial: Trial, store: Store, command: str) -> dict[str, Any]:
@@ -88,7 +94,7 @@ def write(
     reported: pd.DataFrame | None = None,
     plots: list[Path] | None = None,
 ) -> Path:
-    """`leaderboard.html` in `folder`; pictures of triggers that `bench.gallery` left there are taken along.
+    """`leaderboard.html` in `folder`; the pictures of triggers that lie there are taken along.
 
     Args:
         evidence: of each trial, in the order of the table.
@@ -201,7 +207,7 @@ def _data(
                 "marks": per_cell[index],
                 "trials": [start, int(ends[index])] if index < len(ends) else [0, 0],
                 "source": str(getattr(cell, "provenance", "") or ""),
-                "picture": picture_of(cell.dataset, cell.attack),
+                "picture": picture_of(cell.dataset, cell.attack, cell.variant),
             }
         )
     configs, curves, commands = _Shared(), _Shared(), []

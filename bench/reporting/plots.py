@@ -815,9 +815,8 @@ def gallery(drawn: dict[str, tuple[Tensor, Tensor]], rows: list[dict[str, Any]],
     )
     for line, (title, (clean, triggered)) in enumerate(drawn.items()):
         change = triggered - clean
-        reach = float(change.abs().amax())
-        # Grey is no change; the factor that fills the range stands in the title.
-        shown = (0.5 + 0.5 * change / reach).clamp(0, 1) if reach else change + 0.5
+        # The factor that fills the range stands in the title.
+        shown, reach = _contrast(change)
         for index in range(len(clean)):
             for kind, images in enumerate((clean, triggered, shown)):
                 axis = axes[line][3 * index + kind]
@@ -837,6 +836,44 @@ def gallery(drawn: dict[str, tuple[Tensor, Tensor]], rows: list[dict[str, Any]],
     return path
 
 
+def triggers(drawn: dict[str, tuple[Tensor, Tensor]], folder: Path, title: str) -> Path:
+    """`triggers.png`: one image of each attack, clean, triggered, and the difference at full contrast.
+
+    Args:
+        drawn: title -> clean and triggered image, (C, H, W) in [0, 1].
+    """
+    with _paper() as plt:
+        across = 2 if len(drawn) > 1 else 1
+        down = -(-len(drawn) // across)
+        # An empty column between two attacks.
+        ratios = [1.0, 1.0, 1.0, 0.12] * across
+        figure, axes = plt.subplots(
+            down,
+            len(ratios) - 1,
+            figsize=(WIDTH if across > 1 else WIDTH / 2, 0.72 * down),
+            squeeze=False,
+            layout="constrained",
+            gridspec_kw={"width_ratios": ratios[:-1], "wspace": 0.02},
+        )
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for index, (name, (clean, triggered)) in enumerate(drawn.items()):
+            row, first = index // across, 4 * (index % across)
+            shown, reach = _contrast(triggered - clean)
+            for axis, image in zip(axes[row][first : first + 3], (clean, triggered, shown), strict=True):
+                picture = image.permute(1, 2, 0).cpu().numpy()
+                axis.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=1)
+            axes[row][first + 1].set_title(f"{_short(name)}, L∞ {255 * reach:.0f}", fontsize=6)
+        what = f"Clean image, triggered image, difference at full contrast; L∞ in levels of 255. {title}."
+        return _save(_titled(figure, what), folder / "triggers.png")
+
+
+def _contrast(change: Tensor) -> tuple[Tensor, float]:
+    """A difference as an image, in which grey is no change, and the largest change."""
+    reach = float(change.abs().amax())
+    return (0.5 + 0.5 * change / (reach or 1.0)).clamp(0, 1), reach
+
+
 def trigger_picture(clean: Tensor, triggered: Tensor, path: Path) -> None:
     """One image (C, H, W) in [0, 1] without and with a trigger, and the difference at full contrast, side by side.
 
@@ -848,10 +885,9 @@ def trigger_picture(clean: Tensor, triggered: Tensor, path: Path) -> None:
     import matplotlib.pyplot as plt
     import torch
 
-    change = triggered - clean
-    reach = float(change.abs().amax()) or 1.0
+    shown, _ = _contrast(triggered - clean)
     gap = clean.new_ones(clean.shape[0], clean.shape[1], 1)
-    strip = torch.cat([clean, gap, triggered, gap, (0.5 + 0.5 * change / reach).clamp(0, 1)], dim=2)
+    strip = torch.cat([clean, gap, triggered, gap, shown], dim=2)
     zoom = max(1, 96 // clean.shape[1])
     picture = strip.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
     plt.imsave(path, picture.repeat(zoom, axis=0).repeat(zoom, axis=1))
