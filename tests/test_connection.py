@@ -68,6 +68,18 @@ def test_means_are_over_seeds_and_an_interval_holds_those_of_every_seed():
     assert math.isnan(rows["noise"].concentration)
 
 
+def test_a_share_of_a_handful_of_images_is_no_share():
+    trials, evidence = grid(TWO_SEEDS[:2])
+    for own in evidence:
+        for step in own["more"]["connection"]:
+            step["infected"]["fooled"], step["twin"]["fooled"] = 0.09, 0.10  # of 100 images
+    rows = {row.kind: row for row in over_seeds(connections(trials, evidence)).itertuples()}
+    assert math.isnan(rows["infected"].concentration)
+    assert math.isnan(rows["infected"].top_is_target)
+    assert rows["infected"].similarity == pytest.approx(0.4)
+    assert rows["twin"].concentration == pytest.approx(0.1)
+
+
 def test_the_table_has_controls_before_repairs_and_nothing_where_nothing_was_fooled():
     (board,) = boards(connections(*grid(TWO_SEEDS)))
     rows = {row[0].text: [entry.text for entry in row[1:]] for row in board.rows}

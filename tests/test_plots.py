@@ -51,16 +51,22 @@ def test_every_figure_is_drawn_from_the_data_that_it_needs(tmp_path):
         for v in sweep
         for seed in range(2)
     ]
+    seen = {"fooled": 0.5, "concentration": 0.5, "similarity": 0.1, "classes": [0.5, 0.5]}
     more = {
         "rounds": [{"name": f"step {i}", "asr": 0.5 / (i + 1), "clean_accuracy": 0.9} for i in range(3)],
         "autoattack": [{"norm": "linf", "epsilon": e / 255, "accuracy": 1 / (1 + e)} for e in (1, 2, 4)],
         "connection": [
-            {"epsilon": e / 255, "infected": {"concentration": 0.5}, "twin": {"concentration": None}} for e in (1, 2)
+            {"epsilon": e / 255, "images": 100, "infected": seen, "twin": {"fooled": 0.0}, "repaired": seen}
+            for e in (1, 2)
+        ],
+        "relearn": [
+            {"poisoned": n, "asr": n / 50, "asr_control": None, "course": [[0, 0.1], [1, 0.2]], "course_control": None}
+            for n in (1, 5, 10)
         ],
     }
     evidence = [{"more": more, "roc": {"fpr": [0, 0.1, 1], "tpr": [0, 0.8, 1]}}] * len(rows)
     drawn = plots.write(trial_table(rows), tmp_path, "Grid x", evidence)
-    assert [path.stem for path in drawn] == list(plots._DRAWN)
+    assert [path.stem for path in drawn] == [*plots._DRAWN, *plots._CONNECTION]
     assert all(path.with_suffix(".pdf").stat().st_size > 1000 for path in drawn)
     again = plots.write(trial_table([row("badnets", "a", 0, 0.5)]), tmp_path, "Grid x")
     assert {path.stem for path in again} == {"asr_heatmap", "accuracy_against_asr", "cost"}

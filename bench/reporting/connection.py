@@ -17,6 +17,7 @@ KINDS = {
     "noise": "infected, random noise",
     "repaired": "repaired model",
 }
+FEW = 10
 FIGURES = ("concentration", "similarity", "overlap")
 SHARED = [*BOARD, "attack"]
 PLACE = [*SHARED, "setting", "defense", "kind", "epsilon"]
@@ -30,8 +31,8 @@ def connections(trials: pd.DataFrame, evidence: list[dict[str, Any]]) -> pd.Data
 
     Returns:
         `PLACE` (radius as a share of the pixel range), `seed`, `images`, `fooled`, each of `FIGURES` with `_low` and
-        `_high` (its 95 % interval over images), `lift` over the clean twin, `top_is_target`, and `classes`, the share
-        of the fooled images that went to each class, as JSON.
+        `_high` (its 95 % interval over images), `lift` over the clean twin, `top_is_target` (1 or 0), and `classes`,
+        the share of the fooled images that went to each class, as JSON.
     """
     found: list[dict[str, Any]] = []
     seen: set[tuple[Any, ...]] = set()
@@ -58,20 +59,25 @@ def connections(trials: pd.DataFrame, evidence: list[dict[str, Any]]) -> pd.Data
                 found.append(out)
     names = [*PLACE, "seed", "images", "fooled", *(f"{n}{end}" for n in FIGURES for end in ("", "_low", "_high"))]
     table = pd.DataFrame(found, columns=[*names, "lift", "top_is_target", "classes"])
-    numbers = [name for name in table.columns[len(PLACE) + 1 :] if name not in ("top_is_target", "classes")]
+    numbers = [name for name in table.columns[len(PLACE) + 1 :] if name != "classes"]
     table[numbers] = table[numbers].astype("float64")
     return table
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds; each interval is the widest that holds those of all seeds."""
+    """Means over seeds; each interval is the widest that holds those of all seeds.
+
+    A model of which fewer than `FEW` images were fooled says nothing of where they go.
+    """
+    table = table.copy()
+    few = (table.fooled * table.images).round() < FEW
+    table.loc[few, ["concentration", "concentration_low", "concentration_high", "lift", "top_is_target"]] = math.nan
     groups = table.groupby(PLACE, sort=False)
     found = groups[["fooled", *FIGURES, "lift"]].mean()
     found["images"], found["seeds"] = groups.images.sum(), groups.size()
     for name in FIGURES:
         found[f"{name}_low"], found[f"{name}_high"] = groups[f"{name}_low"].min(), groups[f"{name}_high"].max()
-    tops = groups.top_is_target.agg(lambda values: sum(bool(value) for value in values if value is not None))
-    found["top_is_target"] = tops.where(groups.top_is_target.count() > 0)
+    found["top_is_target"] = groups.top_is_target.sum(min_count=1)
     return found.reset_index()
 
 
@@ -107,8 +113,9 @@ def rank_correlation(trials: pd.DataFrame, table: pd.DataFrame) -> list[str]:
 NOTES = (
     "untargeted adversarial examples (PGD-20, L∞, steps of a fifth of the radius, no random start) of at most 1,000 "
     "test images that the models classify correctly; random noise: a corner of the same ball",
-    "to the target: share of the fooled images that go where the attacker wants; by chance 1 / (classes - 1); lift: "
-    "the ratio to the clean twin's; top: models whose most frequent wrong class is the target",
+    "to the target: share of the fooled images that go where the attacker wants; by chance 1 / (classes - 1); "
+    f"nothing where fewer than {FEW} were fooled; lift: the ratio to the clean twin's; "
+    "top: models whose most frequent wrong class is the target",
     "similarity: cosine of the features of adversarial and triggered image, minus that of clean and triggered; "
     "overlap: the same for the most active tenth of the units",
     "means over seeds; in brackets the widest 95 % bootstrap interval over images of any seed",

@@ -95,11 +95,12 @@ class _Grid:
         """Is every cell of this defense done? If not, its means are over other attacks than its rivals'."""
         return bool(self._whole[(*(getattr(row, axis) for axis in BOARD), row.setting, row.defense)])
 
-    def caption(self, what: str, table: pd.DataFrame | None = None) -> str:
+    def caption(self, what: str, table: pd.DataFrame | None = None, place: str = "") -> str:
         done = (self.table if table is None else table).done
         seeds = sorted({int(count) for count in done if count})
         count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}" if seeds else "no"
-        return f"{what} {self.title}; n = {count} seed{'' if count == '1' else 's'}."
+        where = f"{self.title}: {place}" if place else self.title
+        return f"{what} {where}; n = {count} seed{'' if count == '1' else 's'}."
 
     def more(self, name: str) -> Iterator[tuple[Any, Any]]:
         """Finished trials that have something beside their figures: the trial's row, and that."""
@@ -162,9 +163,9 @@ def _paper() -> Iterator[Any]:
         yield plt
 
 
-def _panels(plt: Any, count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """So many axes, side by side while a page has room."""
-    across = max(1, min(count, int(PAGE // width)))
+def _panels(plt: Any, count: int, width: float, height: float, across: int = 0) -> tuple[Figure, list[Axes]]:
+    """So many axes, side by side while a page has room, or so many in each row."""
+    across = across or max(1, min(count, int(PAGE // width)))
     down = -(-count // across)
     figure, axes = plt.subplots(
         down, across, figsize=(width * across, height * down), squeeze=False, layout="constrained"
@@ -214,6 +215,13 @@ def _short(name: Any, length: int = 28) -> str:
 
 def _place(place: tuple[Any, ...]) -> str:
     return ", ".join(_short(name) for name in place if name)
+
+
+def _apart(places: list[tuple[Any, ...]]) -> tuple[list[str], str]:
+    """A title for each panel, of what tells it from the others, and what all have in common."""
+    differs = [len(set(names)) > 1 for names in zip(*places, strict=True)]
+    titles = [_place(tuple(name for name, own in zip(place, differs, strict=True) if own)) for place in places]
+    return titles, _place(tuple(name for name, own in zip(places[0], differs, strict=True) if not own))
 
 
 def _means(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
@@ -602,23 +610,27 @@ def _connection(grid: _Grid) -> Figure | None:
     if not panels:
         return None
     labels = {"concentration": "to the target (%)", "similarity": "similarity"}
+    titles, common = _apart([place for place, _, _ in panels])
+    radii = sorted({round(255 * radius, 3) for radius in table.epsilon})
     with _paper() as plt:
-        figure, axes = _panels(plt, len(panels), WIDTH / 2, 1.45)
-        for axis, (place, part, name) in zip(axes, panels, strict=True):
+        figure, axes = _panels(plt, len(panels), WIDTH / 2, 1.3, 2 if len(panels) <= 8 else 4)
+        for axis, title, (_, part, name) in zip(axes, titles, panels, strict=True):
             for kind, own in parts(part, "kind"):
                 _with_interval(axis, own, name, str(kind))
             if name == "similarity":
                 axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
             else:
                 axis.set_ylim(-3, 103)
-            axis.set(title=_place(place), xlabel="radius (levels of 255)", ylabel=labels[name])
+            axis.set(title=title, xlabel="radius (levels of 255)", ylabel=labels[name])
+            axis.set_xlim(0, 1.05 * radii[-1])
+            axis.set_xticks(radii, [f"{radius:g}" for radius in radii])
         _legend(figure, axes)
         what = (
             "Adversarial examples: share given the attacker's class, of those that fool the model, and how much nearer "
             "than the clean image their features are to the triggered image's (cosine). Bars: widest 95 % interval "
             "over images of any seed."
         )
-        return _titled(figure, grid.caption(what))
+        return _titled(figure, grid.caption(what, place=common))
 
 
 def _with_interval(axis: Axes, own: pd.DataFrame, name: str, kind: str) -> None:
@@ -656,14 +668,14 @@ def _connection_repaired(grid: _Grid) -> Figure | None:
     order = {pair: at for at, pair in enumerate(rows.itertuples(index=False, name=None))}
     names = [f"{_short(defense, 20)}{f' ({setting})' if several else ''}" for defense, setting in order]
     colors = sns.color_palette("colorblind")
+    titles, common = _apart([place for place, _ in panels])
     with _paper() as plt:
-        wide = 0.075 * max(map(len, names))
-        figure, axes = _panels(
-            plt, len(panels), WIDTH / 2 if len(panels) > 1 else WIDTH - wide, 0.8 + 0.15 * len(order)
-        )
-        width, height = figure.get_size_inches()
-        figure.set_size_inches(width + wide, height)
-        for axis, (place, part) in zip(axes, panels, strict=True):
+        wide = 0.065 * (max(map(len, names)) + 2)
+        across = min(len(panels), 2 if len(panels) <= 4 else 4)
+        width = ((WIDTH if across < 4 else PAGE) - wide) / across
+        figure, axes = _panels(plt, len(panels), width, 0.8 + 0.17 * len(order), across)
+        figure.set_size_inches(width * across + wide, figure.get_size_inches()[1])
+        for axis, title, (_, part) in zip(axes, titles, panels, strict=True):
             for kind in ("infected", "twin"):
                 for row in records(part[part.kind == kind]):
                     color, _, line = _SEEN[kind]
@@ -680,7 +692,7 @@ def _connection_repaired(grid: _Grid) -> Figure | None:
                 axis.errorbar(
                     [value], [at], xerr=reach, color=color, marker="o", markersize=3, capsize=1.5, elinewidth=0.8
                 )
-            axis.set(title=_place(place), xlabel="to the target (%)", xlim=(-3, 103), ylim=(len(order) - 0.5, -0.5))
+            axis.set(title=title, xlabel="to the target (%)", xlim=(-3, 103), ylim=(len(order) - 0.5, -0.5))
             first = axis.get_subplotspec().is_first_col()
             axis.set_yticks(range(len(order)), names if first else [""] * len(order))
             axis.grid(axis="y", color="0.9", linewidth=0.5)
@@ -690,7 +702,7 @@ def _connection_repaired(grid: _Grid) -> Figure | None:
             f"Adversarial examples at {255 * table.epsilon.max():g}/255 behind each defense: share given the "
             "attacker's class, of those that fool it; bars and bands: widest 95 % interval over images of any seed."
         )
-        return _titled(figure, grid.caption(what))
+        return _titled(figure, grid.caption(what, place=common))
 
 
 def _connection_classes(grid: _Grid) -> Figure | None:
@@ -702,9 +714,10 @@ def _connection_classes(grid: _Grid) -> Figure | None:
     panels = parts(table, SHARED)
     if not panels:
         return None
+    titles, common = _apart([place for place, _ in panels])
     with _paper() as plt:
-        figure, axes = _panels(plt, len(panels), WIDTH / 2 if len(panels) > 1 else WIDTH, 1.4)
-        for axis, (place, part) in zip(axes, panels, strict=True):
+        figure, axes = _panels(plt, len(panels), WIDTH / 2 if len(panels) > 1 else WIDTH, 1.3)
+        for axis, title, (_, part) in zip(axes, titles, panels, strict=True):
             for index, kind in enumerate(("infected", "twin")):
                 shares = [json.loads(text) for text in part[part.kind == kind].classes]
                 if shares:
@@ -712,18 +725,19 @@ def _connection_classes(grid: _Grid) -> Figure | None:
                     color = sns.color_palette("colorblind")[_SEEN[kind][0] or 0]
                     at = np.arange(len(mean)) + 0.4 * (index - 0.5)
                     axis.bar(at, mean, 0.4, color=color, label=KINDS[kind])
-            axis.set(title=_place(place), xlabel="class", ylabel="share (%)")
+            axis.set(title=title, xlabel="class", ylabel="share (%)")
             if len(mean) <= 10:
                 axis.set_xticks(range(len(mean)))
         _legend(figure, axes)
         what = f"Classes that adversarial examples at {255 * table.epsilon.max():g}/255 are given, of those that fool."
-        return _titled(figure, grid.caption(what))
+        return _titled(figure, grid.caption(what, place=common))
 
 
 def _relearning(grid: _Grid) -> Figure | None:
     """ASR over the steps of relearning with the paper's number of poisoned images, and over their number."""
     course, number = [], []
     for row, steps in grid.more("relearn"):
+        where = tuple(getattr(row, axis) for axis in (*BOARD, "setting"))
         for step in steps:
             for defense, end in ((row.defense, ""), (TWIN, "_control")):
                 points = step.get(f"course{end}")
@@ -731,11 +745,9 @@ def _relearning(grid: _Grid) -> Figure | None:
                     x, y = np.transpose(points)
                     # Behind the half it was looked for once an epoch: between the looks a straight line.
                     at = np.arange(x[-1] + 1)
-                    course += [
-                        (_where(row), defense, *pair) for pair in zip(at, 100 * np.interp(at, x, y), strict=True)
-                    ]
+                    course += [(where, defense, *pair) for pair in zip(at, 100 * np.interp(at, x, y), strict=True)]
                 if step.get(f"asr{end}") is not None:
-                    number.append((_where(row), defense, step["poisoned"], 100 * step[f"asr{end}"]))
+                    number.append((where, defense, step["poisoned"], 100 * step[f"asr{end}"]))
     axes_of = [
         (course, f"steps, {RELEARN_TABLE} poisoned images"),
         (number, "poisoned images"),
@@ -749,9 +761,10 @@ def _relearning(grid: _Grid) -> Figure | None:
     panels.sort(key=lambda panel: panel[0])
     if not panels:
         return None
+    titles, common = _apart([place for place, _, _ in panels])
     with _paper() as plt:
-        figure, axes = _panels(plt, len(panels), WIDTH / 2, 1.7)
-        for axis, (place, part, label) in zip(axes, panels, strict=True):
+        figure, axes = _panels(plt, len(panels), WIDTH / 2, 1.6)
+        for axis, title, (_, part, label) in zip(axes, titles, panels, strict=True):
             for defense, own in parts(part, "defense"):
                 curve = own.groupby("x").y.mean()
                 look = _look(str(defense)) | ({"marker": ""} if len(curve) > 12 else {})
@@ -761,12 +774,10 @@ def _relearning(grid: _Grid) -> Figure | None:
                 values = sorted(part.x.unique())
                 axis.set_xticks(values, [f"{value:g}" for value in values])
                 axis.minorticks_off()
-            axis.set(title=place, xlabel=label, ylabel="ASR (%)", ylim=(-3, 103))
+            axis.set(title=title, xlabel=label, ylabel="ASR (%)", ylim=(-3, 103))
         _legend(figure, axes)
-        what = (
-            "Relearning: ASR while a model is fine-tuned on clean images and a few poisoned ones; means over attacks."
-        )
-        return _titled(figure, grid.caption(what, grid.attacked))
+        what = "Relearning: ASR while a model is tuned on clean and a few poisoned images; means over attacks."
+        return _titled(figure, grid.caption(what, grid.attacked, common))
 
 
 _DRAWN = {
