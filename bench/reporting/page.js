@@ -318,7 +318,7 @@ function chart(name, points) {
   if (!known.length) return el("figure", {}, el("figcaption", {}, `${name}: no finite value`));
   const xs = points.map(([x]) => x), ys = known.map(([, y]) => y);
   const [x0, x1, y0, y1] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
-  const px = (x) => 44 + (W - 52) * (x1 > x0 ? (x - x0) / (x1 - x0) : 0.5), py = (y) => H - 20 - (H - 30) * (y1 > y0 ? (y - y0) / (y1 - y0) : 0.5);
+  const px = (x) => 54 + (W - 62) * (x1 > x0 ? (x - x0) / (x1 - x0) : 0.5), py = (y) => H - 20 - (H - 30) * (y1 > y0 ? (y - y0) / (y1 - y0) : 0.5);
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   const add = (tag, attributes, text) => {
     const node = document.createElementNS(svg.namespaceURI, tag);
@@ -328,14 +328,14 @@ function chart(name, points) {
   };
   const brief = (value) => Number(value.toPrecision(3)).toString();
   for (const [key, value] of Object.entries({ viewBox: `0 0 ${W} ${H}`, width: W, height: H, role: "img", "aria-label": `${name}: from ${brief(ys[0])} to ${brief(ys.at(-1))}, between ${brief(y0)} and ${brief(y1)}` })) svg.setAttribute(key, value);
-  add("path", { class: "axis", d: `M44 6V${H - 20}H${W - 4}` });
+  add("path", { class: "axis", d: `M54 6V${H - 20}H${W - 4}` });
   let path = "", pen = false;
   for (const [x, y] of points) { if (y === null) { pen = false; continue; } path += `${pen ? "L" : "M"}${px(x).toFixed(1)} ${py(y).toFixed(1)}`; pen = true; }
   add("path", { class: "curve", d: path });
   if (known.length === 1) add("circle", { cx: px(known[0][0]), cy: py(ys[0]), r: 3, class: "curve" });
-  add("text", { x: 40, y: 14, "text-anchor": "end" }, brief(y1));
-  if (y1 > y0) add("text", { x: 40, y: H - 20, "text-anchor": "end" }, brief(y0));
-  add("text", { x: 44, y: H - 6 }, String(x0));
+  add("text", { x: 50, y: 14, "text-anchor": "end" }, brief(y1));
+  if (y1 > y0) add("text", { x: 50, y: H - 20, "text-anchor": "end" }, brief(y0));
+  add("text", { x: 54, y: H - 6 }, String(x0));
   if (x1 > x0) add("text", { x: W - 4, y: H - 6, "text-anchor": "end" }, String(x1));
   return el("figure", {}, svg, el("figcaption", {}, name));
 }
