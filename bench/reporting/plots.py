@@ -248,11 +248,14 @@ def _heatmap(grid: _Grid) -> Figure | None:
     import seaborn as sns
 
     places = parts(table, [*BOARD, "setting"])
-    attacks, defenses = table.attack.nunique(), table.defense.nunique()
-    width = max(WIDTH, 1.2 + 0.37 * attacks)
+    rows = max(part.defense.nunique() for _, part in places)
+    width = max(WIDTH, 1.2 + 0.37 * table.attack.nunique())
+    titles, common = _apart([place for place, _ in places])
     with _paper() as plt:
-        figure, axes = _panels(plt, len(places), width, 0.75 + 0.19 * defenses + 0.06 * table.attack.str.len().max())
-        for axis, (place, part) in zip(axes, places, strict=True):
+        figure, axes = _panels(
+            plt, len(places), width, 0.45 + 0.19 * rows + 0.06 * min(28, table.attack.str.len().max())
+        )
+        for axis, title, (_, part) in zip(axes, titles, places, strict=True):
             wide = 100 * part.pivot(index="defense", columns="attack", values="asr_mean")
             wide = wide.reindex(index=part.defense.unique(), columns=part.attack.unique())
             # A cell without a figure stays grey; a white one would read as an ASR of zero.
@@ -273,14 +276,14 @@ def _heatmap(grid: _Grid) -> Figure | None:
                 where = list(wide.columns).index(row.attack) + 0.5, list(wide.index).index(row.defense) + 0.5
                 text = {"not applicable": "n/a"}.get(states[0], states[0]) if states else ""
                 axis.text(*where, text, ha="center", va="center", size=5, color="0.25")
-            axis.set(title=_place(place), xlabel="", ylabel="")
+            axis.set(title=title, xlabel="", ylabel="")
             _tall(axis, 0.19 * len(wide), width - _names(table) - 0.2)
             axis.set_xticklabels([_short(name) for name in wide.columns], rotation=45, ha="right")
             axis.set_yticklabels([_short(name) for name in wide.index], rotation=0)
         # It would anchor the panels anew.
         bar = {"shrink": 0.6, "aspect": 30, "fraction": 0.04, "pad": 0.02, "panchor": False}
         figure.colorbar(axes[0].collections[0], ax=axes, label="ASR (%)", **bar)
-        return _titled(figure, grid.caption("Attack success rate; grey: no figure.", table))
+        return _titled(figure, grid.caption("Attack success rate; grey: no figure.", table, common))
 
 
 def _scatter(grid: _Grid) -> Figure | None:
@@ -289,9 +292,10 @@ def _scatter(grid: _Grid) -> Figure | None:
         return None
     means = _means(points, ["asr", "clean_accuracy"])
     places = parts(means, [*BOARD, "setting"])
+    titles, common = _apart([place for place, _ in places])
     with _paper() as plt:
         figure, axes = _panels(plt, len(places), WIDTH, 2.5)
-        for axis, (place, part) in zip(axes, places, strict=True):
+        for axis, title, (place, part) in zip(axes, titles, places, strict=True):
             for row in records(part):
                 look = _look(str(row.defense))
                 own = points[(points[[*BOARD, "setting", "defense"]] == [*place, row.defense]).all(axis=1)]
@@ -306,10 +310,10 @@ def _scatter(grid: _Grid) -> Figure | None:
             low, high = axis.get_ylim()
             # At least ten points high: a tenth of a point must not fill the figure.
             axis.set_ylim(min(low, max(high - 10, 0)), min(high + 0.5, 101))
-            axis.set(title=_place(place), xlabel="ASR (%)", ylabel="clean accuracy (%)")
+            axis.set(title=title, xlabel="ASR (%)", ylabel="clean accuracy (%)")
         _legend(figure, axes)
         what = f"Upper left is best. Large: mean over attacks ({HOLLOW}), small: one attack; line: Pareto front."
-        return _titled(figure, grid.caption(what, points))
+        return _titled(figure, grid.caption(what, points, common))
 
 
 def _front(part: pd.DataFrame) -> pd.DataFrame:
@@ -361,18 +365,19 @@ def _bars(grid: _Grid, table: pd.DataFrame, names: list[str], label: str, what: 
 
     places = parts(_means(table, names), [*BOARD, "setting"])
     rows = max(len(part) for _, part in places)
+    titles, common = _apart([place for place, _ in places])
     with _paper() as plt:
         figure, axes = _panels(plt, len(places), WIDTH, 0.9 + rows * (0.12 + 0.1 * len(names)))
         colors = sns.color_palette("colorblind", len(names))
         thick = 0.8 / len(names)
-        for axis, (place, part) in zip(axes, places, strict=True):
+        for axis, title, (place, part) in zip(axes, titles, places, strict=True):
             own = table[(table[[*BOARD, "setting"]] == list(place)).all(axis=1)]
             for index, name in enumerate(names):
                 at = np.arange(len(part)) + (index - (len(names) - 1) / 2) * thick
                 # With one figure, the bar wears the colour of its defense.
                 color = colors[index] if len(names) > 1 else [_look(str(defense))["color"] for defense in part.defense]
-                title = COLUMN[name].heading if len(names) > 1 else None
-                axis.barh(at, 100 * part[name], thick * 0.9, color=color, label=title)
+                figure_name = COLUMN[name].heading if len(names) > 1 else None
+                axis.barh(at, 100 * part[name], thick * 0.9, color=color, label=figure_name)
                 for where, defense, mean in zip(at, part.defense, 100 * part[name], strict=True):
                     values = 100 * own[own.defense == defense][f"{name}_mean"]
                     axis.scatter(values, np.full(len(values), where), s=4, color="black", alpha=0.5, linewidths=0)
@@ -384,10 +389,10 @@ def _bars(grid: _Grid, table: pd.DataFrame, names: list[str], label: str, what: 
             _tall(axis, len(part) * (0.12 + 0.1 * len(names)), WIDTH - _names(table))
             # A fifth of the axis for the means as figures; small ones are shown large.
             most = 100 * np.nanmax([0.0, *own[[f"{name}_mean" for name in names]].to_numpy().flat])
-            axis.set(title=_place(place), xlabel=label, xlim=(0, max(12.0, 1.25 * most)))
+            axis.set(title=title, xlabel=label, xlim=(0, max(12.0, 1.25 * most)))
             axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 100])
         _legend(figure, axes)
-        return _titled(figure, grid.caption(what, table))
+        return _titled(figure, grid.caption(what, table, common))
 
 
 def _ranks(grid: _Grid) -> Figure | None:
@@ -444,21 +449,19 @@ def _cost(grid: _Grid) -> Figure | None:
 
     means = _means(points[points.defend_seconds_mean > 0], ["asr", "defend_seconds"])
     places = parts(means, [*BOARD, "setting"])
+    titles, common = _apart([place for place, _ in places])
     with _paper() as plt:
         figure, axes = _panels(plt, len(places), WIDTH, 2.3)
-        for axis, (place, part) in zip(axes, places, strict=True):
+        for axis, title, (_, part) in zip(axes, titles, places, strict=True):
             for row in records(part):
                 _point(axis, grid, row, row.defend_seconds, 100 * row.asr)
-            axis.set(
-                title=_place(place), xlabel="seconds of the defense", ylabel="ASR (%)", xscale="log", ylim=(-3, 103)
-            )
+            axis.set(title=title, xlabel="seconds of the defense", ylabel="ASR (%)", xscale="log", ylim=(-3, 103))
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.minorticks_off()
         _legend(figure, axes)
-        return _titled(
-            figure, grid.caption(f"Effect against cost, means over attacks; lower left is best; {HOLLOW}.", points)
-        )
+        what = f"Effect against cost, means over attacks; lower left is best; {HOLLOW}."
+        return _titled(figure, grid.caption(what, points, common))
 
 
 def _sweep(grid: _Grid) -> Figure | None:
@@ -480,9 +483,10 @@ def _sweep(grid: _Grid) -> Figure | None:
     panels = [(place, part) for place, part in parts(table, axes_of) if part.value.nunique() > 1]
     if not panels:
         return None
+    titles, common = _apart([place[1:5] for place, _ in panels])
     with _paper() as plt:
         figure, axes = _panels(plt, len(panels), WIDTH, 1.9)
-        for axis, (place, part) in zip(axes, panels, strict=True):
+        for axis, title, (place, part) in zip(axes, titles, panels, strict=True):
             for defense, own in parts(part, "defense"):
                 curve = 100 * own.groupby("value")["mean"].mean()
                 axis.plot(curve.index, curve, label=defense, **_look(str(defense)))
@@ -491,9 +495,9 @@ def _sweep(grid: _Grid) -> Figure | None:
                 axis.set_xscale("log")
                 axis.set_xticks(values, [f"{value:g}" for value in values])
                 axis.minorticks_off()
-            axis.set(title=_place(place[1:5]), xlabel=place[0], ylabel=f"{COLUMN[place[5]].heading} (%)")
+            axis.set(title=title, xlabel=place[0], ylabel=f"{COLUMN[place[5]].heading} (%)")
         _legend(figure, axes)
-        return _titled(figure, grid.caption("What the grid sweeps; means over attacks."))
+        return _titled(figure, grid.caption("What the grid sweeps; means over attacks.", place=common))
 
 
 def _lines(
@@ -504,19 +508,20 @@ def _lines(
     panels = [(place, part) for place, part in parts(table, "place") if part.x.nunique() > 1]
     if not panels:
         return None
+    titles, common = _apart([place for place, _ in panels])
     with _paper() as plt:
         figure, axes = _panels(plt, len(panels), WIDTH, 1.9)
-        for axis, (place, part) in zip(axes, panels, strict=True):
+        for axis, title, (_, part) in zip(axes, titles, panels, strict=True):
             for defense, own in parts(part, "defense"):
                 curve = own.groupby("x").y.mean()
                 axis.plot(curve.index, curve, label=defense, **_look(str(defense)) | ({"marker": ""} if dense else {}))
-            axis.set(title=place, xlabel=xlabel, ylabel=ylabel)
+            axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         _legend(figure, axes)
-        return _titled(figure, grid.caption(what))
+        return _titled(figure, grid.caption(what, place=common))
 
 
-def _where(row: Any, *more: str) -> str:
-    return _place((*(getattr(row, axis) for axis in (*BOARD, "setting")), *more))
+def _where(row: Any, *more: str) -> tuple[str, ...]:
+    return (*(getattr(row, axis) for axis in (*BOARD, "setting")), *more)
 
 
 # As bench.engine.robustness names them: heading, and unit of the radius.
@@ -557,17 +562,18 @@ def _rounds(grid: _Grid) -> Figure | None:
     import seaborn as sns
 
     colors = dict(zip(names, sns.color_palette("colorblind"), strict=False))
+    titles, common = _apart([(defense, *place) for (place, defense), _ in panels])
     with _paper() as plt:
         figure, axes = _panels(plt, len(panels), WIDTH, 2.2)
-        for axis, ((place, defense), part) in zip(axes, panels, strict=True):
+        for axis, title, (_, part) in zip(axes, titles, panels, strict=True):
             for index, (name, own) in enumerate(part.groupby("figure", sort=False)):
                 curve = own.groupby("step").value.mean()
                 axis.plot(curve.index, curve, label=names[str(name)], color=colors[str(name)], marker=_MARKERS[index])
             ticks = part.drop_duplicates("step").sort_values("step")
             axis.set_xticks(ticks.step, [_short(name, 14) for name in ticks.name], rotation=45, ha="right")
-            axis.set(title=f"{_short(defense)}: {place}", ylabel="%", ylim=(-3, 103))
+            axis.set(title=title, ylabel="%", ylim=(-3, 103))
         _legend(figure, axes)
-        return _titled(figure, grid.caption("Step by step; means over attacks and seeds."))
+        return _titled(figure, grid.caption("Step by step; means over attacks and seeds.", place=common))
 
 
 def _detection(grid: _Grid) -> Figure | None:
@@ -737,7 +743,7 @@ def _relearning(grid: _Grid) -> Figure | None:
     """ASR over the steps of relearning with the paper's number of poisoned images, and over their number."""
     course, number = [], []
     for row, steps in grid.more("relearn"):
-        where = tuple(getattr(row, axis) for axis in (*BOARD, "setting"))
+        where = _where(row)
         for step in steps:
             for defense, end in ((row.defense, ""), (TWIN, "_control")):
                 points = step.get(f"course{end}")
