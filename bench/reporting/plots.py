@@ -234,7 +234,7 @@ def _means(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
 def _point(axis: Axes, grid: _Grid, row: Any, x: float, y: float) -> None:
     """A defense as a large marker, hollow where not all of its cells are done."""
     look = _look(str(row.defense))
-    inside = {} if grid.whole(row) or look["marker"] in "x+" else {"markerfacecolor": "white"}
+    inside: dict[str, Any] = {} if grid.whole(row) or look["marker"] in "x+" else {"markerfacecolor": "white"}
     axis.plot(x, y, label=row.defense, linestyle="none", color=look["color"], marker=look["marker"], **inside, zorder=3)
 
 
@@ -281,7 +281,7 @@ def _heatmap(grid: _Grid) -> Figure | None:
             axis.set_xticklabels([_short(name) for name in wide.columns], rotation=45, ha="right")
             axis.set_yticklabels([_short(name) for name in wide.index], rotation=0)
         # It would anchor the panels anew.
-        bar = {"shrink": 0.6, "aspect": 30, "fraction": 0.04, "pad": 0.02, "panchor": False}
+        bar: dict[str, Any] = {"shrink": 0.6, "aspect": 30, "fraction": 0.04, "pad": 0.02, "panchor": False}
         figure.colorbar(axes[0].collections[0], ax=axes, label="ASR (%)", **bar)
         return _titled(figure, grid.caption("Attack success rate; grey: no figure.", table, common))
 
@@ -382,7 +382,7 @@ def _bars(grid: _Grid, table: pd.DataFrame, names: list[str], label: str, what: 
                     values = 100 * own[own.defense == defense][f"{name}_mean"]
                     axis.scatter(values, np.full(len(values), where), s=4, color="black", alpha=0.5, linewidths=0)
                     text = "no figure" if math.isnan(mean) else f"{mean:.1f}"
-                    beside = {"transform": axis.get_yaxis_transform(), "va": "center", "ha": "right"}
+                    beside: dict[str, Any] = {"transform": axis.get_yaxis_transform(), "va": "center", "ha": "right"}
                     axis.text(1, where, text, size=5.5, color="0.25", **beside)
             axis.set_yticks(range(len(part)), [_short(defense) for defense in part.defense])
             axis.set_ylim(len(part) - 0.5, -0.5)
@@ -699,7 +699,8 @@ def _connection_repaired(grid: _Grid) -> Figure | None:
                     [value], [at], xerr=reach, color=color, marker="o", markersize=3, capsize=1.5, elinewidth=0.8
                 )
             axis.set(title=title, xlabel="to the target (%)", xlim=(-3, 103), ylim=(len(order) - 0.5, -0.5))
-            first = axis.get_subplotspec().is_first_col()
+            spec = axis.get_subplotspec()
+            first = spec is None or spec.is_first_col()
             axis.set_yticks(range(len(order)), names if first else [""] * len(order))
             axis.grid(axis="y", color="0.9", linewidth=0.5)
             axis.set_axisbelow(True)
