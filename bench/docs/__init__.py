@@ -207,7 +207,7 @@ def _settings(cls: type, base: type) -> list[list[str]]:
     about = _about(cls)
     own = [f for f in fields(cls) if usual.get(f.name) != _default(f)]
     return [
-        [", ".join(f"`{f.name}`" for f in group), ", ".join(f"`{_default(f)}`" for f in group), text]
+        [", ".join(f"`{f.name}`" for f in group), ", ".join(f"`{_default(f)}`" for f in group), str(text)]
         for text, group in ((text, list(found)) for text, found in groupby(own, lambda f: about.get(f.name, f.name)))
     ]
 

@@ -10,7 +10,7 @@ import json
 import math
 import textwrap
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,7 @@ def write_connection(
 
 
 def _drawn(
-    figures: dict[str, Callable[[_Grid], Figure | None]],
+    figures: Mapping[str, Callable[[_Grid], Figure | None]],
     trials: pd.DataFrame,
     folder: Path,
     title: str,
