@@ -148,7 +148,7 @@ def of_grid(root: Path, trials: Iterable[Trial]) -> list[Element]:
     Raises:
         QueueError: Slurm does not answer.
     """
-    wanted = {key for trial in trials for key in trial.keys() if key}  # noqa: SIM118
+    wanted = {key for trial in trials for _, key in trial.places()}
     batches: dict[str, Batch] = {}
     found = []
     for element in queue(root):

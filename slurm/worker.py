@@ -39,12 +39,11 @@ class Pack:
         coming = {task.trial.keys()[0] for task in tasks if task.stages == dispatch.IMPLANT}
         ready = []
         for task in tasks:
-            implant = task.trial.keys()[0]
-            if implant in coming or store.is_finished("implant", implant):
+            if all(key in coming or store.is_finished("implant", key) for key in task.needs):
                 ready.append(task)
             else:
                 # Slurm counts a dependency on a job that it has forgotten as met, however that one ended.
-                print(f"left out: {task.title}: its infected model is not there", flush=True)
+                print(f"left out: {task.title}: its infected model or its clean twin is not there", flush=True)
         self._last: Any = None
         dispatch.run(
             ready,

@@ -106,6 +106,18 @@ class Zero(Defense):
         with torch.no_grad():
             view.model.head.weight.zero_()
         return Verdict(view.model)
+
+
+@defense("half_blind")
+@dataclass(frozen=True)
+class HalfBlind(Defense):
+    """Never names five of the ten classes."""
+    paper: ClassVar[str] = "none"
+
+    def defend(self, view: DefenderView) -> Verdict:
+        with torch.no_grad():
+            view.model.head.bias[5:] = -1e4
+        return Verdict(view.model)
 '''
 
 
@@ -327,6 +339,29 @@ def test_an_implant_that_fails_is_the_reason_of_all_its_trials(run_grid, monkeyp
     assert set(trials[trials.attack == "none"].status) == {"done"}
 
 
+def test_an_infected_model_that_diverges_is_the_outcome_of_all_its_trials_and_is_trained_once(run_grid, tmp_path):
+    grid = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]", "train.lr=1e30"]
+    code, trials = run_grid(*grid)
+    assert code == 0
+    assert set(trials.status) == {"diverged"}
+    assert all(reason.startswith("implant: the loss became nan in epoch 1") for reason in trials.reason)
+    first = history(tmp_path / "results")
+    assert sorted(line.split()[0] for line in first) == ["defend", "defend", "evaluate", "evaluate", "implant"]
+    run_grid(*grid)
+    assert history(tmp_path / "results") == first
+
+
+def test_status_shows_a_wrecked_model_as_the_leaderboard_does(run_grid, plugin, tiny, capsys):
+    grid = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,half_blind]", "train.epochs=8", plugin]
+    _, trials = run_grid(*grid)
+    assert list(trials.status) == ["done", "wrecked"]
+    capsys.readouterr()
+    status.main([*tiny, *grid])
+    printed = capsys.readouterr().out
+    assert "1 done, 1 wrecked" in printed
+    assert "wrecked (1 trials): clean accuracy" in printed
+
+
 def test_report_and_status_compute_nothing(run_grid, tiny, tmp_path, capsys):
     run_grid(*FIRST)
     before = history(tmp_path / "results")
@@ -361,7 +396,9 @@ def test_every_figure_can_be_traced_to_a_config_a_seed_and_a_commit(run_grid, ti
     assert config["attack"]["patch_size"] == 3
 
 
-@pytest.mark.parametrize("door", ["run", "report", "status", "list", "data", "perf", "gallery"])
+@pytest.mark.parametrize(
+    "door", ["run", "plan", "report", "status", "cancel", "sync", "list", "data", "perf", "gallery"]
+)
 def test_help_answers_without_loading_torch(door):
     code = f"""if True:
         import runpy, sys
