@@ -35,7 +35,8 @@ def main(arguments: list[str]) -> int:
     for trial in opened.trials:
         attacker = attack_from(trial.implant)
         title = trial.attack if len(opened.infos) == 1 else f"{trial.attack}, {trial.dataset}"
-        if title in drawn or not attacker.poison_rate or opened.store.result("implant", trial.keys()[0]) is None:
+        implant = opened.store.result("implant", trial.keys()[0])
+        if title in drawn or not attacker.poison_rate or implant is None or implant["status"] != "done":
             continue
         test = bench.test_set(trial.dataset)
         chosen = test[attacker.judged(test.labels).nonzero().flatten()[:100]]
