@@ -32,7 +32,7 @@ RELEARN_TABLE = 5
 # Measures that are read beside a clean twin.
 CONTROLLED = ("relearn", "reactivate", "connection")
 # Folders beside the grids' own under results/.
-RESERVED = ("store", "mlflow", "checkpoints", "slurm", "readme")
+RESERVED = ("store", "mlflow", "checkpoints", "slurm", "tracking", "readme")
 # The groups of settings that may differ from cell to cell.
 PER_CELL = ("attack", "defense", "train", "reserve", "measure")
 

@@ -15,7 +15,8 @@
     dispatch=slurm                   have it computed by a cluster; or a profile: dispatch=university
     dispatch.slurm.partition=gpu     what each job asks for; dispatch.trials_per_job=4 and dispatch.trials_per_gpu=2
                                      pack small trials; dispatch.slurm.additional.KEY=VALUE is any option of sbatch
-    tracking.uri=URI                 an MLflow server in place of the sqlite file under results/
+    tracking=server                  an MLflow server, at $MLFLOW_TRACKING_URI or tracking.uri=URI, in place of the
+                                     sqlite file under results/; slurm/tracking.sh starts one
     plugins=[my_package.my_defense]  methods of your own, in a module of yours
     report.plots=false               tables and the page alone; report.reported=FILE.csv adds figures that others report
     results=DIR                      where the store, tables and plots go (results/)
