@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     _print_fits(opened)
     with _Display(opened) as display:
         _dispatch(opened, tasks, display.show)
-    boards, trials = report(opened)
+    boards, trials = report(opened, again=False)
     show(boards)
     _track(opened)
     print(f"Tables and plots: {opened.folder}/   the store: {store.root}/   MLflow: {opened.tracking_uri}")

@@ -153,13 +153,38 @@ def test_a_grid_ends_in_a_leaderboard_with_tables_and_plots(run_grid, tmp_path, 
     tables = {"leaderboard.md", "leaderboard.tex", "leaderboard.html", "leaderboard.csv", "wide.csv", "trials.csv"}
     plots = {"asr_heatmap", "accuracy_against_asr", "robust_accuracy", "cost"}
     drawn = {f"{name}.{kind}" for name in plots for kind in ("png", "pdf")}
-    assert {path.name for path in folder.iterdir()} == tables | drawn
+    assert {path.name for path in folder.iterdir()} == tables | drawn | {".report"}
     assert (folder / "asr_heatmap.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert (folder / "leaderboard.md").read_text().split("\n", 2)[2].strip() in printed
     assert "robust: accuracy under PGD-1" in printed  # the protocol stands beneath
     assert "defense.fine_tuning.epochs=1" in printed  # and whatever is not a default
     assert "epochs 1, batch_size 64" in printed
+
+
+def test_a_report_is_written_again_only_if_it_would_be_another(run_grid, tmp_path, tiny):
+    page = tmp_path / "results" / "quick" / "leaderboard.html"
+
+    def written(*more: str) -> bool:
+        before = page.stat().st_mtime_ns if page.exists() else 0
+        run_grid("grid.attacks=[badnets]", "grid.defenses=[no_defense]", *more)
+        return page.stat().st_mtime_ns != before
+
+    assert written()
+    assert not written()
+    assert written("grid.purpose=another")
+    assert written()
+    page.with_name("wide.csv").unlink()
+    assert written()
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
+    result = opened.store.folder("evaluate", opened.trials[0].keys()[2]) / "result.json"
+    found = json.loads(result.read_text())
+    found["figures"]["asr"] = 0.125
+    result.write_text(json.dumps(found))
+    assert written()
+    before = page.stat().st_mtime_ns
+    report.main([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
+    assert page.stat().st_mtime_ns != before
 
 
 def test_a_second_run_computes_nothing_and_more_seeds_compute_only_the_new(run_grid, tmp_path, tiny):
