@@ -9,6 +9,7 @@ as files, a few hundred in one: from these, MLflow gives a leaderboard in second
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -122,11 +123,15 @@ def published(folder: Path) -> list[Path]:
 
 
 def log_files(uri: str, experiment: str, artifacts: Path, files: list[Path]) -> None:
-    """Keep tables and plots with the experiment, in one run named after the grid."""
+    """Keep tables and plots with the experiment, in the run named leaderboard; nothing is sent if they are there."""
     client, place = _open(uri, experiment, artifacts)
     board = _board(client, place)
-    for path in files:
-        client.log_artifact(board, str(path))
+    stats = [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+    state = hashlib.sha256(repr(stats).encode()).hexdigest()
+    if client.get_run(board).data.tags.get("files") != state:
+        for path in files:
+            client.log_artifact(board, str(path))
+        client.set_tag(board, "files", state)
 
 
 def read(uri: str, experiment: str, trials: list[Trial] | None = None) -> pd.DataFrame:
