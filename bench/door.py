@@ -175,8 +175,16 @@ def command(opened: Plan, trial: Trial) -> str:
 
     axes = ("dataset", "model", "attack", "defense", "setting")
     mine = [*(f"grid.{axis}s" for axis in axes), "grid.seeds"]
-    mine += ["results", "train.precision", "dry_run", "report.reported", "report.plots"]
-    words = [word for word in opened.arguments if word.partition("=")[0].lstrip("+") not in mine]
+    mine += ["results", "train.precision", "dry_run", "dispatch", "tracking"]
+    # Where it ran and what was done with it changes no figure, but for the device and, in the last bits, the threads.
+    mine += [f"dispatch.{key}" for key in opened.cfg.dispatch if key != "device"]
+    words = []
+    for word in opened.arguments:
+        key = word.partition("=")[0].lstrip("+~")
+        if key not in mine and not key.startswith(("dispatch.slurm.", "tracking.", "report.")):
+            words.append(word)
+    if opened.cfg.dispatch.threads != 1:
+        words.append(f"dispatch.threads={opened.cfg.dispatch.threads}")
     if trial.variant:
         words = [word for word in words if not word.startswith("grid.sweep=")]
         pairs = re.split(rf", (?=(?:{'|'.join(PER_CELL)})\.[\w.]+=)", trial.variant)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,21 @@ def test_a_grid_ends_in_a_leaderboard_with_tables_and_plots(run_grid, tmp_path, 
     assert "robust: accuracy under PGD-1" in printed  # the protocol stands beneath
     assert "defense.fine_tuning.epochs=1" in printed  # and whatever is not a default
     assert "epochs 1, batch_size 64" in printed
+
+
+def test_the_command_that_reproduces_a_cell_names_what_changes_a_figure_and_nothing_else(tiny):
+    from bench.door import command
+
+    kept = ["defense.fine_tuning.epochs=3", "measure.pgd_steps=2", "reserve.size=0.02"]
+    dropped = ["dispatch.workers=2", "dispatch.max_tries=3", "++dispatch.slurm.additional.nice=5", "report.plots=true"]
+    dropped += ["tracking=server", "tracking.uri=http://example.org", "tracking.enabled=false"]
+    opened = plan([*tiny, *kept, *dropped, "dispatch.threads=2"])
+    words = shlex.split(command(opened, opened.trials[-1]))
+    assert set(kept) <= set(words)
+    assert "dispatch.threads=2" in words  # another order of sums: the last bits
+    places = [word for word in words if word.startswith(("tracking", "report", "dispatch", "++dispatch"))]
+    assert places == ["dispatch.device=cpu", "dispatch.threads=2"]
+    assert plan(words[3:]).trials[0].keys() == opened.trials[-1].keys()
 
 
 def test_a_report_is_written_again_only_if_it_would_be_another(run_grid, tmp_path, tiny):
