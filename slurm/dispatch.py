@@ -242,9 +242,13 @@ class _Driver:
             for task in self._pack(element):
                 if task.place in self.left and self.store.is_finished(*task.place):
                     self._done(task)
+        # Done without a job: by a local run on the same store, or by one that came and went between two looks.
+        # Thousands may be left, and a file server lists folders much faster than it answers for each.
+        there = {stage: self.store.keys(stage) for stage in (STAGES[0], STAGES[-1])}
         for place, task in list(self.left.items()):
-            if place not in self.holder and self.store.is_finished(*place):
-                self._done(task)  # by somebody without a job: a local run on the same store
+            listed = place[1] in there[place[0]] and place not in self.holder
+            if listed and self.store.is_finished(*place):
+                self._done(task)
 
     def _done(self, task: Task) -> None:
         del self.left[task.place]

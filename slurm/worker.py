@@ -28,14 +28,14 @@ class Pack:
         from bench.store import Store
         from slurm.jobs import Batch
 
-        batch = Batch.read(Path(self.folder))
+        batch = Batch.read(Path(self.folder), self.index)
         settings = batch.settings
         device = torch.device(settings["device"])
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("the job has no GPU that torch can use; dispatch.device=cpu, or ask for another node")
         load_methods(settings["plugins"])
         store = Store(settings["store"])
-        tasks = [task for task in batch.packs[self.index] if not store.is_finished(*task.place)]
+        tasks = [task for task in batch.packs[0] if not store.is_finished(*task.place)]
         coming = {task.trial.keys()[0] for task in tasks if task.stages == dispatch.IMPLANT}
         ready = []
         for task in tasks:

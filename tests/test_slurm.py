@@ -510,6 +510,10 @@ def test_a_batch_comes_back_from_its_file_as_it_was(tiny, tmp_path):
     read = jobs.Batch.read(made.folder)
     assert read.infos == opened.infos
     assert [[task.place for task in pack] for pack in read.packs] == [[t.place for t in p] for p in made.packs]
+    for index, pack in enumerate(made.packs):  # as a job reads it
+        alone = jobs.Batch.read(made.folder, index)
+        assert alone.settings == read.settings
+        assert [task.place for task in alone.packs[0]] == [task.place for task in pack]
 
 
 def test_what_failed_too_often_is_left_alone_and_with_an_infected_model_all_that_needs_it(tiny):
