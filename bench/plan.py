@@ -151,7 +151,9 @@ def estimated(trials: list[Trial], store: Store, assumed: dict[str, float] | Non
             names = (place[0] if own else "twin", trial.dataset, trial.model, trial.attack if own else "none")
             cell = (*names, trial.defense, trial.setting, trial.variant)
             if cell not in once:
-                once[cell] = names[0], (cell, *_kinds(place[0], *names[1:], trial.defense))
+                # A row of the grid may be named for the settings of a defense.
+                method = trial.defend["defense"]["name"]
+                once[cell] = names[0], (cell, *_kinds(place[0], *names[1:], method))
             if store.is_finished(*place):
                 there.add(place)
                 finished[names[0]] += 1
