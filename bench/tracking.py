@@ -20,6 +20,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
     board = _board(client, place)
     there = {_name(row) for row in _rows(client, place)}
     for run in _runs(client, place, "attributes.status = 'RUNNING' and tags.kind = 'trial'"):
+        if run.data.tags.get("store") != str(store.root.resolve()):
+            continue  # another sweep's, which sends it now
         # Begun when the tracking broke; if its row arrived, nothing else was missing.
         if (run.data.tags["trial"], run.data.tags["variant"]) in there:
             client.set_terminated(run.info.run_id)
@@ -77,13 +80,12 @@ def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
         if key and (key, trial.variant) not in there and store.is_finished("evaluate", key):
             fresh.append(trial)
             there.add((key, trial.variant))
-    store = Snapshot(store)
     # A file has one writer; a server has several workers.
     with ThreadPoolExecutor(4 if str(client.tracking_uri).startswith("http") else 1) as pool:
         for start in range(0, len(fresh), BATCH):
-            batch = fresh[start : start + BATCH]
-            rows = [trial_row(trial, store) for trial in batch]
-            runs = list(pool.map(lambda trial, row: _send(client, place, trial, row, store), batch, rows))
+            batch, known = fresh[start : start + BATCH], Snapshot(store)
+            rows = [trial_row(trial, known) for trial in batch]
+            runs = list(pool.map(partial(_send, client, place, known), batch, rows))
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json"
                 path.write_text(json.dumps(rows))
@@ -215,7 +217,7 @@ def _name(row: dict[str, Any]) -> tuple[str, str]:
     return row["trial"], row["variant"]
 
 
-def _send(client: Any, place: str, trial: Trial, row: dict[str, Any], store: Store) -> str:
+def _send(client: Any, place: str, store: Store, trial: Trial, row: dict[str, Any]) -> str:
     """One trial: tags, params, final figures and curves in two calls; gives its run, which is not ended yet."""
     from mlflow.entities import Metric, Param
 
@@ -236,7 +238,7 @@ def _send(client: Any, place: str, trial: Trial, row: dict[str, Any], store: Sto
         for key, value in _flat(getattr(trial, stage), stage)
     ]
     texts = {name: str(row[name]) for name in (*TEXTS, "clean", "seed")} | {"kind": "trial"}
-    texts["mlflow.runName"] = trial.title
+    texts |= {"mlflow.runName": trial.title, "store": str(store.root.resolve())}
     if row["commit"]:
         texts["mlflow.source.git.commit"] = row["commit"]
     # The tags come with the run: one that was begun and not ended can be told by them.

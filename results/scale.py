@@ -1,6 +1,7 @@
 """A store full of finished cells that nobody computed, to measure what the harness itself costs at scale.
 
     python results/scale.py SETTINGS...     the settings of bench.run; needs results=DIR, a folder of its own
+    python results/scale.py --leaderboard SETTINGS...     the leaderboard as MLflow gives it, and the seconds it took
 
 Every stage of the grid is written through the store as a worker would write it, with made-up figures and curves and a
 tensor of a few bytes for weights. Never mix it with results that mean anything.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 
 import torch
 
@@ -17,7 +19,27 @@ from bench.door import enter, plan
 from bench.reporting.columns import MEASURES
 
 
+def leaderboard(arguments: list[str]) -> int:
+    began = time.perf_counter(), time.process_time()
+    from bench import tracking
+    from bench.door import show
+    from bench.reporting.table import boards
+
+    opened = plan(arguments)
+    planned = time.perf_counter(), time.process_time()
+    trials = tracking.read(opened.tracking_uri, str(opened.cfg.grid.name), opened.trials)
+    read = time.perf_counter(), time.process_time()
+    show(boards(trials, []))
+    ended = time.perf_counter(), time.process_time()
+    print(f"{len(trials)} trials from {opened.tracking_uri}; seconds and CPU seconds:")
+    for name, first, last in (("plan", began, planned), ("read", planned, read), ("table", read, ended)):
+        print(f"{name:<6} {last[0] - first[0]:6.1f} {last[1] - first[1]:6.1f}")
+    return 0
+
+
 def main(arguments: list[str]) -> int:
+    if "--leaderboard" in arguments:
+        return leaderboard([argument for argument in arguments if argument != "--leaderboard"])
     opened = plan(arguments)
     if not any(argument.startswith("results=") for argument in arguments):
         sys.exit("write results=DIR, a folder that holds no results")
