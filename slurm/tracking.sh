@@ -48,11 +48,12 @@ up() {
     as_owner "$pg/pg_ctl" -D "$home/db" -l "$home/db/server.log" -w -t 120 \
       -o "-p $((port + 1)) -c listen_addresses=127.0.0.1 -c unix_socket_directories=" start >/dev/null
   PGPASSWORD=$(cat "$home/password") "$pg/createdb" -h 127.0.0.1 -p $((port + 1)) -U mlflow mlflow 2>/dev/null || true
-  # In the environment, and not among the words: those every user of the machine can read.
+  # The address in the environment, not among the words, which every user of the machine can read. And a worker that a
+  # busy machine keeps waiting for five seconds would be killed for it.
   MLFLOW_BACKEND_STORE_URI="postgresql+psycopg://mlflow:$(cat "$home/password")@127.0.0.1:$((port + 1))/mlflow" \
     MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true setsid "$python" -m mlflow server \
     --artifacts-destination "$home/files" --host "$host" --port "$port" --workers "${TRACKING_WORKERS:-2}" \
-    >"$home/mlflow.log" 2>&1 </dev/null &
+    --uvicorn-opts "--timeout-worker-healthcheck 120" >"$home/mlflow.log" 2>&1 </dev/null &
   echo $! >"$home/mlflow.pid"
   for _ in $(seq 600); do
     ! "$python" -c "import urllib.request as u; u.urlopen('http://$host:$port/health', timeout=5)" 2>/dev/null ||
