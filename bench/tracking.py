@@ -36,8 +36,9 @@ BATCH = 200  # trials whose rows go into one file
 # Before any import of mlflow: it reports usage over the network unless told not to.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
-# A server's client prints two lines for each run that it ends.
+# A server's client prints two lines for each run that it ends, and draws a bar for each file that it fetches.
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 # A server that is away is asked for twelve seconds, not for four minutes: what it misses is sent later.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
