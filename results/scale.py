@@ -3,7 +3,7 @@
     python results/scale.py SETTINGS...     the settings of bench.run; needs results=DIR, a folder of its own
     python results/scale.py --leaderboard SETTINGS...     the leaderboard as MLflow gives it, and the seconds it took
 
-    python results/scale.py --overhead      what the harness adds to a cell: all but imports, training, defense, measures
+    python results/scale.py --overhead      what a cell takes beside imports, training, defense and measures
 
 Every stage of the grid is written through the store as a worker would write it, with made-up figures and curves and a
 tensor of a few bytes for weights. Never mix it with results that mean anything.
