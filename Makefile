@@ -3,7 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: leaderboard cpu-reference gpu-reference test test-slow test-slurm test-realdata test-gpu test-browser check lock setup clean
+.PHONY: leaderboard cpu-reference gpu-reference test test-slow test-slurm test-server test-realdata test-gpu test-browser \
+	check lock setup clean
 
 leaderboard: setup
 	$(BIN)/python -m bench.run grid=quick
@@ -36,6 +37,11 @@ test-slow: setup
 # A real Slurm on this machine, as root on Debian (slurm/testbed/testbed.sh install fetches the packages): some minutes.
 test-slurm: setup
 	$(BIN)/python -m pytest -m slurm -rs
+
+# Needs Debian's postgresql; what talks to it is installed here.
+test-server: setup
+	$(BIN)/uv pip install --quiet --python $(BIN)/python 'psycopg[binary]>=3.2'
+	$(BIN)/python -m pytest -m server -rs
 
 # Needs the real data sets under $$BENCH_DATA.
 test-realdata: setup

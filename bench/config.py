@@ -18,6 +18,7 @@ from bench.engine.registry import Registry, load_folders, load_plugins
 from bench.engine.training import Recipe
 from defenses.base import Defense, defense
 
+GROUPS = ("grid", "dispatch", "tracking")
 # Settings whose keys are another program's.
 FREE = ("dispatch.slurm.submitit.", "dispatch.slurm.additional.")
 
@@ -224,7 +225,7 @@ def _one_line(error: Exception, arguments: list[str], schema: DictConfig) -> str
     """What came, what was wanted, what to write instead."""
     for argument in arguments:
         path = argument.partition("=")[0].lstrip("+~")
-        if path in ("grid", "dispatch", "hydra.searchpath"):
+        if path in (*GROUPS, "hydra.searchpath"):
             continue
         node: Any = schema
         for part in path.split("."):
@@ -236,7 +237,7 @@ def _one_line(error: Exception, arguments: list[str], schema: DictConfig) -> str
                 return f"{path}: there is no setting {part!r}.{hint} Known: {', '.join(sorted(map(str, node)))}."
             node = node[part]
     text = " ".join(str(error.__cause__ or error).split())
-    for group in ("grid", "dispatch"):
+    for group in GROUPS:
         chosen = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{group}=")]
         if chosen and f"Could not find '{group}/" in text:
             near = get_close_matches(chosen[0], options(group), n=1)
@@ -251,7 +252,7 @@ def grids() -> list[str]:
 
 
 def options(group: str) -> list[str]:
-    """The names of the files of a group (`grid`, `dispatch`) that ship with the project."""
+    """The names of the files of a group (one of GROUPS) that ship with the project."""
     from importlib.resources import files
 
     folder = files("bench.conf").joinpath(group)

@@ -42,6 +42,11 @@ class Task:
         return self.stages[-1], self.trial.keys()[STAGES.index(self.stages[-1])]
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        """The keys of the models that must be there before it starts."""
+        return () if self.stages == IMPLANT else self.trial.implants()
+
+    @property
     def title(self) -> str:
         trial = self.trial
         if self.stages == IMPLANT:
@@ -62,10 +67,10 @@ class Progress:
 
 
 def pending(trials: list[Trial], store: Store, max_tries: int | None = None) -> list[Task]:
-    """What is still to be computed, each stage once: infected models first, then what is done to them.
+    """What is still to be computed, each stage once: infected models and clean twins, then what is done to them.
 
     Args:
-        max_tries: a stage that failed so often is left alone, and with an infected model all that is done to it.
+        max_tries: a stage that failed so often is left alone, and with a model all that needs it.
     """
     implants: dict[str, Task | None] = {}
     repairs: dict[str, Task] = {}
@@ -75,17 +80,19 @@ def pending(trials: list[Trial], store: Store, max_tries: int | None = None) -> 
         return max_tries is not None and store.tries(stage, key) >= max_tries
 
     for trial in trials:
-        implant, defend, evaluate = trial.keys()
+        _, defend, evaluate = trial.keys()
         if not evaluate or evaluate in repairs or store.is_finished("evaluate", evaluate):
             continue
-        if implant not in implants:
-            there = store.is_finished("implant", implant)
-            implants[implant] = None if there else Task(trial, IMPLANT)
-            if not there and hopeless("implant", implant):
-                lost.add(implant)
-        if implant not in lost and not hopeless("defend", defend) and not hopeless("evaluate", evaluate):
+        needed = trial.implants()
+        for index, key in enumerate(needed):
+            if key not in implants:
+                there = store.is_finished("implant", key)
+                implants[key] = None if there else Task(trial.twin() if index else trial, IMPLANT)
+                if not there and hopeless("implant", key):
+                    lost.add(key)
+        if lost.isdisjoint(needed) and not hopeless("defend", defend) and not hopeless("evaluate", evaluate):
             repairs[evaluate] = Task(trial, REPAIR)
-    wanted = {task.trial.keys()[0] for task in repairs.values()}
+    wanted = {key for task in repairs.values() for key in task.needs}
     return [*(task for key, task in implants.items() if task and key in wanted), *repairs.values()]
 
 
@@ -131,7 +138,7 @@ def run(
 
 
 class _Schedule:
-    """Which task may start: an infected model's repairs wait for it."""
+    """Which task may start: repairs wait for their infected model, and for the clean twin that it is measured by."""
 
     def __init__(self, tasks: list[Task], store: Store, workers: int, show: Callable[[Progress], None]) -> None:
         self.store, self.workers, self.show = store, workers, show
@@ -146,7 +153,7 @@ class _Schedule:
         """A task that can start now; None if none can (or none is left)."""
         for _ in range(len(self.waiting)):
             task = self.waiting.popleft()
-            if task.stages == IMPLANT or task.trial.keys()[0] not in self.blocked:
+            if self.blocked.isdisjoint(task.needs):
                 self.running.append(task)
                 self.started[id(task)] = time.monotonic()
                 return task
@@ -173,8 +180,8 @@ class _Schedule:
             self.blocked.discard(implant)
             if outcome == "failed":
                 # Nothing can be repaired: those trials show the implant's failure, and are tried by the next run.
-                lost = [other for other in self.waiting if other.trial.keys()[0] == implant]
-                self.waiting = deque(other for other in self.waiting if other.trial.keys()[0] != implant)
+                lost = [other for other in self.waiting if implant in other.needs]
+                self.waiting = deque(other for other in self.waiting if implant not in other.needs)
                 self.progress.failed += len(lost)
         self.report()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import pandas as pd
     import torch
     from omegaconf import DictConfig
 
@@ -173,8 +175,16 @@ def command(opened: Plan, trial: Trial) -> str:
 
     axes = ("dataset", "model", "attack", "defense", "setting")
     mine = [*(f"grid.{axis}s" for axis in axes), "grid.seeds"]
-    mine += ["results", "train.precision", "dry_run", "report.reported", "report.plots"]
-    words = [word for word in opened.arguments if word.partition("=")[0].lstrip("+") not in mine]
+    mine += ["results", "train.precision", "dry_run", "dispatch", "tracking"]
+    # Where it ran and what was done with it changes no figure, but for the device and, in the last bits, the threads.
+    mine += [f"dispatch.{key}" for key in opened.cfg.dispatch if key != "device"]
+    words = []
+    for word in opened.arguments:
+        key = word.partition("=")[0].lstrip("+~")
+        if key not in mine and not key.startswith(("dispatch.slurm.", "tracking.", "report.")):
+            words.append(word)
+    if opened.cfg.dispatch.threads != 1:
+        words.append(f"dispatch.threads={opened.cfg.dispatch.threads}")
     if trial.variant:
         words = [word for word in words if not word.startswith("grid.sweep=")]
         pairs = re.split(rf", (?=(?:{'|'.join(PER_CELL)})\.[\w.]+=)", trial.variant)
@@ -187,8 +197,11 @@ def command(opened: Plan, trial: Trial) -> str:
     return shlex.join(["python", "-m", "bench.run", *words, f"grid.seeds=[{trial.seed}]"])
 
 
-def report(opened: Plan) -> Any:
+def report(opened: Plan, again: bool = True) -> Any:
     """Write tables, page and plots of what is finished, computing nothing; returns the boards and the trials.
+
+    Args:
+        again: write them also if they would be the same; of thousands of trials they take longer than all the rest.
 
     Raises:
         UserError: nothing of the grid is stored with these settings, or `report.reported` is no such table.
@@ -205,6 +218,10 @@ def report(opened: Plan) -> Any:
             "for what another kind of device computed add train.precision=bfloat16 (a GPU) or float32 (a CPU)"
         )
     lines = protocol(opened)
+    stamp, made_of = opened.folder / ".report", _made_of(opened, trials, lines)
+    if not again and _is_written(stamp, made_of):
+        return table.boards(trials, lines, reported), trials
+    stamp.unlink(missing_ok=True)
     boards = table.write(trials, lines, opened.folder, opened.title, reported)
     _keep_settings(opened)
     evidence = [page.evidence(trial, store, command(opened, trial)) for trial in opened.trials]
@@ -215,6 +232,8 @@ def report(opened: Plan) -> Any:
 
         drawn = plots.write(trials, opened.folder, name, evidence) + pictures(opened)
     page.write(trials, evidence, lines, opened.folder, opened.title, reported, drawn)
+    files = sorted(path.name for path in opened.folder.iterdir() if path != stamp)
+    stamp.write_text("\n".join([made_of, *files]))
     return boards, trials
 
 
@@ -229,6 +248,28 @@ def _keep_settings(opened: Plan) -> None:
         cfg[group] = {name: cfg[group][name] for name in dict.fromkeys(names)}
     command = shlex.join(["python", "-m", "bench.run", *opened.arguments])
     (opened.folder / "config.yaml").write_text(f"# {command}\n{OmegaConf.to_yaml(cfg)}")
+
+
+def _made_of(opened: Plan, trials: pd.DataFrame, lines: list[str]) -> str:
+    """A hash of all that a report is made of: figures, settings, other people's figures, and its code."""
+    import pandas as pd
+
+    settings = [opened.title, lines, opened.arguments, str(opened.cfg.report), list(trials.columns)]
+    code = Path(__file__).parent
+    read = [*code.glob("*.py"), *(code / "reporting").glob("*")]
+    read += [Path(opened.cfg.report.reported)] if opened.cfg.report.reported else []
+    stats = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(read)]
+    figures = pd.util.hash_pandas_object(trials).to_numpy().tobytes()
+    return hashlib.sha256(repr((settings, stats)).encode() + figures).hexdigest()
+
+
+def _is_written(stamp: Path, made_of: str) -> bool:
+    """Was the report last made of this, and is all of it still there?"""
+    try:
+        last, *files = stamp.read_text().split("\n")
+    except OSError:
+        return False
+    return last == made_of and all((stamp.parent / name).exists() for name in files)
 
 
 def duration(seconds: float) -> str:

@@ -33,7 +33,7 @@ CONNECTION = 2  # the version of what `measure.connection` measures: in the iden
 # Measures that are read beside a clean twin.
 CONTROLLED = ("relearn", "reactivate", "connection")
 # Folders beside the grids' own under results/.
-RESERVED = ("store", "mlflow", "checkpoints", "slurm", "readme")
+RESERVED = ("store", "mlflow", "checkpoints", "slurm", "tracking", "readme")
 # The groups of settings that may differ from cell to cell.
 PER_CELL = ("attack", "defense", "train", "reserve", "measure")
 
@@ -74,9 +74,22 @@ class Trial:
     def _keys(self) -> tuple[str, str, str]:
         return self._key(self.implant), self._key(self.defend), self._key(self.evaluate)
 
+    def implants(self) -> tuple[str, ...]:
+        """The keys of the models that must be there before it is repaired and measured: its own, and its clean twin."""
+        return (self.keys()[0], *([self.inspect["control"]] if self.control else []))
+
     def twin(self) -> Trial:
-        """The trial whose implant is the clean twin."""
-        return replace(self, attack=self.control["attack"]["name"], implant=self.control, defend={}, evaluate={})
+        """The trial whose implant is the clean twin; nothing is done to it."""
+        attack = self.control["attack"]["name"]
+        return replace(self, attack=attack, implant=self.control, defend={}, evaluate={}, inspect={}, control={})
+
+    def places(self) -> list[tuple[str, str]]:
+        """Stage and key of all that is computed for it, in order."""
+        _, defend, evaluate = self.keys()
+        if not evaluate:
+            return []
+        others = [("defend", defend), ("inspect", self.evaluate["inspect"]), ("evaluate", evaluate)]
+        return [*(("implant", key) for key in self.implants()), *others]
 
     @staticmethod
     def _key(identity: Identity) -> str:

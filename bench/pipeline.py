@@ -32,7 +32,7 @@ from bench.engine.metrics import accuracy, detection, predict
 from bench.engine.models import Classifier, ModelSpec
 from bench.engine.registry import Registry
 from bench.engine.training import Diverged, Journal, Recipe, Tensors, fit, named, part_of
-from bench.grid import Trial, spec_of
+from bench.grid import CONTROLLED, Trial, spec_of
 from bench.store import STAGES, Identity, Store, key_of
 from defenses.base import (
     SETTINGS,
@@ -95,6 +95,8 @@ class Bench:
     def run(self, trial: Trial, stages: tuple[str, ...] = STAGES) -> None:
         """Compute the named stages of a trial that are not finished, in order.
 
+        A clean twin is an implant of its own (`trial.twin()`), which has to be there before an evaluation.
+
         Raises:
             Busy: another process computes one now.
             Exception: whatever a method raised; it is kept as the reason of the failure.
@@ -124,11 +126,8 @@ class Bench:
     def _ask_for_inspection(self, trial: Trial) -> None:
         """What an evaluation reads beside the repaired model: whoever comes first computes it."""
         repair = self.store.result("defend", trial.evaluate["defend"])
-        if repair is None or repair["status"] != "done":
-            return
-        if trial.control:
-            self.run(trial.twin(), ("implant",))
-        self.run(trial, ("inspect",))
+        if repair is not None and repair["status"] == "done":
+            self.run(trial, ("inspect",))
 
     def _computed(self, stage: str, trial: Trial) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """One stage with its price: seconds, memory, images, and what it ran on."""
@@ -164,7 +163,16 @@ class Bench:
     # The three stages -----------------------------------------------------------------------------------------
 
     def _implant(self, trial: Trial, journal: Journal) -> tuple[dict[str, Any], dict[str, Tensors]]:
-        """Train the infected model; keep its weights, the trigger's tensors and each image's role."""
+        """Train the infected model; keep its weights, the trigger's tensors and each image's role.
+
+        A training that diverges does so each time: that is its outcome, and the outcome of all its repairs.
+        """
+        try:
+            return self._trained(trial, journal)
+        except Diverged as error:
+            return {"status": "diverged", "reason": str(error)}, {}
+
+    def _trained(self, trial: Trial, journal: Journal) -> tuple[dict[str, Any], dict[str, Tensors]]:
         identity, info = trial.implant, self.infos[trial.dataset]
         attacker, seed = attack_from(identity), identity["seed"]
         clean, _ = self._split(trial)
@@ -207,6 +215,10 @@ class Bench:
 
     def _defend(self, trial: Trial, journal: Journal) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """Show the defender what is his, and keep what he returns."""
+        implant = self.store.result("implant", key_of(trial.implant))
+        assert implant is not None, "defend comes after implant"
+        if implant["status"] == "diverged":
+            return {"status": "diverged", "reason": f"implant: {implant['reason']}"}, {}
         method = defense_from(trial.defend)
         view = self._view(trial, method, journal)
         try:
@@ -272,13 +284,21 @@ class Bench:
             for index, name in enumerate(found.get("rounds", ())):
                 step = self.store.tensors("defend", defend_key, f"round_{index}")
                 rounds.append({"name": name, **self._round(case, model, step, poisoned)})
-        return {**result, "figures": figures, "rounds": rounds}, {}
+        warnings = [*result["warnings"], *inspected.get("warnings", ())]
+        return {**result, "warnings": warnings, "figures": figures, "rounds": rounds}, {}
 
     def _inspect(self, trial: Trial, journal: Journal) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """Measure the infected model, and its clean twin where a measure asks for one: once for all repairs."""
-        infected = self._stored(trial, "implant", key_of(trial.implant))
-        twin = self._stored(trial, "implant", key_of(trial.control)) if trial.control else None
-        return evaluation.inspected(infected, twin, self._case(trial), trial.inspect), {}
+        infected, twin, warnings = self._stored(trial, "implant", key_of(trial.implant)), None, []
+        if trial.control:
+            control = self.store.result("implant", key_of(trial.control))
+            assert control is not None, "inspect comes after the clean twin"
+            if control["status"] == "done":
+                twin = self._stored(trial, "implant", key_of(trial.control))
+            else:
+                unmeasured = ", ".join(name for name in CONTROLLED if name in trial.inspect)
+                warnings.append(f"without {unmeasured}: the clean twin diverged: {control['reason']}")
+        return {**evaluation.inspected(infected, twin, self._case(trial), trial.inspect), "warnings": warnings}, {}
 
     def _case(self, trial: Trial) -> evaluation.Case:
         identity = trial.implant

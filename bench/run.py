@@ -15,13 +15,15 @@
     dispatch=slurm                   have it computed by a cluster; or a profile: dispatch=university
     dispatch.slurm.partition=gpu     what each job asks for; dispatch.trials_per_job=4 and dispatch.trials_per_gpu=2
                                      pack small trials; dispatch.slurm.additional.KEY=VALUE is any option of sbatch
-    tracking.uri=URI                 an MLflow server in place of the sqlite file under results/
+    tracking=server                  an MLflow server, at $MLFLOW_TRACKING_URI or tracking.uri=URI, in place of the
+                                     sqlite file under results/; slurm/tracking.sh starts one
     plugins=[my_package.my_defense]  methods of your own, in a module of yours
     report.plots=false               tables and the page alone; report.reported=FILE.csv adds figures that others report
     results=DIR                      where the store, tables and plots go (results/)
-    dry_run=true                     print the plan: what is there, what would be computed
+    dry_run=true                     print the plan: what is there, what would be computed; bench.plan says how long
 
-Stop it at any time; the same command goes on. Exit status: 0 all done, 1 some trial failed, 2 a wrong setting.
+Stop it at any time; the same command goes on. Exit status: 0 every trial has an outcome (diverged, wrecked and not
+applicable are outcomes, which no repeat would change), 1 some trial failed or is missing, 2 a wrong setting.
 """
 
 from __future__ import annotations
@@ -46,16 +48,24 @@ def main(arguments: list[str]) -> int:
     store.sweep()
     tasks = dispatch.pending(opened.trials, store, cfg.dispatch.max_tries)
     if cfg.dry_run:
-        _print_plan(opened, tasks)
+        from bench.plan import summary
+
+        summary(opened, tasks)
+        for task in tasks:
+            print(f"  {task.title}")
         return 0
     _print_fits(opened)
     with _Display(opened) as display:
         _dispatch(opened, tasks, display.show)
-    boards, trials = report(opened)
+    boards, trials = report(opened, again=False)
     show(boards)
     _track(opened)
     print(f"Tables and plots: {opened.folder}/   the store: {store.root}/   MLflow: {opened.tracking_uri}")
-    failed = int((trials.status == "failed").sum())
+    counts = trials.status.value_counts()
+    for state in ("diverged", "wrecked"):
+        if state in counts:
+            print(f"{counts[state]} trials {state}: an outcome, which the tables show as such")
+    failed = int(counts.get("failed", 0))
     if failed:
         tries = cfg.dispatch.max_tries
         print(f"{failed} trials failed; the next run tries them again, up to dispatch.max_tries={tries} times in all:")
@@ -111,27 +121,6 @@ def _print_fits(opened: Plan) -> None:
             notes = fits(opened.cfg, info, model)
             size = "x".join(map(str, info.shape[1:]))
             print(f"{model} on {data} ({size}): {', '.join(notes) or 'as timm has it'}")
-
-
-def _print_plan(opened: Plan, tasks: list[Task]) -> None:
-    """The plan in a few lines, then each stage that would be computed."""
-    from bench.dispatch import IMPLANT
-    from bench.store import key_of
-
-    trials = opened.trials
-    applicable = [trial for trial in trials if trial.defend]
-    there = sum(opened.store.result("evaluate", trial.keys()[2]) is not None for trial in applicable)
-    print(f"{opened.title}")
-    print(f"trials: {len(trials)}, of them {there} finished, {len(trials) - len(applicable)} not applicable")
-    implants = [task for task in tasks if task.stages == IMPLANT]
-    planned = {task.trial.keys()[0] for task in implants}
-    twins = {key_of(task.trial.control) for task in tasks if task.trial.control} - planned
-    twins = {key for key in twins if not opened.store.is_finished("implant", key)}
-    beside = f", {len(twins)} clean twins to measure them by" if twins else ""
-    repairs = f"{len(tasks) - len(implants)} repairs with their measures{beside}"
-    print(f"to compute: {len(implants)} infected models, {repairs}")
-    for task in tasks:
-        print(f"  {task.title}")
 
 
 def _track(opened: Plan) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.door import Plan, duration, enter, plan
 
 if TYPE_CHECKING:
+    from bench.grid import Trial
     from slurm.jobs import Element
 
 WATCH_S = 10.0
@@ -30,19 +31,18 @@ def main(arguments: list[str]) -> int:
 
 def _show(opened: Plan) -> bool:
     """Print one report; is anything left to do?"""
-    from bench.reporting.table import STATES, trial_row
-    from bench.store import STAGES
+    from bench.plan import estimated
+    from bench.reporting.table import STATES, Snapshot, trial_row, trial_table
     from slurm import jobs
 
-    store, root = opened.store, Path(opened.cfg.results) / "slurm"
-    rows = [trial_row(trial, store) for trial in opened.trials]
-    counts = Counter(row["status"] for row in rows)
+    store, root = Snapshot(opened.store), Path(opened.cfg.results) / "slurm"
+    # As the leaderboard has them: which model is wrecked is seen beside the undefended one.
+    table = trial_table([trial_row(trial, store) for trial in opened.trials])
+    counts = Counter(table.status)
     titles: dict[tuple[str, str], str] = {}
     for trial in opened.trials:
-        for place in zip(STAGES, trial.keys(), strict=True):
-            if place[1]:
-                shared = f"{trial.dataset}/{trial.model}/{trial.attack}/{trial.seed}"
-                titles.setdefault(place, shared if place[0] == "implant" else trial.title)
+        for place in trial.places():
+            titles.setdefault(place, _title(trial, *place))
     claims = {place: claim for place, claim in store.claims().items() if place in titles}
     running = {place: claim for place, claim in claims.items() if claim.alive}
     queued = _queued(opened, root)
@@ -52,7 +52,8 @@ def _show(opened: Plan) -> bool:
     states += [f"{len(running)} stages running"] if running else []
     states += [f"{len(queued)} jobs waiting in the queue"] if queued else []
     print(", ".join(states) or "no trial")
-    left = _seconds_left(opened, max(1, len(running)))
+    estimate = estimated(opened.trials, store)
+    left = estimate.seconds(estimate.costs) / max(1, len(running))
     if left:
         print(f"about {duration(left)} left, at {max(1, len(running))} at once")
     for reason, count in Counter(element.reason for element in queued).most_common():
@@ -71,14 +72,15 @@ def _show(opened: Plan) -> bool:
         record = None if store.is_finished(*place) else store.failure_record(*place)
         if record is None:
             continue
-        state = "diverged" if ": Diverged:" in record["error"] else "failed"
         tries = record.get("tries", 1)
         job = _job(record.get("job", ""))
-        print(f"{state}: {title}: {record['error']} ({job}{tries} {'tries' if tries != 1 else 'try'})")
+        print(f"failed: {title}: {record['error']} ({job}{tries} {'tries' if tries != 1 else 'try'})")
         if job and (line := jobs.last_line(jobs.find_log(root, record["job"]))):
             print(f"    {line}")
-    for reason, count in Counter(row["reason"] for row in rows if row["status"] == "diverged").most_common():
-        print(f"diverged ({count} trials): {reason}")
+    for state in ("diverged", "wrecked"):
+        lost = table[table.status == state]
+        for reason, count in Counter(lost.reason).most_common(10):
+            print(f"{state} ({count} trials): {reason}")
     return counts["missing"] + counts["failed"] > 0 and bool(running or queued)
 
 
@@ -100,27 +102,11 @@ def _queued(opened: Plan, root: Path) -> list[Element]:
     return [element for element in found if element.state == "PENDING"]
 
 
-def _seconds_left(opened: Plan, at_once: int) -> float:
-    """What is not finished, each stage at the mean of those finished with the same method; 0 if none is known."""
-    from bench.store import STAGES
-
-    spent: dict[tuple[str, str], list[float]] = defaultdict(list)
-    todo: list[tuple[str, str]] = []
-    seen: set[tuple[str, str]] = set()
-    for trial in opened.trials:
-        for stage, key in zip(STAGES, trial.keys(), strict=True):
-            if not key or (stage, key) in seen:
-                continue
-            seen.add((stage, key))
-            kind = (stage, trial.attack if stage == "implant" else trial.defense)
-            result = opened.store.result(stage, key)
-            if result is None:
-                todo.append(kind)
-            else:
-                spent[kind].append(result["seconds"])
-                spent[stage, ""].append(result["seconds"])
-    mean = {kind: sum(values) / len(values) for kind, values in spent.items()}
-    return sum(mean.get(kind, mean.get((kind[0], ""), 0.0)) for kind in todo) / at_once
+def _title(trial: Trial, stage: str, key: str) -> str:
+    if stage in ("defend", "evaluate"):
+        return trial.title
+    shown = trial.twin() if stage == "implant" and key != trial.keys()[0] else trial
+    return f"{shown.dataset}/{shown.model}/{shown.attack}/{shown.seed}"
 
 
 if __name__ == "__main__":

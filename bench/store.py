@@ -107,6 +107,21 @@ class Store:
         self._failure(stage, key).unlink(missing_ok=True)
         shutil.rmtree(self.work(stage, key), ignore_errors=True)
 
+    def keys(self, stage: str) -> set[str]:
+        """Keys of the stages of this name that have a folder: all finished ones, and what a power cut left."""
+        found: set[str] = set()
+        for folder in (self.root / stage).glob("??"):
+            found.update(os.listdir(folder))
+        return found
+
+    def identities(self, stage: str) -> Iterator[tuple[str, Identity]]:
+        """Key and identity of each finished stage of this name."""
+        for folder in sorted((self.root / stage).glob("*/*")):
+            try:
+                yield folder.name, json.loads((folder / "config.json").read_text())
+            except (OSError, json.JSONDecodeError):  # what a power cut left
+                continue
+
     def sweep(self) -> None:
         """Remove what killed processes left half-written, a day and more ago."""
         for path in (self.root / "unfinished").glob("*"):

@@ -1,29 +1,44 @@
 """MLflow as a view of the store: one run for each finished trial, mirrored by one process, in few calls.
 
 The store is the record. A tracking failure loses nothing: what is missing there is sent by the next run.
+
+Runs are for people. Reading thousands of them back takes minutes, so that the rows of the table of trials also go along
+as files, a few hundred in one: from these, MLflow gives a leaderboard in seconds, and tells what it has.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import math
 import os
 import re
 import sqlite3
+import tempfile
 import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from bench.grid import Trial
-from bench.reporting.table import FIGURES, TEXTS, trial_row, trial_table
+from bench.reporting.table import FIGURES, TEXTS, Snapshot, trial_row, trial_table
 from bench.store import STAGES, Store
+
+ROWS = "rows"  # the folder of rows among the artifacts of an experiment's leaderboard
+BATCH = 200  # trials whose rows go into one file
 
 # Before any import of mlflow: it reports usage over the network unless told not to.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
+# A server's client prints two lines for each run that it ends, and draws a bar for each file that it fetches.
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 # A server that is away is asked for twelve seconds, not for four minutes: what it misses is sent later.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
@@ -49,22 +64,60 @@ def sync(trials: list[Trial], store: Store, uri: str, experiment: str, artifacts
 
 
 def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
-    there: set[tuple[str, str]] = set()
-    for run in _runs(client, place):
-        if run.info.status == "FINISHED":
-            there.add(_name(run))
-        else:  # begun when the tracking broke
+    board = _board(client, place)
+    there = {_name(row) for row in _rows(client, place)}
+    for run in _runs(client, place, "attributes.status = 'RUNNING' and tags.kind = 'trial'"):
+        if run.data.tags.get("store") != str(store.root.resolve()):
+            continue  # another sweep's, which sends it now
+        # Begun when the tracking broke; if its row arrived, nothing else was missing.
+        if (run.data.tags["trial"], run.data.tags["variant"]) in there:
+            client.set_terminated(run.info.run_id)
+        else:
             client.delete_run(run.info.run_id)
-    sent = 0
+    fresh: list[Trial] = []
     for trial in trials:
         key = trial.keys()[2]
         # A state that can still change is not sent: a run in MLflow is final.
-        if not key or (key, trial.variant) in there or store.result("evaluate", key) is None:
-            continue
-        _send(client, place, trial, trial_row(trial, store), store)
-        there.add((key, trial.variant))
-        sent += 1
-    return sent
+        if key and (key, trial.variant) not in there and store.is_finished("evaluate", key):
+            fresh.append(trial)
+            there.add((key, trial.variant))
+    # A file has one writer; a server has several workers.
+    with ThreadPoolExecutor(4 if str(client.tracking_uri).startswith("http") else 1) as pool:
+        for start in range(0, len(fresh), BATCH):
+            batch, known = fresh[start : start + BATCH], Snapshot(store)
+            rows = [trial_row(trial, known) for trial in batch]
+            runs = list(pool.map(partial(_send, client, place, known), batch, rows))
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json"
+                path.write_text(json.dumps(rows))
+                client.log_artifact(board, str(path), ROWS)
+            # Last: a run that is not ended is one whose row may be missing.
+            list(pool.map(client.set_terminated, runs))
+    return len(fresh)
+
+
+def _board(client: Any, place: str) -> str:
+    """The run that holds the tables and the rows of an experiment."""
+    found = _runs(client, place, "tags.kind = 'leaderboard'")
+    if found:
+        run: str = found[0].info.run_id
+        return run
+    made = client.create_run(place, tags={"mlflow.runName": "leaderboard", "kind": "leaderboard"})
+    client.set_terminated(made.info.run_id)
+    run = made.info.run_id
+    return run
+
+
+def _rows(client: Any, place: str) -> list[dict[str, Any]]:
+    """The rows of all trials that an experiment has."""
+    found: list[dict[str, Any]] = []
+    # Two that came first at once have made a run each.
+    for run in _runs(client, place, "tags.kind = 'leaderboard'"):
+        if any(file.path == ROWS for file in client.list_artifacts(run.info.run_id)):
+            with tempfile.TemporaryDirectory() as folder:
+                for path in sorted(Path(client.download_artifacts(run.info.run_id, ROWS, folder)).iterdir()):
+                    found += json.loads(path.read_text())
+    return found
 
 
 def published(folder: Path) -> list[Path]:
@@ -73,13 +126,15 @@ def published(folder: Path) -> list[Path]:
 
 
 def log_files(uri: str, experiment: str, artifacts: Path, files: list[Path]) -> None:
-    """Keep tables and plots with the experiment, in one run named after the grid."""
+    """Keep tables and plots with the experiment, in the run named leaderboard; nothing is sent if they are there."""
     client, place = _open(uri, experiment, artifacts)
-    found = client.search_runs([place], filter_string="tags.kind = 'leaderboard'", max_results=1)
-    run = found[0] if found else client.create_run(place, tags={"mlflow.runName": "leaderboard", "kind": "leaderboard"})
-    for path in files:
-        client.log_artifact(run.info.run_id, str(path))
-    client.set_terminated(run.info.run_id)
+    board = _board(client, place)
+    stats = [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+    state = hashlib.sha256(repr(stats).encode()).hexdigest()
+    if client.get_run(board).data.tags.get("files") != state:
+        for path in files:
+            client.log_artifact(board, str(path))
+        client.set_tag(board, "files", state)
 
 
 def read(uri: str, experiment: str, trials: list[Trial] | None = None) -> pd.DataFrame:
@@ -97,16 +152,9 @@ def read(uri: str, experiment: str, trials: list[Trial] | None = None) -> pd.Dat
     found = client.get_experiment_by_name(experiment)
     if found is None:
         raise LookupError(f"MLflow at {uri} has no experiment {experiment!r}; run the grid with tracking.enabled=true")
-    rows: list[dict[str, Any]] = []
-    wanted = None if trials is None else {(trial.keys()[2], trial.variant) for trial in trials}
-    for run in _runs(client, found.experiment_id):
-        if wanted is not None and _name(run) not in wanted:
-            continue
-        row: dict[str, Any] = {name: run.data.tags.get(name, "") for name in (*TEXTS, "clean")}
-        row["seed"] = int(run.data.tags["seed"])
-        row |= {name: run.data.metrics.get(name) for name in FIGURES}
-        rows.append(row)
-    return trial_table(rows)
+    rows = {_name(row): row for row in _rows(client, found.experiment_id)}
+    wanted = rows if trials is None else [(trial.keys()[2], trial.variant) for trial in trials]
+    return trial_table([rows[name] for name in wanted if name in rows])
 
 
 def _open(uri: str, experiment: str, artifacts: Path) -> tuple[Any, str]:
@@ -154,24 +202,24 @@ def _quiet_client(kind: Any, uri: str) -> Any:
     return client
 
 
-def _runs(client: Any, place: str) -> list[Any]:
+def _runs(client: Any, place: str, which: str) -> list[Any]:
     found: list[Any] = []
     token = None
     while True:
-        page = client.search_runs([place], filter_string="tags.kind = 'trial'", max_results=1000, page_token=token)
+        page = client.search_runs([place], filter_string=which, max_results=1000, page_token=token)
         found += page
         token = page.token
         if not token:
             return found
 
 
-def _name(run: Any) -> tuple[str, str]:
+def _name(row: dict[str, Any]) -> tuple[str, str]:
     """What tells one run from another: where a sweep does not touch a defense, several trials are one stage."""
-    return run.data.tags["trial"], run.data.tags.get("variant", "")
+    return row["trial"], row["variant"]
 
 
-def _send(client: Any, place: str, trial: Trial, row: dict[str, Any], store: Store) -> None:
-    """One trial: tags, params, final figures and curves in two calls."""
+def _send(client: Any, place: str, store: Store, trial: Trial, row: dict[str, Any]) -> str:
+    """One trial: tags, params, final figures and curves in two calls; gives its run, which is not ended yet."""
     from mlflow.entities import Metric, Param
 
     now = int(time.time() * 1000)
@@ -191,15 +239,15 @@ def _send(client: Any, place: str, trial: Trial, row: dict[str, Any], store: Sto
         for key, value in _flat(getattr(trial, stage), stage)
     ]
     texts = {name: str(row[name]) for name in (*TEXTS, "clean", "seed")} | {"kind": "trial"}
-    texts["mlflow.runName"] = trial.title
+    texts |= {"mlflow.runName": trial.title, "store": str(store.root.resolve())}
     if row["commit"]:
         texts["mlflow.source.git.commit"] = row["commit"]
     # The tags come with the run: one that was begun and not ended can be told by them.
-    run = client.create_run(place, tags={name: text[:8000] for name, text in texts.items()}).info.run_id
+    run: str = client.create_run(place, tags={name: text[:8000] for name, text in texts.items()}).info.run_id
     client.log_batch(run, metrics[:1000], params[:100])
     for start in range(1000, len(metrics), 1000):
         client.log_batch(run, metrics[start : start + 1000])
-    client.set_terminated(run)
+    return run
 
 
 def _flat(value: Any, name: str) -> list[tuple[str, Any]]:

@@ -242,9 +242,13 @@ class _Driver:
             for task in self._pack(element):
                 if task.place in self.left and self.store.is_finished(*task.place):
                     self._done(task)
+        # Done without a job: by a local run on the same store, or by one that came and went between two looks.
+        # Thousands may be left, and a file server lists folders much faster than it answers for each.
+        there = {stage: self.store.keys(stage) for stage in (STAGES[0], STAGES[-1])}
         for place, task in list(self.left.items()):
-            if place not in self.holder and self.store.is_finished(*place):
-                self._done(task)  # by somebody without a job: a local run on the same store
+            listed = place[1] in there[place[0]] and place not in self.holder
+            if listed and self.store.is_finished(*place):
+                self._done(task)
 
     def _done(self, task: Task) -> None:
         del self.left[task.place]
@@ -255,13 +259,13 @@ class _Driver:
                 self.seconds[stage].append(result["seconds"])
 
     def _failed(self, task: Task) -> None:
-        """A task that has failed in this run; with an infected model, all that was to be done to it."""
+        """A task that has failed in this run; with an infected model or a clean twin, all that needs it."""
         del self.left[task.place]
         self.progress.failed += 1
         if task.stages == IMPLANT:
             implant = task.trial.keys()[0]
             for place, other in list(self.left.items()):
-                if other.trial.keys()[0] == implant and place not in self.holder:
+                if implant in other.needs and place not in self.holder:
                     del self.left[place]
                     self.progress.failed += 1
 
@@ -278,12 +282,12 @@ class _Driver:
         for task in unfinished:
             if task.place not in self.left or task in own:
                 continue
-            implant = task.trial.keys()[0]
-            if task.stages == IMPLANT or self.store.is_finished("implant", implant):
+            missing = [("implant", key) for key in task.needs if not self.store.is_finished("implant", key)]
+            if not missing:
                 rest.append(task)
-            elif ("implant", implant) not in self.left:
-                self._failed(task)  # its infected model has failed, and says why
-            # Else its infected model is on its way again, and it is submitted with that.
+            elif any(place not in self.left for place in missing):
+                self._failed(task)  # its infected model or clean twin has failed, and says why
+            # Else that is on its way again, and this is submitted with it.
         if not rest:
             return
         state = element.state if not element.is_alive else jobs.ended_as(element.job)
@@ -338,24 +342,37 @@ class _Driver:
         own: dict[str, list[Task]] = defaultdict(list)
         ready: list[Task] = []
         attached: dict[str, list[Task]] = defaultdict(list)
+        twins: set[str] = set()
         for task in tasks:
-            implant = task.trial.keys()[0]
             if task.stages == IMPLANT:
                 continue
-            if implant in coming:
+            implant, *control = task.needs
+            twins.update(control)
+            if any(key not in coming and self._is_lost(key) for key in task.needs):
+                self._failed(task)
+            elif implant in coming:
                 own[implant].append(task)
             elif ("implant", implant) in self.holder:
                 attached[self.holder["implant", implant].job.partition("_")[0]].append(task)
-            elif self.store.is_finished("implant", implant):
-                ready.append(task)
             else:
-                self._failed(task)
-        families = []
-        for pack in self._packs(implants):
-            repairs = self._packs([task for first in pack for task in own[first.trial.keys()[0]]])
-            families.append((pack, repairs))
+                ready.append(task)
+        # Clean twins first, in arrays of their own: what is submitted behind them waits for all of an array.
+        for wanted in (True, False):
+            group = [task for task in implants if (task.trial.keys()[0] in twins) is wanted]
+            families = []
+            for pack in self._packs(group):
+                repairs = self._packs([task for first in pack for task in own[first.trial.keys()[0]]])
+                families.append((pack, repairs))
+            room = self._families(families, room)
+        for job, waiting in attached.items():
+            # Slurm lets it start however its model's job ends: the job looks whether the model is there.
+            room = self._arrays(self._packs(waiting), f"afterany:{job}", room)
+        self._arrays(self._packs(ready), "", room)
+
+    def _families(self, families: list[tuple[list[Task], list[list[Task]]]], room: int) -> int:
+        """Submit packs of models, each with the packs of its repairs behind it; gives the room that is left."""
         # Those with most repairs first, so that each further array is a prefix of the models' array.
-        families.sort(key=lambda family: -len(family[1]))
+        families = sorted(families, key=lambda family: -len(family[1]))
         while room > 0 and families:
             chunk: list[tuple[list[Task], list[list[Task]]]] = []
             while families and room > 0 and len(chunk) < _max_array():
@@ -364,7 +381,7 @@ class _Driver:
                 room -= 1 + len(chunk[-1][1])
             parent = self._sbatch([first for first, _ in chunk], "")
             if parent is None:
-                return
+                return 0
             for wave in range(max(len(repairs) for _, repairs in chunk)):
                 packs = [repairs[wave] for _, repairs in chunk if len(repairs) > wave]
                 if len(packs) > 1:
@@ -372,11 +389,12 @@ class _Driver:
                 else:
                     after = f"afterok:{parent}" + ("_0" if len(chunk) > 1 else "")
                 if self._sbatch(packs, after) is None:
-                    return
-        for job, waiting in attached.items():
-            # Slurm lets it start however its model's job ends: the job looks whether the model is there.
-            room = self._arrays(self._packs(waiting), f"afterany:{job}", room)
-        self._arrays(self._packs(ready), "", room)
+                    return 0
+        return room
+
+    def _is_lost(self, implant: str) -> bool:
+        """Is this model neither there nor in any job?"""
+        return ("implant", implant) not in self.holder and not self.store.is_finished("implant", implant)
 
     def _packs(self, tasks: list[Task]) -> list[list[Task]]:
         size = self.dispatch.trials_per_job * self.workers
@@ -398,6 +416,10 @@ class _Driver:
         """
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+        # What waits for a clean twin starts however that one's job ends, and looks whether it is there.
+        twins = {("implant", key) for pack in packs for task in pack for key in task.needs[1:]}
+        jobs_of_twins = {self.holder[place].job.partition("_")[0] for place in twins & self.holder.keys()}
+        after = ",".join(filter(None, [after, *(f"afterany:{job}" for job in sorted(jobs_of_twins))]))
         batch = Batch.new(self.root, self.settings, packs)
         name = f"{jobs.PREFIX}{batch.folder.name}"
         executor = _executor(self.dispatch, batch.folder / "log", name, after, self.workers)

@@ -51,20 +51,34 @@ class Batch:
 
     @classmethod
     def new(cls, root: Path, settings: dict[str, Any], packs: list[list[Task]]) -> Batch:
-        """A batch with a name that no other has, on disk."""
+        """A batch with a name that no other has, on disk: settings in `batch.json`, packs as lines of `packs.jsonl`."""
         name = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:8]}"
         batch = cls(root / name, settings, packs)
-        kept = [[{"trial": asdict(task.trial), "stages": task.stages} for task in pack] for pack in packs]
         batch.folder.mkdir(parents=True)
+        starts = []
+        with (batch.folder / "packs.jsonl").open("wb") as file:
+            for pack in packs:
+                starts.append(file.tell())
+                kept = [{"trial": asdict(task.trial), "stages": task.stages} for task in pack]
+                file.write(json.dumps(kept).encode() + b"\n")
         beside = batch.folder / "batch.new"
-        beside.write_text(json.dumps({"settings": settings, "packs": kept}, default=str))
+        beside.write_text(json.dumps({"settings": settings, "starts": starts}, default=str))
         os.replace(beside, batch.folder / "batch.json")
         return batch
 
     @classmethod
-    def read(cls, folder: Path) -> Batch:
+    def read(cls, folder: Path, index: int | None = None) -> Batch:
+        """A batch as `new` left it.
+
+        Args:
+            index: read this pack only: an array may have thousands of tasks, and a job needs its own.
+        """
         found = json.loads((folder / "batch.json").read_text())
-        packs = [[Task(Trial(**one["trial"]), tuple(one["stages"])) for one in pack] for pack in found["packs"]]
+        with (folder / "packs.jsonl").open("rb") as file:
+            if index is not None:
+                file.seek(found["starts"][index])
+            lines = file.readlines() if index is None else [file.readline()]
+        packs = [[Task(Trial(**one["trial"]), tuple(one["stages"])) for one in json.loads(line)] for line in lines]
         return cls(folder, found["settings"], packs)
 
     @property
@@ -148,7 +162,7 @@ def of_grid(root: Path, trials: Iterable[Trial]) -> list[Element]:
     Raises:
         QueueError: Slurm does not answer.
     """
-    wanted = {key for trial in trials for key in trial.keys() if key}  # noqa: SIM118
+    wanted = {key for trial in trials for _, key in trial.places()}
     batches: dict[str, Batch] = {}
     found = []
     for element in queue(root):

@@ -28,23 +28,22 @@ class Pack:
         from bench.store import Store
         from slurm.jobs import Batch
 
-        batch = Batch.read(Path(self.folder))
+        batch = Batch.read(Path(self.folder), self.index)
         settings = batch.settings
         device = torch.device(settings["device"])
         if device.type == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("the job has no GPU that torch can use; dispatch.device=cpu, or ask for another node")
         load_methods(settings["plugins"])
         store = Store(settings["store"])
-        tasks = [task for task in batch.packs[self.index] if not store.is_finished(*task.place)]
+        tasks = [task for task in batch.packs[0] if not store.is_finished(*task.place)]
         coming = {task.trial.keys()[0] for task in tasks if task.stages == dispatch.IMPLANT}
         ready = []
         for task in tasks:
-            implant = task.trial.keys()[0]
-            if implant in coming or store.is_finished("implant", implant):
+            if all(key in coming or store.is_finished("implant", key) for key in task.needs):
                 ready.append(task)
             else:
                 # Slurm counts a dependency on a job that it has forgotten as met, however that one ended.
-                print(f"left out: {task.title}: its infected model is not there", flush=True)
+                print(f"left out: {task.title}: its infected model or its clean twin is not there", flush=True)
         self._last: Any = None
         dispatch.run(
             ready,

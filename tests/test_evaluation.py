@@ -14,12 +14,14 @@ from attacks.base import Attack
 from attacks.none import NoAttack
 from attacks.wanet import WaNet
 from bench import evaluation
+from bench.dispatch import _Schedule, pending
 from bench.door import plan
 from bench.engine import robustness
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.metrics import detection
+from bench.engine.training import Diverged
 from bench.evaluation import Case, measured
-from bench.pipeline import Bench, Busy
+from bench.pipeline import Bench
 from bench.reporting.columns import MEASURES
 from bench.store import Store, key_of
 
@@ -181,27 +183,65 @@ def test_autoattack_brings_two_figures_a_curve_and_a_place_for_warnings(tiny, mo
     assert isinstance(result["warnings"], list)
 
 
-def test_a_clean_twin_that_cannot_be_trained_fails_the_evaluation_with_its_reason(tiny, monkeypatch):
-    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "measure.reactivate=true"])
-    bench, (trial,) = Bench(Store(opened.store.root), opened.infos, torch.device("cpu")), opened.trials
-    bench.run(trial, ("implant", "defend"))
-
-    def broken(*_: object) -> None:
-        raise RuntimeError("no twin today")
-
-    monkeypatch.setattr(bench, "_implant", broken)
-    with pytest.raises(RuntimeError, match="no twin today"):
-        bench.run(trial, ("evaluate",))
-    assert "no twin today" in bench.store.failure("evaluate", trial.keys()[2])
+REACTIVATED = ["grid.attacks=[badnets]", "grid.defenses=[no_defense]", "measure.reactivate=true"]
 
 
-def test_a_twin_that_another_process_trains_is_waited_for_and_no_failure(tiny):
-    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "measure.reactivate=true"])
-    bench, (trial,) = Bench(Store(opened.store.root), opened.infos, torch.device("cpu")), opened.trials
-    bench.run(trial, ("implant", "defend"))
-    with bench.store.lock("implant", key_of(trial.control)), pytest.raises(Busy):
-        bench.run(trial, ("evaluate",))
-    assert bench.store.failure("evaluate", trial.keys()[2]) is None
+@pytest.fixture
+def broken_twin(monkeypatch):
+    """Clean models cannot be trained, for this reason."""
+
+    def break_(error: Exception) -> None:
+        train = Bench._trained
+
+        def trained(self, trial, journal):
+            if trial.attack == "none":
+                raise error
+            return train(self, trial, journal)
+
+        monkeypatch.setattr(Bench, "_trained", trained)
+
+    return break_
+
+
+def test_a_clean_twin_that_cannot_be_trained_is_the_reason_of_its_cells_and_is_not_tried_for_ever(
+    run_grid, tiny, broken_twin
+):
+    broken_twin(RuntimeError("no twin today"))
+    for _ in range(2):
+        code, table = run_grid(*REACTIVATED, "dispatch.max_tries=2")
+        assert code == 1
+    assert list(table.status) == ["failed"]
+    assert table.reason[0] == "clean twin: implant: RuntimeError: no twin today"
+    opened = plan([*tiny, *REACTIVATED])
+    twin = key_of(opened.trials[0].control)
+    assert opened.store.tries("implant", twin) == 2
+    assert pending(opened.trials, opened.store, 3)[0].place == ("implant", twin)
+    assert pending(opened.trials, opened.store, 2) == []
+
+
+def test_a_clean_twin_that_diverges_is_an_outcome_of_its_own_and_no_fault_of_the_repair(run_grid, tiny, broken_twin):
+    broken_twin(Diverged("the loss became nan"))
+    code, table = run_grid(*REACTIVATED)
+    assert code == 0
+    assert list(table.status) == ["done"]
+    assert table.warnings[0] == "without reactivate: the clean twin diverged: the loss became nan"
+    assert table.asr.notna().all()
+    assert table.reactivate_asr.isna().all()
+    opened = plan([*tiny, *REACTIVATED])
+    assert opened.store.result("implant", key_of(opened.trials[0].control))["status"] == "diverged"
+
+
+def test_repairs_wait_for_the_clean_twin_that_they_are_measured_by(tiny):
+    opened = plan([*tiny, *REACTIVATED])
+    tasks = pending(opened.trials, opened.store)
+    assert [task.title.split("/")[2] for task in tasks] == ["badnets", "none", "badnets"]
+    schedule = _Schedule(tasks, opened.store, 3, lambda progress: None)
+    infected, twin = schedule.next(), schedule.next()
+    assert schedule.next() is None
+    schedule.finished(infected, "done")
+    assert schedule.next() is None
+    schedule.finished(twin, "done")
+    assert schedule.next() == tasks[2]
 
 
 def test_a_measure_beside_a_clean_twin_names_it_in_the_plan(cache):

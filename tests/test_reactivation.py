@@ -263,6 +263,7 @@ def test_each_repair_is_read_beside_a_clean_twin_that_is_made_once(tiny, monkeyp
     )
     bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
     for trial in opened.trials:
+        bench.run(trial.twin(), ("implant",))
         bench.run(trial)
     stages = [line.split()[1] for line in (bench.store.root / "history.log").read_text().splitlines()]
     assert sorted(stages) == ["defend", "defend", "evaluate", "evaluate", "implant", "implant", "inspect"]
@@ -313,6 +314,7 @@ def test_a_copy_that_diverges_while_it_relearns_costs_no_other_figure(tiny, monk
     )
     bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
     monkeypatch.setattr(reactivation, "relearn", diverging)
+    bench.run(opened.trials[0].twin(), ("implant",))
     bench.run(opened.trials[0])
     result = bench.store.result("evaluate", opened.trials[0].keys()[2])
     assert result["status"] == "done"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,18 @@ class Zero(Defense):
         with torch.no_grad():
             view.model.head.weight.zero_()
         return Verdict(view.model)
+
+
+@defense("half_blind")
+@dataclass(frozen=True)
+class HalfBlind(Defense):
+    """Never names five of the ten classes."""
+    paper: ClassVar[str] = "none"
+
+    def defend(self, view: DefenderView) -> Verdict:
+        with torch.no_grad():
+            view.model.head.bias[5:] = -1e4
+        return Verdict(view.model)
 '''
 
 
@@ -141,13 +154,53 @@ def test_a_grid_ends_in_a_leaderboard_with_tables_and_plots(run_grid, tmp_path, 
     tables = {"leaderboard.md", "leaderboard.tex", "leaderboard.html", "leaderboard.csv", "wide.csv", "trials.csv"}
     plots = {"asr_heatmap", "accuracy_against_asr", "robust_accuracy", "cost"}
     drawn = {f"{name}.{kind}" for name in plots for kind in ("png", "pdf")}
-    assert {path.name for path in folder.iterdir()} == tables | drawn
+    assert {path.name for path in folder.iterdir()} == tables | drawn | {".report"}
     assert (folder / "asr_heatmap.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert (folder / "leaderboard.md").read_text().split("\n", 2)[2].strip() in printed
     assert "robust: accuracy under PGD-1" in printed  # the protocol stands beneath
     assert "defense.fine_tuning.epochs=1" in printed  # and whatever is not a default
     assert "epochs 1, batch_size 64" in printed
+
+
+def test_the_command_that_reproduces_a_cell_names_what_changes_a_figure_and_nothing_else(tiny):
+    from bench.door import command
+
+    kept = ["defense.fine_tuning.epochs=3", "measure.pgd_steps=2", "reserve.size=0.02"]
+    dropped = ["dispatch.workers=2", "dispatch.max_tries=3", "++dispatch.slurm.additional.nice=5", "report.plots=true"]
+    dropped += ["tracking=server", "tracking.uri=http://example.org", "tracking.enabled=false"]
+    opened = plan([*tiny, *kept, *dropped, "dispatch.threads=2"])
+    words = shlex.split(command(opened, opened.trials[-1]))
+    assert set(kept) <= set(words)
+    assert "dispatch.threads=2" in words  # another order of sums: the last bits
+    places = [word for word in words if word.startswith(("tracking", "report", "dispatch", "++dispatch"))]
+    assert places == ["dispatch.device=cpu", "dispatch.threads=2"]
+    assert plan(words[3:]).trials[0].keys() == opened.trials[-1].keys()
+
+
+def test_a_report_is_written_again_only_if_it_would_be_another(run_grid, tmp_path, tiny):
+    page = tmp_path / "results" / "quick" / "leaderboard.html"
+
+    def written(*more: str) -> bool:
+        before = page.stat().st_mtime_ns if page.exists() else 0
+        run_grid("grid.attacks=[badnets]", "grid.defenses=[no_defense]", *more)
+        return page.stat().st_mtime_ns != before
+
+    assert written()
+    assert not written()
+    assert written("grid.purpose=another")
+    assert written()
+    page.with_name("wide.csv").unlink()
+    assert written()
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
+    result = opened.store.folder("evaluate", opened.trials[0].keys()[2]) / "result.json"
+    found = json.loads(result.read_text())
+    found["figures"]["asr"] = 0.125
+    result.write_text(json.dumps(found))
+    assert written()
+    before = page.stat().st_mtime_ns
+    report.main([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
+    assert page.stat().st_mtime_ns != before
 
 
 def test_a_second_run_computes_nothing_and_more_seeds_compute_only_the_new(run_grid, tmp_path, tiny):
@@ -327,6 +380,29 @@ def test_an_implant_that_fails_is_the_reason_of_all_its_trials(run_grid, monkeyp
     assert set(trials[trials.attack == "none"].status) == {"done"}
 
 
+def test_an_infected_model_that_diverges_is_the_outcome_of_all_its_trials_and_is_trained_once(run_grid, tmp_path):
+    grid = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]", "train.lr=1e30"]
+    code, trials = run_grid(*grid)
+    assert code == 0
+    assert set(trials.status) == {"diverged"}
+    assert all(reason.startswith("implant: the loss became nan in epoch 1") for reason in trials.reason)
+    first = history(tmp_path / "results")
+    assert sorted(line.split()[0] for line in first) == ["defend", "defend", "evaluate", "evaluate", "implant"]
+    run_grid(*grid)
+    assert history(tmp_path / "results") == first
+
+
+def test_status_shows_a_wrecked_model_as_the_leaderboard_does(run_grid, plugin, tiny, capsys):
+    grid = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,half_blind]", "train.epochs=8", plugin]
+    _, trials = run_grid(*grid)
+    assert list(trials.status) == ["done", "wrecked"]
+    capsys.readouterr()
+    status.main([*tiny, *grid])
+    printed = capsys.readouterr().out
+    assert "1 done, 1 wrecked" in printed
+    assert "wrecked (1 trials): clean accuracy" in printed
+
+
 def test_report_and_status_compute_nothing(run_grid, tiny, tmp_path, capsys):
     run_grid(*FIRST)
     before = history(tmp_path / "results")
@@ -361,7 +437,9 @@ def test_every_figure_can_be_traced_to_a_config_a_seed_and_a_commit(run_grid, ti
     assert config["attack"]["patch_size"] == 3
 
 
-@pytest.mark.parametrize("door", ["run", "report", "status", "list", "data", "perf", "gallery"])
+@pytest.mark.parametrize(
+    "door", ["run", "plan", "report", "status", "cancel", "sync", "list", "data", "perf", "gallery"]
+)
 def test_help_answers_without_loading_torch(door):
     code = f"""if True:
         import runpy, sys

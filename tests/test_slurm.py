@@ -232,6 +232,22 @@ def test_a_grid_through_slurm_equals_the_same_grid_here(sweep):
 
 
 @slurm
+def test_a_clean_twin_is_one_job_that_all_repairs_wait_for(sweep):
+    grid = ["grid.attacks=[badnets,blended]", "grid.defenses=[no_defense]"]
+    grid += ["measure.relearn=true", "measure.relearn_poisoned=[5]"]
+    sweep.run(*grid, "dispatch.workers=1", results="here")
+    sweep.run(*grid, "dispatch=slurm")
+    here, there = (sweep.table(name)[[*FIGURES, "relearn_asr", "relearn_gain"]] for name in ("here", "results"))
+    assert there.relearn_gain.notna().all()
+    pd.testing.assert_frame_equal(here, there, check_exact=True)
+    sweep.assert_once(3 + 2 + 2 + 2)
+    scripts = [path.read_text() for path in (sweep.results / "slurm").glob("*/log/*_submission.sh")]
+    after = [line.partition("dependency=")[2] for script in scripts for line in script.splitlines() if "--dep" in line]
+    assert len(after) == 1  # both repairs are one array
+    assert [word.partition(":")[0] for word in after[0].split(",")] == ["aftercorr", "afterany"]
+
+
+@slurm
 def test_several_trials_share_one_gpu(sweep):
     packed = ["dispatch.slurm.gpus=1", "dispatch.trials_per_gpu=2", "dispatch.slurm.memory_gb=4"]
     sweep.run("dispatch=slurm", "grid.defenses=[no_defense,fine_tuning]", *packed)
@@ -494,6 +510,10 @@ def test_a_batch_comes_back_from_its_file_as_it_was(tiny, tmp_path):
     read = jobs.Batch.read(made.folder)
     assert read.infos == opened.infos
     assert [[task.place for task in pack] for pack in read.packs] == [[t.place for t in p] for p in made.packs]
+    for index, pack in enumerate(made.packs):  # as a job reads it
+        alone = jobs.Batch.read(made.folder, index)
+        assert alone.settings == read.settings
+        assert [task.place for task in alone.packs[0]] == [task.place for task in pack]
 
 
 def test_what_failed_too_often_is_left_alone_and_with_an_infected_model_all_that_needs_it(tiny):

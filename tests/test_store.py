@@ -33,6 +33,17 @@ def test_what_was_finished_comes_back_exactly(tmp_path):
     assert json.loads((store.folder("implant", key) / "config.json").read_text()) == IDENTITY
 
 
+def test_a_store_lists_the_keys_and_identities_of_what_is_finished(tmp_path):
+    store = Store(tmp_path)
+    assert store.keys("implant") == set()
+    identities = [{**IDENTITY, "seed": seed} for seed in range(5)]
+    for identity in identities:
+        store.finish("implant", identity, {"status": "done"})
+    store.finish("defend", IDENTITY, {"status": "done"})
+    assert store.keys("implant") == {key_of(identity) for identity in identities}
+    assert dict(store.identities("implant")) == {key_of(identity): identity for identity in identities}
+
+
 def test_a_half_written_stage_is_no_stage(tmp_path, monkeypatch):
     store = Store(tmp_path)
     monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from bench import tracking
+from bench.config import UserError
 from bench.door import plan
 from bench.reporting.table import boards, trial_row, trial_table
 
@@ -99,3 +105,59 @@ def test_a_run_that_was_begun_and_not_ended_is_sent_again(run_grid, tiny, uri, t
             tracking.sync(opened.trials, opened.store, uri, "quick", tmp_path / "artifacts")
     assert tracking.sync(opened.trials, opened.store, uri, "quick", tmp_path / "artifacts") == 4
     assert len(tracking.read(uri, "quick")) == 4
+
+
+def test_the_profile_of_a_server_asks_the_environment_where_it_is(tiny, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert plan(tiny).tracking_uri.startswith("sqlite:///")
+    assert plan([*tiny, "tracking=server"]).tracking_uri == "http://127.0.0.1:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://example.org:80")
+    assert plan([*tiny, "tracking=server"]).tracking_uri == "http://example.org:80"
+    assert plan([*tiny, "tracking=server", "tracking.uri=http://other"]).tracking_uri == "http://other"
+    with pytest.raises(UserError, match=r"no tracking 'sever'. Did you mean 'server'\? Known: local, server"):
+        plan([*tiny, "tracking=sever"])
+
+
+@pytest.fixture
+def server(tmp_path):
+    """An MLflow server with PostgreSQL behind it, in a folder that PostgreSQL's own user can enter."""
+    script = Path(__file__).parents[1] / "slurm" / "tracking.sh"
+    with socket.socket() as one, socket.socket() as two:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+        two.bind(("127.0.0.1", port + 1))
+    home = Path("/tmp") / f"tracking-{os.getpid()}"
+    own = {"TRACKING": str(home), "TRACKING_PORT": str(port), "TRACKING_WORKERS": "1", "PYTHON": sys.executable}
+
+    def do(word: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([str(script), word], env={**os.environ, **own}, capture_output=True, text=True)
+
+    if (checked := do("check")).returncode:
+        pytest.skip(checked.stderr.strip())
+    try:
+        started = do("up")
+        assert started.returncode == 0, started.stderr
+        yield f"http://127.0.0.1:{port}", do
+    finally:
+        do("down")
+        shutil.rmtree(home)
+
+
+@pytest.mark.server
+def test_a_server_with_postgresql_gives_the_leaderboard_of_the_store_and_keeps_it_when_it_restarts(
+    run_grid, tiny, server
+):
+    uri, do = server
+    sent = [*FIRST, "tracking=server", f"tracking.uri={uri}", "tracking.enabled=true"]
+    assert run_grid(*sent)[0] == 0
+    assert do("down").returncode == 0
+    assert do("up").returncode == 0
+    opened = plan([*tiny, *sent])
+    stored = trial_table([trial_row(trial, opened.store) for trial in opened.trials])
+    pd.testing.assert_frame_equal(tracking.read(uri, "quick", opened.trials), stored, check_exact=True)
+    assert tracking.sync(opened.trials, opened.store, uri, "quick", Path("unused")) == 0
+    # The password is among nobody's words.
+    password = Path(f"/tmp/tracking-{os.getpid()}/password").read_text().strip()
+    words = subprocess.run(["ps", "-A", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    assert "mlflow" in words
+    assert password not in words

@@ -115,7 +115,8 @@ def compare(
         ratio of their concentrations. What cannot be said is None.
     """
     drawn = _resamples(len(labels), seed)
-    shares, result = {}, {"images": len(labels)}
+    shares: dict[str, _Shares] = {}
+    result: dict[str, Any] = {"images": len(labels)}
     for name, traces in (("infected", infected), ("twin", twin), ("noise", noise)):
         if traces is not None:
             shares[name], result[name] = _described(traces, labels, wanted, num_classes, drawn)

@@ -76,10 +76,10 @@ def trial_row(trial: Trial, store: Store) -> dict[str, Any]:
         result = store.result(stage, key)
         if result is None:
             failure = store.failure(stage, key)
+            if failure is None and trial.control and (twin := store.failure("implant", trial.inspect["control"])):
+                failure = f"clean twin: {twin}"
             if failure is not None:
-                # A training that ended in NaN is no bug, and no accident: it has a name of its own.
-                row["status"] = "diverged" if f"{stage}: Diverged:" in failure else "failed"
-                row["reason"] = failure
+                row |= {"status": "failed", "reason": failure}
             return row
         row[f"{stage}_seconds"] = result["seconds"]
         made.append(result["provenance"])

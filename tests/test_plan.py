@@ -1,0 +1,162 @@
+"""The plan counts what there is to do, costs it by what was measured, and says on what it rests."""
+
+from __future__ import annotations
+
+import heapq
+import random
+
+import pytest
+
+from bench.config import UserError
+from bench.dispatch import pending
+from bench.door import plan
+from bench.plan import UNKNOWN, Job, critical_path, estimated, jobs_of, main, simulated
+from bench.store import STAGES
+
+GRID = ["grid.attacks=[badnets,blended]", "grid.defenses=[no_defense,fine_tuning]", "grid.seeds=3"]
+
+
+def finish(opened, trial, stage: str, seconds: float, status: str = "done") -> None:
+    """A finished stage that took so long, without computing it."""
+    identity = trial.control if stage == "twin" else getattr(trial, stage)
+    stage = "implant" if stage == "twin" else stage
+    result = {"status": status, "seconds": seconds, "provenance": {"device": "abacus"}}
+    opened.store.finish(stage, identity, result)
+
+
+def cost(opened, place, assumed=None):
+    return estimated(opened.trials, opened.store, assumed).costs[place]
+
+
+def test_a_stage_costs_the_median_of_the_same_cell_at_other_seeds(tiny):
+    opened = plan([*tiny, *GRID, "grid.seeds=4"])
+    cell = [trial for trial in opened.trials if (trial.attack, trial.defense) == ("badnets", "fine_tuning")]
+    for trial, seconds in zip(cell[:3], (10.0, 20.0, 90.0), strict=True):
+        finish(opened, trial, "implant", seconds)
+    for trial in opened.trials:
+        if trial.attack == "blended" and trial.seed == 0 and trial.defense == "no_defense":
+            finish(opened, trial, "implant", 500.0)  # another cell's
+    found = cost(opened, ("implant", cell[3].keys()[0]))
+    assert (found.seconds, found.basis) == (20.0, "the same cell")
+
+
+def test_without_the_cell_it_is_the_method_there_then_others_then_elsewhere_then_nothing(tiny):
+    opened = plan([*tiny, *GRID])
+    places = {(trial.attack, trial.defense, trial.seed): trial for trial in opened.trials}
+    wanted = ("defend", places["blended", "fine_tuning", 0].keys()[1])
+    assert cost(opened, wanted).basis == UNKNOWN
+    assert cost(opened, wanted).seconds is None
+    assert cost(opened, wanted, {"defend": 3.0}).seconds == 3.0
+
+    # Another grid's: another architecture, and the same store.
+    other = plan([*tiny, *GRID, "grid.models=[test_vit]", "grid.defenses=[fine_pruning]"])
+    for stage, seconds in (("implant", 1.0), ("defend", 7.0)):
+        finish(other, other.trials[0], stage, seconds)
+    assert (cost(opened, wanted).seconds, cost(opened, wanted).basis) == (7.0, "elsewhere")
+    finish(opened, places["badnets", "no_defense", 0], "defend", 5.0)
+    assert (cost(opened, wanted).seconds, cost(opened, wanted).basis) == (5.0, "others there")
+    finish(opened, places["badnets", "fine_tuning", 0], "defend", 9.0)
+    assert (cost(opened, wanted).seconds, cost(opened, wanted).basis) == (9.0, "the same method there")
+    finish(opened, places["blended", "fine_tuning", 1], "defend", 11.0)
+    assert (cost(opened, wanted).seconds, cost(opened, wanted).basis) == (11.0, "the same cell")
+
+
+def test_what_was_measured_with_other_settings_counts_where_nothing_nearer_is(tiny):
+    before = plan([*tiny, *GRID])
+    for stage, seconds in (("implant", 4.0), ("defend", 6.0), ("inspect", 1.0), ("evaluate", 2.0)):
+        finish(before, before.trials[0], stage, seconds)
+    opened = plan([*tiny, *GRID, "train.epochs=2"])  # every stage is another one
+    costs = {stage: cost(opened, (stage, key)) for stage, key in opened.trials[0].places()}
+    assert {stage: found.seconds for stage, found in costs.items()} == {
+        "implant": 4.0,
+        "defend": 6.0,
+        "inspect": 1.0,
+        "evaluate": 2.0,
+    }
+
+
+def test_a_cell_that_came_to_nothing_says_nothing_of_other_cells(tiny):
+    opened = plan([*tiny, *GRID])
+    finish(opened, opened.trials[0], "defend", 0.0, status="diverged")
+    costs = estimated(opened.trials, opened.store).costs
+    known = {place for place, found in costs.items() if found.seconds is not None}
+    assert known == {("defend", trial.keys()[1]) for trial in opened.trials[1:3]}  # its own other seeds
+
+
+def test_every_stage_is_counted_once_and_clean_twins_by_their_name(tiny, capsys):
+    assert main([*tiny, *GRID, "measure.relearn=true", "--assume=implant:60,twin:30,defend:5,evaluate:1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line[:16].strip(): line[16:].split() for line in lines}
+    assert rows["infected models"] == ["0", "6", "0.10", "?"]
+    assert rows["clean twins"][:2] == ["0", "3"]  # one for each seed
+    assert rows["repairs"][:2] == rows["evaluations"][:2] == ["0", "12"]
+    assert rows["inspections"] == ["0", "6", "?", "?"]
+    assert "to compute: 6 infected models, 12 repairs with their measures, 3 clean twins to measure them by" in lines
+    # 6 x 60 + 3 x 30 + 12 x 6 s
+    assert "work: 0.14 core hours" in lines
+    assert any(line.startswith("critical path: 66 s: ") for line in lines)
+    assert any("nothing is known of 6 stages" in line for line in lines)
+
+
+def test_a_finished_grid_has_nothing_left(run_grid, tiny, capsys):
+    one = ["grid.attacks=[badnets]", "grid.defenses=[no_defense]"]
+    run_grid(*one)
+    capsys.readouterr()
+    assert main([*tiny, *one]) == 0
+    printed = capsys.readouterr().out
+    assert "to compute: 0 infected models, 0 repairs" in printed
+    assert "critical path" not in printed
+    # And of what it left, another seed is planned: seconds and bytes.
+    opened = plan([*tiny, *one, "grid.seeds=[1]"])
+    costs = estimated(opened.trials, opened.store).costs
+    done = plan([*tiny, *one]).trials[0]
+    for stage, key in opened.trials[0].places():
+        before = dict(done.places())[stage]
+        assert costs[stage, key].seconds == opened.store.result(stage, before)["seconds"]
+        assert costs[stage, key].size == sum(p.stat().st_size for p in opened.store.folder(stage, before).iterdir())
+
+
+def test_the_first_repair_of_a_model_inspects_it(tiny):
+    opened = plan([*tiny, *GRID, "grid.attacks=[badnets]", "grid.seeds=1"])
+    tasks = pending(opened.trials, opened.store)
+    seconds = dict(zip((*STAGES[:2], "inspect", "evaluate"), (100.0, 10.0, 5.0, 1.0), strict=True))
+    jobs = jobs_of(tasks, estimated(opened.trials, opened.store, seconds), job_seconds=0.5)
+    assert [(job.seconds, job.needs) for job in jobs] == [(100.5, ()), (16.5, (0,)), (11.5, (0,))]
+    assert [job.seconds for job in critical_path(jobs)] == [100.5, 16.5]
+
+
+def test_equal_jobs_take_as_many_rounds_as_they_need():
+    for count, width in ((12, 4), (13, 4), (3, 8), (1, 1)):
+        assert simulated([Job("", 2.0)] * count, width) == 2.0 * -(-count // width)
+    assert simulated([], 3) == 0
+
+
+def test_a_schedule_keeps_the_order_and_lies_within_its_bounds():
+    source = random.Random(0)
+    for width in (1, 2, 5, 40):
+        jobs: list[Job] = []
+        for index in range(30):
+            needs = tuple(source.sample(range(index), min(index, source.randrange(3))))
+            jobs.append(Job("", source.uniform(1, 9), needs))
+        work, longest = sum(job.seconds for job in jobs), sum(job.seconds for job in critical_path(jobs))
+        spent = simulated(jobs, width)
+        assert max(work / width, longest) <= spent + 1e-9
+        assert spent <= work / width + longest + 1e-9  # Graham 1966: no greedy schedule is worse
+        if width == 1:
+            assert spent == pytest.approx(work)
+        if width == 40:
+            assert spent == pytest.approx(longest)
+
+
+def test_independent_jobs_go_to_whoever_is_free_first():
+    seconds = [random.Random(1).uniform(1, 9) for _ in range(50)]
+    ends = [0.0] * 7
+    for value in seconds:
+        heapq.heapreplace(ends, ends[0] + value)
+    assert simulated([Job("", value) for value in seconds], 7) == pytest.approx(max(ends))
+
+
+@pytest.mark.parametrize("option", ["--width=0", "--width=x", "--assume=implan:3", "--assume=implant", "--wide=3"])
+def test_a_wrong_option_is_refused_with_the_right_ones(tiny, option):
+    with pytest.raises(UserError, match="--width=N, --job-seconds=S and --assume="):
+        main([*tiny, option])
