@@ -81,12 +81,14 @@ def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
         if key and (key, trial.variant) not in there and store.is_finished("evaluate", key):
             fresh.append(trial)
             there.add((key, trial.variant))
+    parents = _parents(client, place, fresh, store)
     # A file has one writer; a server has several workers.
     with ThreadPoolExecutor(4 if str(client.tracking_uri).startswith("http") else 1) as pool:
         for start in range(0, len(fresh), BATCH):
             batch, known = fresh[start : start + BATCH], Snapshot(store)
             rows = [trial_row(trial, known) for trial in batch]
-            runs = list(pool.map(partial(_send, client, place, known), batch, rows))
+            own = [parents[trial.keys()[0]] for trial in batch]
+            runs = list(pool.map(partial(_send, client, place, known), batch, rows, own))
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json"
                 path.write_text(json.dumps(rows))
@@ -94,6 +96,38 @@ def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
             # Last: a run that is not ended is one whose row may be missing.
             list(pool.map(client.set_terminated, runs))
     return len(fresh)
+
+
+def _parents(client: Any, place: str, trials: list[Trial], store: Store) -> dict[str, str]:
+    """The run of each infected model, made where there is none: the UI folds its repairs beneath it."""
+    found: dict[str, str] = {}
+    for run in _runs(client, place, "tags.kind = 'infected model'"):
+        if run.info.status == "FINISHED":
+            found[run.data.tags["implant"]] = run.info.run_id
+        elif run.data.tags.get("store") == str(store.root.resolve()):  # another sweep's is being sent now
+            client.delete_run(run.info.run_id)  # begun when the tracking broke: no trial is beneath it yet
+    for trial in trials:
+        key = trial.keys()[0]
+        if key in found:
+            continue
+        texts = {"kind": "infected model", "implant": key, "seed": str(trial.seed), "store": str(store.root.resolve())}
+        texts |= {axis: getattr(trial, axis) for axis in ("dataset", "model", "attack")}
+        variant = ", ".join(pair for pair in trial.variant.split(", ") if pair.startswith(("attack.", "train.")))
+        texts["mlflow.runName"] = _title(trial.attack, trial.seed, variant, trial.dataset, trial.model)
+        inspected = store.result("inspect", trial.evaluate["inspect"]) or {}
+        figures = dict(inspected.get("figures", {}))
+        figures["implant_seconds"] = (store.result("implant", key) or {}).get("seconds")
+        run = client.create_run(place, tags={name: text[:8000] for name, text in texts.items()}).info.run_id
+        _log(client, run, figures, {"implant": key}, {"implant": trial.implant}, store)
+        client.set_terminated(run)
+        found[key] = run
+    return found
+
+
+def _title(*parts: Any) -> str:
+    """The name of a run: what tells it from its neighbours comes first, since the UI cuts names off."""
+    attack, seed, *rest = parts
+    return " · ".join(str(part) for part in (attack, f"seed {seed}", *rest) if part)
 
 
 def _board(client: Any, place: str) -> str:
@@ -122,7 +156,8 @@ def _rows(client: Any, place: str) -> list[dict[str, Any]]:
 
 def published(folder: Path) -> list[Path]:
     """The tables, page and plots of a grid that its experiment shows."""
-    return [path for path in sorted(folder.iterdir()) if path.suffix in (".md", ".csv", ".tex", ".html", ".png")]
+    kinds = (".md", ".csv", ".tex", ".html", ".png", ".yaml")
+    return [path for path in sorted(folder.iterdir()) if path.suffix in kinds]
 
 
 def log_files(uri: str, experiment: str, artifacts: Path, files: list[Path]) -> None:
@@ -135,6 +170,19 @@ def log_files(uri: str, experiment: str, artifacts: Path, files: list[Path]) -> 
         for path in files:
             client.log_artifact(board, str(path))
         client.set_tag(board, "files", state)
+        # What the UI shows first of the experiment, and of this run.
+        text = _overview(experiment, files)
+        client.set_tag(board, "mlflow.note.content", text)
+        client.set_experiment_tag(place, "mlflow.note.content", text)
+
+
+def _overview(experiment: str, files: list[Path]) -> str:
+    """The leaderboard without the notes beneath, in Markdown, as far as a tag has room."""
+    found = [path for path in files if path.name == "leaderboard.md"]
+    lines = found[0].read_text().splitlines() if found else []
+    text = "\n".join(line for line in lines if not line.startswith("- "))
+    advice = "Tables with their notes, the page, plots and settings: artifacts of the run `leaderboard`."
+    return f"{text}\n{advice}" if len(text) < 4500 else f"# {experiment}\n\n{advice}"
 
 
 def read(uri: str, experiment: str, trials: list[Trial] | None = None) -> pd.DataFrame:
@@ -218,36 +266,51 @@ def _name(row: dict[str, Any]) -> tuple[str, str]:
     return row["trial"], row["variant"]
 
 
-def _send(client: Any, place: str, store: Store, trial: Trial, row: dict[str, Any]) -> str:
-    """One trial: tags, params, final figures and curves in two calls; gives its run, which is not ended yet."""
+def _send(client: Any, place: str, store: Store, trial: Trial, row: dict[str, Any], parent: str) -> str:
+    """One trial beneath its infected model: tags, params, figures and curves; gives its run, which is not ended yet."""
+    texts = {name: str(row[name]) for name in (*TEXTS, "clean", "seed")} | {"kind": "trial"}
+    rest = (trial.setting, trial.variant, trial.dataset, trial.model)
+    texts |= {"mlflow.runName": f"{trial.defense} · {_title(trial.attack, trial.seed, *rest)}"}
+    texts |= {"mlflow.parentRunId": parent, "store": str(store.root.resolve())}
+    if row["commit"]:
+        texts["mlflow.source.git.commit"] = row["commit"]
+    # The tags come with the run: one that was begun and not ended can be told by them.
+    run: str = client.create_run(place, tags={name: text[:8000] for name, text in texts.items()}).info.run_id
+    keys = dict(zip(STAGES, trial.keys(), strict=True))
+    curves = {stage: key for stage, key in keys.items() if stage != "implant"}  # those stand with the parent
+    settings = {stage: getattr(trial, stage) for stage in STAGES}
+    _log(client, run, {name: row[name] for name in FIGURES}, curves, settings, store)
+    return run
+
+
+def _log(
+    client: Any,
+    run: str,
+    figures: dict[str, float | None],
+    curves: dict[str, str],
+    settings: dict[str, Any],
+    store: Store,
+) -> None:
+    """Figures, the curves of these stages (by their keys) and settings of a run, in few calls."""
     from mlflow.entities import Metric, Param
 
     now = int(time.time() * 1000)
     metrics = [
-        Metric(name, float(row[name]), now, 0) for name in FIGURES if row[name] is not None and math.isfinite(row[name])
+        Metric(name, float(value), now, 0)
+        for name, value in figures.items()
+        if value is not None and math.isfinite(value)
     ]
-    for stage, key in zip(STAGES, trial.keys(), strict=True):
+    for stage, key in curves.items():
         result = store.result(stage, key) or {}
         for name, curve in result.get("curves", {}).items():
             allowed = re.sub(r"[^\w\-. :/]", "_", name)  # MLflow refuses other signs in names
             metrics += [
                 Metric(f"{stage}/{allowed}", value, now, int(step)) for step, value in curve if value is not None
             ]
-    params = [
-        Param(key, str(value)[:6000])
-        for stage in ("implant", "defend", "evaluate")
-        for key, value in _flat(getattr(trial, stage), stage)
-    ]
-    texts = {name: str(row[name]) for name in (*TEXTS, "clean", "seed")} | {"kind": "trial"}
-    texts |= {"mlflow.runName": trial.title, "store": str(store.root.resolve())}
-    if row["commit"]:
-        texts["mlflow.source.git.commit"] = row["commit"]
-    # The tags come with the run: one that was begun and not ended can be told by them.
-    run: str = client.create_run(place, tags={name: text[:8000] for name, text in texts.items()}).info.run_id
+    params = [Param(key, str(value)[:6000]) for stage, own in settings.items() for key, value in _flat(own, stage)]
     client.log_batch(run, metrics[:1000], params[:100])
     for start in range(1000, len(metrics), 1000):
         client.log_batch(run, metrics[start : start + 1000])
-    return run
 
 
 def _flat(value: Any, name: str) -> list[tuple[str, Any]]:

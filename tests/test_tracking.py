@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import socket
@@ -15,7 +16,7 @@ import pytest
 from bench import tracking
 from bench.config import UserError
 from bench.door import plan
-from bench.reporting.table import boards, trial_row, trial_table
+from bench.reporting.table import FIGURES, boards, trial_row, trial_table
 
 FIRST = ["grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"]
 
@@ -68,10 +69,22 @@ def test_a_run_holds_params_curves_and_the_commit(run_grid, tiny, uri):
     (run,) = client.search_runs([place], "tags.attack = 'badnets' and tags.defense = 'fine_tuning'")
     assert run.data.params["implant.attack.patch_size"] == "3"
     assert run.data.params["defend.defense.epochs"] == "1"
-    assert run.info.run_name == "digits/test_resnet/badnets/fine_tuning/reserve/0"
+    assert run.info.run_name == "fine_tuning · badnets · seed 0 · reserve · digits · test_resnet"
     assert "defend/fine_tuning/loss" in run.data.metrics
-    curve = client.get_metric_history(run.info.run_id, "implant/implant/loss")
+    parent = client.get_run(run.data.tags["mlflow.parentRunId"])
+    assert parent.info.run_name == "badnets · seed 0 · digits · test_resnet"
+    assert parent.data.metrics["infected_asr"] == run.data.metrics["infected_asr"]
+    curve = client.get_metric_history(parent.info.run_id, "implant/implant/loss")
     assert len(curve) == 1  # one epoch
+    runs = client.search_runs([place])
+    kinds = [found.data.tags["kind"] for found in runs]
+    assert sorted(kinds) == ["infected model"] * 2 + ["leaderboard"] + ["trial"] * 4
+    assert "| fine_tuning |" in client.get_experiment(place).tags["mlflow.note.content"]
+    # What the UI shows of a trial is what the table has, figure by figure.
+    shown = {found.data.tags["trial"]: found.data for found in runs if found.data.tags["kind"] == "trial"}
+    for row in tracking.read(uri, "quick").to_dict("records"):
+        for name in FIGURES:
+            assert shown[row["trial"]].metrics.get(name) == (None if math.isnan(row[name]) else row[name])
     artifacts = {
         file.path
         for found in client.search_runs([place], "tags.kind = 'leaderboard'")
