@@ -810,8 +810,10 @@ _CONNECTION = {
 def _save(figure: Figure, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
-    figure.savefig(path, dpi=200)
-    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})  # the same data, the same file
+    # A panel with a shape of its own moves within its place: names beside it must not be cut.
+    whole: dict[str, Any] = {"bbox_inches": "tight", "pad_inches": 0.04}
+    figure.savefig(path, dpi=200, **whole)
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None}, **whole)  # the same data, the same file
     plt.close(figure)
     return path
 
