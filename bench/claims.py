@@ -119,7 +119,9 @@ def judge(check: dict[str, Any], trials: pd.DataFrame) -> tuple[bool | None, str
         for place, value in values.items()
     }
     told = ", ".join(
-        f"{' '.join(place)} {100 * value:.1f}{'' if holds[place] else ' (!)'}" for place, value in values.items()
+        f"{' '.join(place)} {'wrecked or not done' if math.isnan(value) else f'{100 * value:.1f}'}"
+        + ("" if holds[place] else " (!)")
+        for place, value in values.items()
     )
     # With fewer attacks than the claim asks for, nothing can be said unless it holds or fails already.
     by_data: dict[tuple[str, ...], list[bool]] = {}
@@ -146,7 +148,7 @@ def _means(trials: pd.DataFrame, of: dict[str, str], figure: str) -> dict[tuple[
     part = part[~part.status.isin(["missing", "not applicable"])]
     found = {}
     # A table published before there were sweeps has no variant; one read as CSV has no number for an empty one.
-    part = part.assign(variant=part["variant"].fillna("") if "variant" in part else "")
+    part = part.assign(variant=part["variant"].astype(object).fillna("") if "variant" in part else "")
     for place, group in part.groupby(["dataset", "model", "variant", "attack"], sort=False):
         whole = (group.status == "done").all()
         if whole and group[figure].isna().all():
