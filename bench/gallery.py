@@ -91,6 +91,8 @@ def stamped(opened: Plan, count: int) -> Iterator[tuple[Trial, Tensor, Tensor]]:
         implant = opened.store.result("implant", trial.keys()[0])
         if name in seen or not attacker.poison_rate or implant is None or implant["status"] != "done":
             continue
+        if not opened.store.has("implant", trial.keys()[0], "trigger"):
+            continue  # weights take the room of a store, and may have been deleted: the figures are still there
         seen.add(name)
         test = bench.test_set(trial.dataset)
         chosen = test[attacker.judged(test.labels).nonzero().flatten()[:count]]

@@ -47,6 +47,9 @@ def test_a_report_draws_each_stored_trigger_once_and_forgets_those_of_other_sett
     found = sorted(folder.glob("trigger_*.png"))
     assert [path.stem for path in found] == [f"trigger_digits_blended_attack_alpha_0_{n}" for n in (1, 3)]
     assert found[0].read_bytes() != found[1].read_bytes()
+    for weights in (tmp_path / "results" / "store" / "implant").rglob("*.safetensors"):
+        weights.unlink()
+    assert pictures(plan([*tiny, *settings, swept])) == []  # deleted for their room: a report is no worse for it
     assert pictures(plan([*tiny, *settings])) == []  # nothing is stored with these
     assert list(folder.glob("trigger*")) == []
 

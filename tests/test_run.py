@@ -152,7 +152,8 @@ def test_a_grid_ends_in_a_leaderboard_with_tables_and_plots(run_grid, tmp_path, 
     assert (trials.status == "done").all()
     folder = tmp_path / "results" / "quick"
     tables = {"leaderboard.md", "leaderboard.tex", "leaderboard.html", "leaderboard.csv", "wide.csv", "trials.csv"}
-    plots = {"asr_heatmap", "accuracy_against_asr", "robust_accuracy", "cost"}
+    tables |= {"config.yaml", "trigger_digits_badnets.png"}
+    plots = {"asr_heatmap", "accuracy_against_asr", "robust_accuracy", "cost", "triggers"}
     drawn = {f"{name}.{kind}" for name in plots for kind in ("png", "pdf")}
     assert {path.name for path in folder.iterdir()} == tables | drawn | {".report"}
     assert (folder / "asr_heatmap.png").read_bytes().startswith(b"\x89PNG")
