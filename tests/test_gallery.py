@@ -54,6 +54,7 @@ def test_a_report_draws_each_stored_trigger_once_and_forgets_those_of_other_sett
     assert list(folder.glob("trigger*")) == []
 
 
+@pytest.mark.slow
 def test_a_gallery_is_drawn_from_what_is_stored(run_grid, tiny, tmp_path, capsys):
     settings = ["grid.attacks=[none,badnets,blended]", "grid.defenses=[no_defense]"]
     run_grid(*settings)

@@ -285,6 +285,7 @@ def test_ten_thousand_trials_are_all_in_the_tables_and_on_the_page(tmp_path):
     assert (tmp_path / "leaderboard.html").read_text().count('"seed"') >= 1
 
 
+@pytest.mark.slow
 def test_the_command_of_a_cell_computes_the_same_figures_anew(run_grid, tiny, tmp_path, monkeypatch):
     from bench.door import command, plan
     from bench.run import main

@@ -552,6 +552,7 @@ def test_a_reserve_of_few_images_passes():
     assert all(value.isfinite().all() for value in found.model.state_dict().values())
 
 
+@pytest.mark.slow
 def test_the_harness_runs_pbe_and_pud_in_both_settings_and_scores_every_step(run_grid, tiny):
     settings = ["grid.attacks=[blended]", "grid.defenses=[pbe,pud]", "grid.settings=[reserve,trainset]"]
     settings += ["reserve.contamination=0.1", "defense.pud.target_label=0"]

@@ -245,6 +245,7 @@ def test_a_trace_has_a_value_for_each_image_and_leaves_the_model_in_eval_mode():
 # In the grid -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_repair_is_read_beside_a_clean_twin_that_is_made_once(tiny, monkeypatch):
     monkeypatch.setattr(connection, "STEPS", 1)
     monkeypatch.setattr(connection, "EPSILONS", (2 / 255, 8 / 255))

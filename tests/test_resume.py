@@ -43,7 +43,10 @@ def weights_of(arguments: list[str], stage: str) -> dict[str, torch.Tensor]:
     return opened.store.tensors(stage, key, "model")
 
 
-@pytest.mark.parametrize("steps", [5, 47, 70])  # in the first epoch, in the third, in the defense
+# In the first epoch, in the third, in the defense.
+@pytest.mark.parametrize(
+    "steps", [pytest.param(5, marks=pytest.mark.slow), pytest.param(47, marks=pytest.mark.slow), 70]
+)
 def test_an_interrupted_training_goes_on_to_the_same_bits(tiny, tmp_path, monkeypatch, steps):
     straight = [*tiny, *ONE, f"results={tmp_path / 'straight'}"]
     broken = [*tiny, *ONE, f"results={tmp_path / 'broken'}"]
@@ -71,6 +74,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(tiny, tmp_path, monkey
     assert not list((tmp_path / "broken" / "checkpoints").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_two_drivers_share_one_grid_without_doing_a_stage_twice(tiny, tmp_path):
     arguments = [*tiny, "grid.attacks=[none,badnets]", "train.epochs=3", "dispatch.workers=1"]
     drivers = [
