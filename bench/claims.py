@@ -49,10 +49,10 @@ def main(arguments: list[str]) -> int:
             raise UserError(f"{arguments[0]} cannot be read: {error.strerror}") from error
     else:
         from bench.door import plan
-        from bench.reporting.table import trial_row, trial_table
+        from bench.reporting.table import of_trials
 
         opened = plan(arguments)
-        trials = trial_table([trial_row(trial, opened.store) for trial in opened.trials])
+        trials = of_trials(opened.trials, opened.store)
     answers = [answer(claim, trials) for claim in claims]
     print(markdown(answers))
     return int(any(found.verdict == "not reproduced" for found in answers))

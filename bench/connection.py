@@ -21,10 +21,10 @@ def main(arguments: list[str]) -> int:
     from bench.config import UserError
     from bench.reporting import page, plots
     from bench.reporting.connection import boards, connections, rank_correlation
-    from bench.reporting.table import Snapshot, trial_row, trial_table
+    from bench.reporting.table import Snapshot, of_trials
 
     store = Snapshot(opened.store)
-    trials = trial_table([trial_row(trial, store) for trial in opened.trials])
+    trials = of_trials(opened.trials, store)
     evidence = [page.evidence(trial, store, command(opened, trial)) for trial in opened.trials]
     table = connections(trials, evidence)
     if table.empty:

@@ -174,15 +174,14 @@ def command(opened: Plan, trial: Trial) -> str:
     from bench.grid import PER_CELL, written
 
     axes = ("dataset", "model", "attack", "defense", "setting")
-    mine = [*(f"grid.{axis}s" for axis in axes), "grid.seeds"]
-    mine += ["results", "train.precision", "dry_run", "dispatch", "tracking"]
-    # Where it ran and what was done with it changes no figure, but for the device and, in the last bits, the threads.
-    mine += [f"dispatch.{key}" for key in opened.cfg.dispatch if key != "device"]
-    words = []
-    for word in opened.arguments:
-        key = word.partition("=")[0].lstrip("+~")
-        if key not in mine and not key.startswith(("dispatch.slurm.", "tracking.", "report.")):
-            words.append(word)
+    mine = (*(f"grid.{axis}s=" for axis in axes), "grid.seeds=", "train.precision=")
+    # Of where things lie and run a cell needs its data, and its device: the precision may not exist elsewhere.
+    kept = ("dataset.", "dispatch.device=")
+    words = [
+        word
+        for word, bare in ((word, word.lstrip("+~")) for word in opened.arguments)
+        if not bare.startswith(mine) and (bare.startswith(kept) or not LOCAL.match(bare))
+    ]
     if opened.cfg.dispatch.threads != 1:
         words.append(f"dispatch.threads={opened.cfg.dispatch.threads}")
     if trial.variant:
@@ -211,7 +210,7 @@ def report(opened: Plan, again: bool = True) -> Any:
 
     reported = table.read_reported(Path(opened.cfg.report.reported)) if opened.cfg.report.reported else None
     store = table.Snapshot(opened.store)
-    trials = table.trial_table([table.trial_row(trial, store) for trial in opened.trials])
+    trials = table.of_trials(opened.trials, store)
     if (trials.status == "missing").all() and (opened.folder / "leaderboard.md").exists():
         raise UserError(
             f"nothing of this grid is stored with these settings, and {opened.folder}/leaderboard.md is left as it is; "

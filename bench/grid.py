@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from attacks.base import Attack, attack
 from bench.config import UserError, attack_of, defense_of
-from bench.engine import ENGINE_VERSION, autoattack
+from bench.engine import ENGINE_VERSION, autoattack, connection
 from bench.engine.datasets import DatasetInfo
 from bench.engine.models import ModelSpec
 from bench.engine.registry import near
@@ -29,7 +29,6 @@ T = TypeVar("T")
 
 # Poisoned images of the retuning that the table shows: Min et al., arXiv:2410.09838.
 RELEARN_TABLE = 5
-CONNECTION = 2  # the version of what `measure.connection` measures: in the identity, since it has grown
 # Measures that are read beside a clean twin.
 CONTROLLED = ("relearn", "reactivate", "connection")
 # Folders beside the grids' own under results/.
@@ -377,7 +376,7 @@ def _trials(
             if "relearn" in wanted:
                 inspection["relearn"] = measure["relearn_poisoned"]
             if "connection" in wanted:
-                inspection["connection"] = CONNECTION
+                inspection["connection"] = connection.VERSION
         return ours, key_of(ours), inspection, control, key_of(inspection)
 
     for seed in seeds:

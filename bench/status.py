@@ -32,12 +32,12 @@ def main(arguments: list[str]) -> int:
 def _show(opened: Plan) -> bool:
     """Print one report; is anything left to do?"""
     from bench.plan import estimated
-    from bench.reporting.table import STATES, Snapshot, trial_row, trial_table
+    from bench.reporting.table import STATES, Snapshot, of_trials
     from slurm import jobs
 
     store, root = Snapshot(opened.store), Path(opened.cfg.results) / "slurm"
     # As the leaderboard has them: which model is wrecked is seen beside the undefended one.
-    table = trial_table([trial_row(trial, store) for trial in opened.trials])
+    table = of_trials(opened.trials, store)
     counts = Counter(table.status)
     titles: dict[tuple[str, str], str] = {}
     for trial in opened.trials:

@@ -3,8 +3,6 @@
     python results/scale.py SETTINGS...     the settings of bench.run; needs results=DIR, a folder of its own
     python results/scale.py --leaderboard SETTINGS...     the leaderboard as MLflow gives it, and the seconds it took
 
-    python results/scale.py --overhead      what a cell takes beside imports, training, defense and measures
-
 Every stage of the grid is written through the store as a worker would write it, with made-up figures and curves and a
 tensor of a few bytes for weights. Never mix it with results that mean anything.
 """
@@ -14,61 +12,11 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Callable
 
 import torch
 
 from bench.door import enter, plan
 from bench.reporting.columns import MEASURES
-
-
-def overhead(cells: int) -> tuple[float, float]:
-    """Seconds and CPU seconds of a cell outside of training, defense and measures, a model of its own for each."""
-    import tempfile
-    from contextlib import ExitStack
-    from functools import wraps
-    from typing import Any
-    from unittest.mock import patch
-
-    from bench import dispatch, pipeline
-    from bench.config import load_methods
-    from bench.door import plan
-    from defenses.base import defense
-
-    inside = [0.0, 0.0]
-
-    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def timing(*arguments: Any, **named: Any) -> Any:
-            before = time.perf_counter(), time.process_time()
-            try:
-                return function(*arguments, **named)
-            finally:
-                inside[0] += time.perf_counter() - before[0]
-                inside[1] += time.process_time() - before[1]
-
-        return timing
-
-    def run(folder: str, seeds: list[int]) -> None:
-        settings = ["grid.attacks=[badnets]", "grid.defenses=[no_defense]", "train.updates=1", f"grid.seeds={seeds}"]
-        opened = plan([*settings, f"results={folder}", f"dataset.cache={folder}/cache"])
-        tasks = dispatch.pending(opened.trials, opened.store)
-        before[:] = time.perf_counter(), time.process_time()
-        inside[:] = 0.0, 0.0
-        options: dict[str, Any] = {"workers": 0, "threads": 1, "checkpoint_s": 60.0, "plugins": []}
-        dispatch.run(tasks, opened.store, opened.infos, device=opened.device, show=lambda _: None, **options)
-
-    before = [0.0, 0.0]
-    load_methods([])
-    places: list[tuple[Any, str]] = [(pipeline, "fit"), (pipeline, "predict"), (pipeline.evaluation, "measured")]
-    places += [(pipeline.evaluation, "inspected"), (defense["no_defense"], "defend")]
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        for owner, name in places:
-            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name))))
-        run(folder, [cells])  # what is loaded once
-        run(folder, list(range(cells)))
-        ended = time.perf_counter(), time.process_time()
-    return (ended[0] - before[0] - inside[0]) / cells, (ended[1] - before[1] - inside[1]) / cells
 
 
 def leaderboard(arguments: list[str]) -> int:
@@ -90,10 +38,6 @@ def leaderboard(arguments: list[str]) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    if "--overhead" in arguments:
-        wall, cpu = overhead(10)
-        print(f"the harness adds to a cell: {wall:.2f} s, {cpu:.2f} s of them computing (mean of 10 cells on digits)")
-        return 0
     if "--leaderboard" in arguments:
         return leaderboard([argument for argument in arguments if argument != "--leaderboard"])
     opened = plan(arguments)

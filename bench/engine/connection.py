@@ -23,6 +23,7 @@ EPSILONS = tuple(radius / 255 for radius in (1, 2, 4, 6, 8))
 STEPS = 20  # each of a fifth of the radius, from the image itself
 ACTIVE_SHARE = 0.1  # of the units that the head reads
 RESAMPLES = 1000
+VERSION = 2  # goes up when a change here can change a figure
 
 _Shares = dict[str, tuple[float | None, Tensor | None]]  # a figure, and the same of each resample
 

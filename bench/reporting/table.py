@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -116,6 +117,11 @@ def trial_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     for column in TEXTS:
         table[column] = table[column].astype("object")
     return _wreck(table)
+
+
+def of_trials(trials: Sequence[Trial], store: Store) -> pd.DataFrame:
+    """The table of planned trials: one row for each, as `trial_row` has it."""
+    return trial_table([trial_row(trial, store) for trial in trials])
 
 
 def _printable(text: Any) -> str:
