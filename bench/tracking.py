@@ -27,7 +27,7 @@ from typing import Any
 import pandas as pd
 
 from bench.grid import Trial
-from bench.reporting.table import FIGURES, TEXTS, Snapshot, trial_row, trial_table
+from bench.reporting.table import FIGURES, TEXTS, Snapshot, printable, trial_row, trial_table
 from bench.store import STAGES, Store
 
 ROWS = "rows"  # the folder of rows among the artifacts of an experiment's leaderboard
@@ -117,7 +117,7 @@ def _parents(client: Any, place: str, trials: list[Trial], store: Store) -> dict
         inspected = store.result("inspect", trial.evaluate["inspect"]) or {}
         figures = dict(inspected.get("figures", {}))
         figures["implant_seconds"] = (store.result("implant", key) or {}).get("seconds")
-        run = client.create_run(place, tags={name: text[:8000] for name, text in texts.items()}).info.run_id
+        run = client.create_run(place, tags={name: printable(text)[:8000] for name, text in texts.items()}).info.run_id
         _log(client, run, figures, {"implant": key}, {"implant": trial.implant}, store)
         client.set_terminated(run)
         found[key] = run
@@ -275,7 +275,7 @@ def _send(client: Any, place: str, store: Store, trial: Trial, row: dict[str, An
     if row["commit"]:
         texts["mlflow.source.git.commit"] = row["commit"]
     # The tags come with the run: one that was begun and not ended can be told by them.
-    run: str = client.create_run(place, tags={name: text[:8000] for name, text in texts.items()}).info.run_id
+    run: str = client.create_run(place, tags={name: printable(text)[:8000] for name, text in texts.items()}).info.run_id
     keys = dict(zip(STAGES, trial.keys(), strict=True))
     curves = {stage: key for stage, key in keys.items() if stage != "implant"}  # those stand with the parent
     settings = {stage: getattr(trial, stage) for stage in STAGES}
@@ -303,14 +303,22 @@ def _log(
     for stage, key in curves.items():
         result = store.result(stage, key) or {}
         for name, curve in result.get("curves", {}).items():
-            allowed = re.sub(r"[^\w\-. :/]", "_", name)  # MLflow refuses other signs in names
-            metrics += [
-                Metric(f"{stage}/{allowed}", value, now, int(step)) for step, value in curve if value is not None
-            ]
-    params = [Param(key, str(value)[:6000]) for stage, own in settings.items() for key, value in _flat(own, stage)]
-    client.log_batch(run, metrics[:1000], params[:100])
-    for start in range(1000, len(metrics), 1000):
-        client.log_batch(run, metrics[start : start + 1000])
+            allowed = _allowed(f"{stage}/{name}")
+            metrics += [Metric(allowed, value, now, int(step)) for step, value in curve if value is not None]
+    # A name that is there already would be refused with another value.
+    texts = {
+        _allowed(key): printable(str(value)) for stage, own in settings.items() for key, value in _flat(own, stage)
+    }
+    params = [Param(key, text[:6000]) for key, text in texts.items()]
+    # Most runs fit into one call; MLflow takes no more in one.
+    for call in range(max(-(-len(metrics) // 1000), -(-len(params) // 100))):
+        client.log_batch(run, metrics[1000 * call : 1000 * (call + 1)], params[100 * call : 100 * (call + 1)])
+
+
+def _allowed(name: str) -> str:
+    """The name with what MLflow refuses in one written as _: most signs, and parts of a path that lead elsewhere."""
+    parts = re.sub(r"[^\w\-. :/]", "_", name)[:250].split("/")
+    return "/".join(part if part.strip(".") else "_" for part in parts)
 
 
 def _flat(value: Any, name: str) -> list[tuple[str, Any]]:

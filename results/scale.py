@@ -2,6 +2,7 @@
 
     python results/scale.py SETTINGS...     the settings of bench.run; needs results=DIR, a folder of its own
     python results/scale.py --leaderboard SETTINGS...     the leaderboard as MLflow gives it, and the seconds it took
+    python results/scale.py --page LEADERBOARD.html     how long sorts of a page take in Chromium (make test-browser)
 
 Every stage of the grid is written through the store as a worker would write it, with made-up figures and curves and a
 tensor of a few bytes for weights. Never mix it with results that mean anything.
@@ -10,8 +11,11 @@ tensor of a few bytes for weights. Never mix it with results that mean anything.
 from __future__ import annotations
 
 import random
+import shutil
 import sys
 import time
+from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -37,7 +41,29 @@ def leaderboard(arguments: list[str]) -> int:
     return 0
 
 
+def page(file: str) -> int:
+    from playwright.sync_api import sync_playwright
+
+    click = """(column) => {
+        const began = performance.now()
+        document.querySelectorAll("#board [data-sort]")[column].click()
+        document.body.offsetHeight  // laid out
+        return performance.now() - began
+    }"""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        for view in ("defenses", "cells"):
+            tab = browser.new_page(viewport={"width": 1280, "height": 900})
+            tab.goto(f"file://{Path(file).resolve()}#view={view}")
+            spent = sorted(tab.evaluate(click, column) for _ in range(9) for column in (0, 2, 3))
+            print(f"{view}: {len(spent)} sorts in {spent[0]:.0f} to {spent[-1]:.0f} ms, median {median(spent):.0f}")
+        browser.close()
+    return 0
+
+
 def main(arguments: list[str]) -> int:
+    if "--page" in arguments:
+        return page(arguments[-1])
     if "--leaderboard" in arguments:
         return leaderboard([argument for argument in arguments if argument != "--leaderboard"])
     opened = plan(arguments)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from bench.reporting.table import boards, cells, trial_table
+from bench.reporting.table import Board, boards, cells, trial_table
 
 
 def row(defense: str, attack: str, seed: int, accuracy: float | None, asr: float | None, **more):
@@ -125,3 +125,12 @@ def test_a_defense_that_does_not_work_in_a_setting_has_no_row_there_and_stands_i
     (board,) = boards(trial_table(trials), [])
     assert [cells[0].parts[0][0] for cells in board.rows] == ["setting: trainset", "no_defense"]
     assert board.notes[0] == "not applicable in the setting trainset: tuner"
+
+
+def test_a_command_beneath_a_table_can_be_pasted_as_it_stands():
+    line = "python -m bench.run 'grid.attacks=[badnets]' 'note=*a*_b_'"
+    board = Board("a grid", ["defense"], notes=[f"command: {line}", "command: echo `id`", "rank: 1 * 2"])
+    found = board.markdown().splitlines()
+    assert f"- command: `{line}`" in found
+    assert r"- command: echo \`id\`" in found  # would end the code; it is text, literally
+    assert r"- rank: 1 \* 2" in found

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +18,8 @@ from bench import tracking
 from bench.config import UserError
 from bench.door import plan
 from bench.reporting.table import FIGURES, boards, trial_row, trial_table
+from bench.store import key_of
+from tests.test_page import HOSTILE
 
 FIRST = ["grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"]
 
@@ -91,6 +94,39 @@ def test_a_run_holds_params_curves_and_the_commit(run_grid, tiny, uri):
         for file in client.list_artifacts(found.info.run_id)
     }
     assert {"leaderboard.md", "leaderboard.html", "leaderboard.tex", "trials.csv", "asr_heatmap.png"} <= artifacts
+
+
+def test_hostile_names_and_values_come_back_from_mlflow_as_the_store_has_them(run_grid, tiny, uri, tmp_path):
+    run_grid(*FIRST)
+    opened = plan([*tiny, *FIRST])
+    whole = opened.trials[-1]
+    trials = []
+    for name in [*HOSTILE, "a\x00b", "half of a pair \ud800"]:
+        defend = {**whole.defend, "defense": {**whole.defend["defense"], name: name} | {f"n{i}": i for i in range(100)}}
+        evaluate = {**whole.evaluate, "defend": key_of(defend)}
+        made, measured = (
+            {**opened.store.result(stage, key), "curves": {name: [(0, 0.5), (1, None)]}}
+            for stage, key in zip(("defend", "evaluate"), whole.keys()[1:], strict=True)
+        )
+        measured |= {"status": "diverged", "reason": name, "warnings": [name]}
+        measured["figures"] = measured["figures"] | {"asr": None}
+        opened.store.finish("defend", defend, made)
+        opened.store.finish("evaluate", evaluate, measured)
+        trials.append(replace(whole, defense=name, attack=name, variant=name, defend=defend, evaluate=evaluate))
+    assert tracking.sync(trials, opened.store, uri, "quick", tmp_path / "artifacts") == len(trials)
+    stored = trial_table([trial_row(trial, opened.store) for trial in trials])
+    pd.testing.assert_frame_equal(tracking.read(uri, "quick", trials), stored, check_exact=True)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    place = client.get_experiment_by_name("quick").experiment_id
+    runs = {run.data.tags["trial"]: run.data for run in client.search_runs([place], "tags.kind = 'trial'")}
+    for row in stored.itertuples():
+        assert runs[row.trial].tags["defense"] == row.defense
+        assert runs[row.trial].tags["reason"] == row.reason
+        params = runs[row.trial].params
+        assert {params[f"defend.defense.n{i}"] for i in range(100)} == {str(i) for i in range(100)}
+        assert row.defense in params.values()
 
 
 def test_a_tracking_failure_loses_no_result_and_is_sent_later(run_grid, tiny, uri, capsys, monkeypatch):

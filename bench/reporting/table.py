@@ -107,7 +107,7 @@ def _machine(origin: dict[str, Any]) -> str:
 def trial_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """All trials, typed and in one order, whether they come from the store, from MLflow or from a file."""
     # Before pandas sees them: a text that is no Unicode ends it.
-    texts = [{name: _printable(row.get(name)) for name in TEXTS} for row in rows]
+    texts = [{name: printable(row.get(name)) for name in TEXTS} for row in rows]
     table = pd.DataFrame([row | text for row, text in zip(rows, texts, strict=True)], columns=COLUMNS)
     for column in FIGURES:
         # Not to_numeric: it is off by a bit for some decimals.
@@ -124,7 +124,7 @@ def of_trials(trials: Sequence[Trial], store: Store) -> pd.DataFrame:
     return trial_table([trial_row(trial, store) for trial in trials])
 
 
-def _printable(text: Any) -> str:
+def printable(text: Any) -> str:
     """The text with what no file and no terminal can show written as its number: \\x00, \\udcff."""
     text = "" if text is None or text != text else str(text)
     return (
@@ -478,7 +478,7 @@ class Board:
                 note = _safe(entry.note)
                 texts.append(f"{figures} ({note})" if figures and note else figures or note)
             lines.append(line(texts + [""] * (len(self.header) - len(texts))))
-        return "\n".join([*lines, "", *(f"- {_safe(note)}" for note in self.notes), ""])
+        return "\n".join([*lines, "", *(f"- {_note(note)}" for note in self.notes), ""])
 
 
 def _safe(text: str) -> str:
@@ -488,6 +488,14 @@ def _safe(text: str) -> str:
         # In the names of ours, a _ between letters is no mark of Markdown.
         text = text.replace(sign, f"\\{sign}") if sign != "_" else _outer_underscores(text)
     return text.replace("|", "\\|").replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _note(text: str) -> str:
+    """A line beneath a table; a command is code, so that a shell can be given it as it stands."""
+    name, _, command = text.partition(": ")
+    if name != "command" or "`" in command or "\n" in command:
+        return _safe(text)
+    return f"command: `{command}`"
 
 
 def _outer_underscores(text: str) -> str:
