@@ -5,7 +5,9 @@
 Drawn from the infected models that are in the store, with the tensors of the trigger that they were trained with;
 computes nothing else. Writes gallery.png and gallery.csv beside the leaderboard. The scores are means over 100 test
 images: L0 (share of pixels changed), L2 (norm, pixels in [0, 1]), L-infinity (levels of 255) and SSIM (1: no
-difference).
+difference). Where the grid has the clean model (attack `none`) of the same seed, `clean_model_asr` is the ASR of the
+trigger on it, and `clean_model_floor` the same without any trigger: a trigger far above its floor moves every model,
+and its ASR is not that of a backdoor alone.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def main(arguments: list[str]) -> int:
         drawn[title_of(opened, trial)] = images[:3], triggered[:3]
         place = {"attack": trial.attack, "dataset": trial.dataset}
         place |= {"variant": swept(trial.variant)} if swept(trial.variant) else {}
-        rows.append({**place, **scores(images, triggered)})
+        rows.append({**place, **scores(images, triggered), **on_clean_model(opened, trial)})
     if not rows:
         raise UserError(f"no infected model of grid {opened.cfg.grid.name} is stored yet; run it with bench.run first")
     opened.folder.mkdir(parents=True, exist_ok=True)
@@ -98,6 +100,33 @@ def stamped(opened: Plan, count: int) -> Iterator[tuple[Trial, Tensor, Tensor]]:
         chosen = test[attacker.judged(test.labels).nonzero().flatten()[:count]]
         images = chosen.images.float() / 255
         yield trial, images, attacker.trigger(images, bench.trigger_of(trial))
+
+
+def on_clean_model(opened: Plan, trial: Trial) -> dict[str, float | None]:
+    """`clean_model_asr` and `clean_model_floor` of a trigger; nothing if no clean model of its seed is stored."""
+    import torch
+
+    from bench.engine.metrics import attack_figures, predict
+    from bench.pipeline import Bench
+
+    axes = ("dataset", "model", "seed")
+    for clean in opened.trials:
+        alike = all(getattr(clean, axis) == getattr(trial, axis) for axis in axes)
+        if alike and clean.attack == "none" and opened.store.has("implant", clean.keys()[0], "model"):
+            break
+    else:
+        return {}
+    bench = Bench(opened.store, opened.infos, torch.device("cpu"))
+    case, model = bench.case(trial), bench.stored(clean, "implant", clean.keys()[0])
+    true = case.test.labels
+    figures = attack_figures(
+        clean=predict(model, case.test),
+        triggered=case.predict_triggered(model, case.test),
+        true=true,
+        wanted=case.wanted(true),
+        judged=case.attacker.judged(true),
+    )
+    return {"clean_model_asr": figures["asr"], "clean_model_floor": figures["false_target_rate"]}
 
 
 def scores(images: Tensor, triggered: Tensor) -> dict[str, float]:

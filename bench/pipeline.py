@@ -250,7 +250,7 @@ class Bench:
             stored.load_state_dict(model.state_dict())
         except RuntimeError as error:
             raise ValueError(f"{method.name} returned a model of another architecture; {advice}") from error
-        images = self.test_set(trial.dataset).images[:32].float() / 255
+        images = self.test_set(trial.dataset).batch(slice(32)).float() / 255
         with torch.no_grad():
             one, two = model.eval()(images), stored.eval()(images)
         if not torch.allclose(one, two, rtol=1e-3, atol=1e-4, equal_nan=True):
@@ -265,8 +265,8 @@ class Bench:
             return {"status": found["status"], "reason": found["reason"]}, {}
         inspected = self.store.result("inspect", trial.evaluate["inspect"])
         assert inspected is not None, "evaluate comes after inspect"
-        case, measure = self._case(trial), trial.evaluate
-        model = self._stored(trial, "defend", defend_key)
+        case, measure = self.case(trial), trial.evaluate
+        model = self.stored(trial, "defend", defend_key)
         clean = predict(model, case.test)
         figures: dict[str, float | None] = {"clean_accuracy": accuracy(clean, case.test.labels)}
         counts = self.infos[trial.dataset].test_counts
@@ -289,18 +289,19 @@ class Bench:
 
     def _inspect(self, trial: Trial, journal: Journal) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """Measure the infected model, and its clean twin where a measure asks for one: once for all repairs."""
-        infected, twin, warnings = self._stored(trial, "implant", key_of(trial.implant)), None, []
+        infected, twin, warnings = self.stored(trial, "implant", key_of(trial.implant)), None, []
         if trial.control:
             control = self.store.result("implant", key_of(trial.control))
             assert control is not None, "inspect comes after the clean twin"
             if control["status"] == "done":
-                twin = self._stored(trial, "implant", key_of(trial.control))
+                twin = self.stored(trial, "implant", key_of(trial.control))
             else:
                 unmeasured = ", ".join(name for name in CONTROLLED if name in trial.inspect)
                 warnings.append(f"without {unmeasured}: the clean twin diverged: {control['reason']}")
-        return {**evaluation.inspected(infected, twin, self._case(trial), trial.inspect), "warnings": warnings}, {}
+        return {**evaluation.inspected(infected, twin, self.case(trial), trial.inspect), "warnings": warnings}, {}
 
-    def _case(self, trial: Trial) -> evaluation.Case:
+    def case(self, trial: Trial) -> evaluation.Case:
+        """A stored implant as the evaluator has it."""
         identity = trial.implant
         key = key_of(identity)
         if key in self._cases:
@@ -315,11 +316,11 @@ class Bench:
             train=lambda: self._split(trial)[0],
             augmentation=Augmentation(**identity["dataset"]["augmentation"]),
             precision=identity["train"]["precision"],
-            infected=functools.partial(self._stored, trial, "implant", key),
+            infected=functools.partial(self.stored, trial, "implant", key),
         )
         return self._cases[key]
 
-    def _stored(self, trial: Trial, stage: str, key: str) -> Classifier:
+    def stored(self, trial: Trial, stage: str, key: str) -> Classifier:
         """The model that a finished stage left, in eval mode."""
         model = self._fresh(spec_of(self.infos[trial.dataset], trial.implant["model"]), 0)
         model.load_state_dict(self.store.tensors(stage, key, "model", str(self.device)))
@@ -374,7 +375,7 @@ class Bench:
         """Exactly what this defender could own: nothing of the attack goes along."""
         info, identity = self.infos[trial.dataset], trial.implant
         own = DefenderView(
-            model=self._stored(trial, "implant", key_of(identity)),
+            model=self.stored(trial, "implant", key_of(identity)),
             num_classes=info.num_classes,
             # Not the attacker's seed: with it, a defender could draw the poisoned indices again.
             seed=generator(identity["seed"], "defender").initial_seed(),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 import torch
 
+from bench.door import plan
 from bench.gallery import main, scores, ssim
+from bench.pipeline import Bench
 
 
 def test_the_scores_of_one_changed_pixel_are_known():
@@ -33,7 +37,6 @@ def test_ssim_falls_with_noise():
 
 
 def test_a_report_draws_each_stored_trigger_once_and_forgets_those_of_other_settings(run_grid, tiny, tmp_path):
-    from bench.door import plan
     from bench.gallery import pictures
     from bench.reporting.page import picture_of
 
@@ -63,4 +66,14 @@ def test_a_gallery_is_drawn_from_what_is_stored(run_grid, tiny, tmp_path, capsys
     assert (folder / "gallery.png").read_bytes().startswith(b"\x89PNG")
     lines = (folder / "gallery.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["attack", "badnets", "blended"]
+    opened = plan([*tiny, *settings])
+    clean = next(trial for trial in opened.trials if trial.attack == "none")
+    bench = Bench(opened.store, opened.infos, torch.device("cpu"))
+    test = bench.test_set("digits")
+    others = test[test.labels != 0]
+    with torch.no_grad():
+        sent = bench.stored(clean, "implant", clean.keys()[0])(others.images.float() / 255).argmax(1) == 0
+    for row in csv.DictReader(lines):
+        assert float(row["clean_model_floor"]) == pytest.approx(sent.double().mean().item())
+        assert 0 <= float(row["clean_model_asr"]) <= 1
     assert float(lines[1].split(",")[2]) == pytest.approx(4 / 256, abs=1e-3)  # the 2x2 patch on 16x16, at most
