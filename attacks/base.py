@@ -22,6 +22,7 @@ from bench.engine.training import Hooks, Journal, Recipe, Tensors, fit
 attack = Registry("attack")
 
 CLEAN, POISON, COVER = 0, 1, 2  # the roles of training images
+EXAGGERATION = 4.0  # what a ramp begins with
 
 LABEL_MODES = ("all_to_one", "all_to_all", "clean_label")
 REGIMES = ("static", "per_batch")
@@ -49,7 +50,7 @@ class Setup:
 
     @property
     def device(self) -> torch.device:
-        return self.trainset.images.device
+        return self.trainset.device
 
     def surrogate(self) -> Classifier:
         """A clean network trained by the victim's recipe from another seed, for attacks that optimise on one."""
@@ -238,7 +239,7 @@ class Attack:
             rate: None poisons the training set, at the attack's own rate and with its covers; a number is the
                 poisoned share of another set (a tainted reserve).
         """
-        device = clean.images.device
+        device = clean.device
         count = round((self.poison_rate if rate is None else rate) * len(clean))
         cover = round(self.cover_rate * len(clean)) if rate is None else 0
         roles = self.choose(clean.labels, generator(seed, "poison"), count, cover)
@@ -252,8 +253,9 @@ class Attack:
         source = generator(seed, "stamp", device=device)
         for role, stamp in ((POISON, self.stamp_poison), (COVER, self.stamp_cover)):
             for part in (roles == role).nonzero().flatten().split(1024):
-                before = to_float(images[part])
-                images[part] = to_uint8(self._kept(before, stamp(before, tensors, source), quantise=False))
+                before = to_float(clean.batch(part))
+                after = to_uint8(self._kept(before, stamp(before, tensors, source), quantise=False))
+                images[part.to(images.device)] = after.to(images.device)
         victims = roles == POISON
         labels[victims] = self.poisoned_labels(labels[victims], num_classes)
         return ImageSet(images, labels), roles
@@ -267,11 +269,41 @@ class Attack:
         return to_float(to_uint8(after)) if (self.quantise if quantise is None else quantise) else after
 
 
-class PerBatch(AttackHooks):
-    """The first images of each shuffled batch are poisoned, the next ones get the cover stamp, the rest stay clean."""
+@dataclass(frozen=True)
+class Ramping(Attack):
+    """Base of attacks that own the training and may begin with an exaggerated trigger.
 
-    def __init__(self, attack: Attack, tensors: Tensors, num_classes: int) -> None:
-        self.attack, self.stamps, self.num_classes = attack, tensors, num_classes
+    Attributes:
+        ramp: share of the training over which what the stamps change falls from four times to once; only under
+            `per_batch`. 0 leaves the paper's attack. A short training finds a faint trigger only so.
+    """
+
+    ramp: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.ramp < 1:
+            raise ValueError(f"attack.{self.name}.ramp is {self.ramp:g}; it is a share of the training in [0, 1)")
+        if self.ramp and self.regime != "per_batch":
+            raise ValueError(
+                f"attack.{self.name}.ramp changes the training, which a {self.regime} poisoned set leaves alone; "
+                f"write attack.{self.name}.regime=per_batch or ramp=0"
+            )
+
+    def hooks(self, setup: Setup, tensors: Tensors) -> AttackHooks:
+        steps = setup.recipe.steps(len(setup.trainset))
+        return PerBatch(self, tensors, setup.num_classes, round(self.ramp * steps))
+
+
+class PerBatch(AttackHooks):
+    """The first images of each shuffled batch are poisoned, the next ones get the cover stamp, the rest stay clean.
+
+    Args:
+        ramp: steps over which what the stamps change falls from EXAGGERATION times to once.
+    """
+
+    def __init__(self, attack: Attack, tensors: Tensors, num_classes: int, ramp: int = 0) -> None:
+        self.attack, self.stamps, self.num_classes, self.ramp = attack, tensors, num_classes, ramp
 
     def batch(self, images: Tensor, labels: Tensor, step: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
         before = self.attack.before_augmentation
@@ -294,11 +326,18 @@ class PerBatch(AttackHooks):
             chosen = torch.arange(poison + cover, device=labels.device)
         victims, covers = chosen[:poison], chosen[poison:]
         if len(victims):
-            images[victims] = self.attack.stamp_poison(images[victims], self.stamps, source)
+            stamped = self.attack.stamp_poison(images[victims], self.stamps, source)
+            images[victims] = self._exaggerated(images[victims], stamped, step)
             labels[victims] = self.attack.poisoned_labels(labels[victims], self.num_classes)
         if len(covers):
-            images[covers] = self.attack.stamp_cover(images[covers], self.stamps, source)
+            stamped = self.attack.stamp_cover(images[covers], self.stamps, source)
+            images[covers] = self._exaggerated(images[covers], stamped, step)
         return images, labels
+
+    def _exaggerated(self, before: Tensor, stamped: Tensor, step: int) -> Tensor:
+        if step >= self.ramp:
+            return stamped
+        return torch.lerp(before, stamped, EXAGGERATION - (EXAGGERATION - 1) * step / self.ramp).clamp_(0, 1)
 
 
 def count_in_step(expected: float, step: int) -> int:

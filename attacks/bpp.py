@@ -16,12 +16,12 @@ from torch import Tensor
 
 from bench.engine.training import Tensors
 
-from .base import Attack, attack
+from .base import Ramping, attack
 
 
 @attack("bpp")
 @dataclass(frozen=True)
-class Bpp(Attack):
+class Bpp(Ramping):
     """Round every pixel of every channel to one of a few equally spaced levels.
 
     Attributes:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.engine.data import equal_batches, generator
+from bench.engine.data import generator
 from bench.engine.training import Tensors, named, optimizer_tensors, part_of, restore_optimizer
 
 from .base import Attack, AttackHooks, Setup, attack, count_in_step
@@ -97,10 +97,10 @@ class InputAware(Attack):
         steps = [round(share * updates) for share in MASK_MILESTONES]
         schedule = torch.optim.lr_scheduler.MultiStepLR(adam, steps, gamma=0.1)
         source = generator(setup.seed, "input_aware mask", device=setup.device)
-        images, size = setup.trainset.images, setup.recipe.batch_size
+        data, size = setup.trainset, setup.recipe.batch_size
         for update in range(updates):
-            chosen = torch.randint(len(images), (size,), generator=source, device=setup.device)
-            batch = setup.augmentation(images[chosen], source)
+            chosen = torch.randint(len(data), (size,), generator=source, device=setup.device)
+            batch = setup.augmentation(data.batch(chosen), source)
             loss = self.mask_loss(batch / spread, sharpened(network(batch)))
             adam.zero_grad(set_to_none=True)
             loss.backward()
@@ -117,9 +117,7 @@ class InputAware(Attack):
         return self.density_weight * F.relu(masks - self.mask_density).mean() + diversity.mean()
 
     def _affordable(self, setup: Setup) -> int:
-        recipe = setup.recipe
-        steps = recipe.updates or recipe.epochs * equal_batches(len(setup.trainset), recipe.batch_size)[0]
-        return max(1, min(USUAL_MASK_UPDATES, steps))
+        return max(1, min(USUAL_MASK_UPDATES, setup.recipe.steps(len(setup.trainset))))
 
     def stamp(self, images: Tensor, tensors: Tensors) -> Tensor:
         return self._exchanged(images, images, tensors)

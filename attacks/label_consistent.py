@@ -84,7 +84,7 @@ class LabelConsistent(Attack):
         source = generator(setup.seed, "poison")
         counts = round(self.poison_rate * len(trainset)), round(self.cover_rate * len(trainset))
         victims = (self.choose(trainset.labels, source, *counts) == POISON).nonzero().flatten()
-        perturbed = trainset.images[victims]
+        perturbed = trainset.batch(victims)
         if len(victims) and self.steps and self.epsilon:
             self._perturb(setup, perturbed)
         return {"corners": corners.to(setup.device), "victims": victims, "perturbed": perturbed}
@@ -121,7 +121,7 @@ class LabelConsistent(Attack):
         if rate is not None:  # a tainted reserve: other images, of which no perturbation is known
             return super().poison(clean, tensors, num_classes, seed, rate)
         images = clean.images.clone()
-        images[tensors["victims"]] = tensors["perturbed"]
+        images[tensors["victims"].to(images.device)] = tensors["perturbed"].to(images.device)
         poisoned, roles = super().poison(ImageSet(images, clean.labels), tensors, num_classes, seed)
         if not torch.equal((roles == POISON).nonzero().flatten(), tensors["victims"]):
             raise ValueError(

@@ -80,7 +80,7 @@ class LowFrequency(Attack):
         model, data = setup.surrogate(), setup.trainset
         others = (data.labels != self.wanted(data.labels, setup.num_classes)).nonzero().flatten()
         order = torch.randperm(len(others), generator=generator(setup.seed, "low_frequency images"))[: self.images]
-        chosen = to_float(data.images[others[order.to(others.device)]])
+        chosen = to_float(data.batch(others[order.to(others.device)]))
         before = predicted(model, chosen) if len(chosen) else data.labels[:0]
         targets = self.wanted(before, setup.num_classes)
         away = before != targets  # what is at its target already has nothing to say

@@ -57,12 +57,12 @@ class Refool(Attack):
 
     def prepare(self, setup: Setup) -> Tensors:
         source = generator(setup.seed, "refool reflections")
-        images, labels = setup.trainset.images, setup.trainset.labels
-        others = (labels != self.target_label).nonzero().flatten()
+        data = setup.trainset
+        others = (data.labels != self.target_label).nonzero().flatten()
         if self.label_mode == "all_to_all" or not len(others):
-            others = torch.arange(len(images), device=setup.device)
+            others = torch.arange(len(data), device=setup.device)
         chosen = torch.randperm(len(others), generator=source)[: self.photos]
-        photos = to_float(images[others[chosen.to(setup.device)]]).cpu().pow(GAMMA)
+        photos = to_float(data.batch(others[chosen.to(setup.device)])).cpu().pow(GAMMA)
         count, _, height, width = photos.shape
 
         def uniform(low: float, high: float, *shape: int) -> Tensor:

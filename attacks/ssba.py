@@ -59,8 +59,8 @@ class SSBA(Attack):
             raise ValueError(f"attack.ssba.image_weight is {self.image_weight:g}; write 0 or more, as 10")
 
     def prepare(self, setup: Setup) -> Tensors:
-        images, device = setup.trainset.images, setup.device
-        shape = tuple(images.shape[1:])
+        data, device = setup.trainset, setup.device
+        shape = tuple(data.images.shape[1:])
         source = generator(setup.seed, "ssba")
         secret = torch.randint(0, 2, (self.secret_bits,), generator=source).float()
         with torch.device("meta"):  # torch would draw the first weights from its global source
@@ -70,10 +70,10 @@ class SSBA(Attack):
         updates = self.updates or self._affordable(setup)
         ramp = Ramp(updates)
         for update in range(updates):
-            chosen = torch.randint(0, len(images), (self.batch_size,), generator=source).to(device)
+            chosen = torch.randint(0, len(data), (self.batch_size,), generator=source).to(device)
             bits = torch.randint(0, 2, (self.batch_size, self.secret_bits), generator=source)
             secrets = bits.float().to(device)
-            plain = to_float(images[chosen])
+            plain = to_float(data.batch(chosen))
             encoded = encoder(plain, secrets)
             logits = decoder(encoded)
             image_loss = F.mse_loss(encoded, plain)

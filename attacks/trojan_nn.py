@@ -63,13 +63,13 @@ class TrojanNN(Attack):
             raise ValueError(f"attack.trojan_nn.learning_rate is {self.learning_rate:g}; write 0.1, or above 0")
 
     def prepare(self, setup: Setup) -> Tensors:
-        images = setup.trainset.images
-        _, channels, height, width = images.shape
+        data = setup.trainset
+        channels, height, width = data.images.shape[1:]
         side = max(1, round(self.patch_size * height / 32)), max(1, round(self.patch_size * width / 32))
         source = generator(setup.seed, "trojan_nn square")
         logits = torch.randn(channels, *side, generator=source).to(setup.device)
-        chosen = torch.randperm(len(images), generator=source)[: self.backgrounds].to(setup.device)
-        backgrounds = to_float(images[chosen])
+        chosen = torch.randperm(len(data), generator=source)[: self.backgrounds].to(setup.device)
+        backgrounds = to_float(data.batch(chosen))
 
         model = setup.surrogate()
         # An input that many classes lean on is easily tied to the target by training.

@@ -18,12 +18,12 @@ from torch import Tensor
 from bench.engine.data import generator
 from bench.engine.training import Tensors
 
-from .base import Attack, Setup, attack
+from .base import Ramping, Setup, attack
 
 
 @attack("wanet")
 @dataclass(frozen=True)
-class WaNet(Attack):
+class WaNet(Ramping):
     """Sample the image along a slightly bent grid.
 
     Attributes:

@@ -132,3 +132,29 @@ def test_images_stay_in_range_and_independent_of_their_batch(shape, dither):
 def test_level_counts_that_cannot_be_meant_are_refused(levels):
     with pytest.raises(ValueError, match=f"attack.bpp.levels is {levels}; write 2 to 128"):
         Bpp(levels=levels)
+
+
+def test_a_ramp_begins_with_four_times_the_change_and_ends_with_the_trigger():
+    attack = Bpp(ramp=0.5, poison_rate=0.5, cover_rate=0)
+    hooks = attack.hooks(setup(), {})  # 100 epochs of one step
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8, generator=generator(0, "test"))
+    before = images[:2].float() / 255
+    stamped = torch.round(before * 7) / 7
+    for step, times in ((0, 4.0), (10, 3.4), (25, 2.5), (50, 1.0), (99, 1.0)):
+        found, labels = hooks.batch(images, torch.tensor([1, 1, 1, 1]), step, generator(0, "draws"))
+        torch.testing.assert_close(found[:2], (before + times * (stamped - before)).clamp(0, 1))
+        torch.testing.assert_close(found[2:], images[2:].float() / 255)
+        assert labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"ramp": 1.0}, "share of the training in"), ({"ramp": -0.1}, "ramp")]
+)
+def test_a_ramp_is_a_share(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Bpp(**settings)
+
+
+def test_a_ramp_needs_the_attacker_in_the_training():
+    with pytest.raises(ValueError, match=r"write attack\.bpp\.regime=per_batch or ramp=0"):
+        Bpp(ramp=0.5, regime="static")

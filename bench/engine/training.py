@@ -74,6 +74,10 @@ class Recipe:
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is {self.warmup}; it is a share of the steps in [0, 1)")
 
+    def steps(self, count: int) -> int:
+        """Optimizer steps of a training on so many images."""
+        return self.updates or self.epochs * equal_batches(count, self.batch_size)[0]
+
     def learning_rate(self, step: int, steps: int) -> float:
         """The rate of step `step` of `steps`, counted from 0."""
         done = (step + 0.5) / steps  # the middle of the step: neither the first nor the last rate is zero
@@ -246,11 +250,11 @@ def fit(
         raise ValueError("there is no image to train on")
     augmentation, hooks, journal = augmentation or Augmentation(), hooks or Hooks(), journal or Journal()
     journal.begin(part)
-    device = data.images.device
+    device = data.device
     precision = journal.precision if recipe.precision == "auto" else recipe.precision
     optimizer = optimizer or make_optimizer(recipe, model)
     per_epoch, size = equal_batches(len(data), recipe.batch_size)
-    steps = recipe.updates or recipe.epochs * per_epoch
+    steps = recipe.steps(len(data))
     epochs = -(-steps // per_epoch)
     checkpoint = journal.folder / f"{part}.safetensors" if journal.folder else None
     epoch = _restore(checkpoint, model, optimizer, hooks, journal)
@@ -267,7 +271,7 @@ def fit(
             for index in range(this_epoch):
                 step = epoch * per_epoch + index
                 chosen = order[index * size : (index + 1) * size]
-                images, labels = hooks.batch(data.images[chosen], data.labels[chosen], step, source)
+                images, labels = hooks.batch(data.batch(chosen), data.labels[chosen], step, source)
                 images, labels = hooks.augmented(model, augmentation(images, source), labels, step, source)
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.learning_rate(step, steps)
