@@ -140,11 +140,11 @@ def maskable(model: Classifier) -> Tensors:
 def batches(data: ImageSet, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Float images and labels without end, in a new random order each time they are through."""
     count, size = equal_batches(len(data), batch_size)
-    device = data.images.device
+    device = data.device
     epoch = 0
     while True:
         order = torch.randperm(len(data), generator=generator(seed, "awm", epoch, device=device), device=device)
         for chosen in order[: count * size].split(size):
-            images = to_float(data.images[chosen]).contiguous(memory_format=torch.channels_last)
+            images = to_float(data.batch(chosen)).contiguous(memory_format=torch.channels_last)
             yield images, data.labels[chosen]
         epoch += 1

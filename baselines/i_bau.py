@@ -104,7 +104,7 @@ class Unlearning(Hooks):
             self.inner = images, labels
         if self.settings.phi_batch == "random":
             chosen = torch.randperm(len(self.reserve), generator=source, device=images.device)[: len(images)]
-            self.inner = to_float(self.reserve.images[chosen]), self.reserve.labels[chosen]
+            self.inner = to_float(self.reserve.batch(chosen)), self.reserve.labels[chosen]
         return images, labels
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, smoothing: float) -> Tensor:
@@ -133,13 +133,13 @@ def universal_perturbation(
     model: nn.Module, reserve: ImageSet, settings: ImplicitBackdoorAdversarialUnlearning, source: torch.Generator
 ) -> Tensor:
     """(1, C, H, W): one pass of gradient steps away from what the model predicts now, from zero."""
-    device = reserve.images.device
+    device = reserve.device
     delta = torch.zeros(1, *reserve.images.shape[1:], device=device)
     batches, size = equal_batches(len(reserve), settings.batch_size)
     order = torch.randperm(len(reserve), generator=source, device=device)
     with under_attack(model):
         for index in range(batches):
-            images = to_float(reserve.images[order[index * size : (index + 1) * size]])
+            images = to_float(reserve.batch(order[index * size : (index + 1) * size]))
             images = images.contiguous(memory_format=torch.channels_last)
             with torch.no_grad():
                 predicted = model(images).argmax(1)

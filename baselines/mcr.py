@@ -142,8 +142,8 @@ def renew_statistics(model: Classifier, data: ImageSet, batch_size: int = 128) -
             norm.reset_running_stats()
             norm.momentum = None  # a plain mean over batches
             norm.train()
-        for images in data.images.tensor_split(max(1, round(len(data) / batch_size))):
-            model(to_float(images))
+        for chosen in torch.arange(len(data)).tensor_split(max(1, round(len(data) / batch_size))):
+            model(to_float(data.batch(chosen)))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()

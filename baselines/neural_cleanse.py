@@ -137,7 +137,7 @@ class NeuralCleanse(Defense):
             hits = torch.zeros(len(running), device=classes.device)
             for chosen in order:
                 mask, pattern = (bounded(raw[name][running]) for name in shapes)
-                stamped = stamp(to_float(data.images[chosen]), mask[:, None], pattern[:, None])  # (K, B, C, H, W)
+                stamped = stamp(to_float(data.batch(chosen)), mask[:, None], pattern[:, None])  # (K, B, C, H, W)
                 logits = model(stamped.flatten(0, 1))
                 wanted = classes[running].repeat_interleave(size)
                 # Summed over classes: each has the gradient that it would have alone.

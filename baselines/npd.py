@@ -64,7 +64,7 @@ class NeuralPolarizer(Defense):
             raise ValueError(f"defense.npd.enough is {self.enough:g}; it is a share in [0, 1]")
 
     def defend(self, view: ReserveView) -> Verdict:
-        polarized = Polarized(view.model, place(view.model, to_float(view.reserve.images[:2])))
+        polarized = Polarized(view.model, place(view.model, to_float(view.reserve.batch(slice(2)))))
         recipe = Recipe(
             epochs=self.epochs,
             lr=self.lr,

@@ -142,7 +142,7 @@ class ReconstructiveNeuronPruning(Defense):
                 for group in optimizer.param_groups:
                     group["lr"] = self.unlearn_lr * 0.1 ** (epoch // 10)
                 for chosen in order[: batches * size].split(size):
-                    logits = model(augmentation(data.images[chosen], source))
+                    logits = model(augmentation(data.batch(chosen), source))
                     loss = F.cross_entropy(logits, data.labels[chosen])
                     optimizer.zero_grad(set_to_none=True)
                     (-loss).backward()

@@ -70,7 +70,7 @@ def overlaid_entropy(
         total = torch.zeros(len(images), dtype=torch.float64, device=images.device)
         for _ in range(overlays):
             drawn = torch.randint(len(pool), (len(images),), generator=source, device=images.device)
-            chances = model((images + to_float(pool.images[drawn])).clamp_(max=1)).double().softmax(dim=1)
+            chances = model((images + to_float(pool.batch(drawn))).clamp_(max=1)).double().softmax(dim=1)
             total += torch.special.entr(chances).sum(dim=1)
         found.append(total / overlays / torch.log(torch.tensor(2.0, dtype=torch.float64)).item())
     return torch.cat(found)

@@ -76,12 +76,15 @@ class Case:
     @cached_property
     def wrongly_triggered(self) -> ImageSet:
         """The test images with a trigger that must not work, as bytes."""
-        source = generator(self.seed, "wrong trigger", device=self.test.images.device)
+        source = generator(self.seed, "wrong trigger", device=self.test.device)
         return self._stamped(lambda images: self.attacker.wrong_trigger(images, self.tensors, source))
 
     @torch.no_grad()
     def _stamped(self, stamp: Callable[[Tensor], Tensor]) -> ImageSet:
-        return ImageSet(torch.cat([to_uint8(stamp(images)) for images, _ in self.test.chunks()]), self.test.labels)
+        place = self.test.images.device
+        return ImageSet(
+            torch.cat([to_uint8(stamp(images)).to(place) for images, _ in self.test.chunks()]), self.test.labels
+        )
 
     @torch.no_grad()
     def predict_triggered(self, model: nn.Module, data: ImageSet, shift: Tensor | float = 0.0) -> Tensor:
@@ -188,7 +191,7 @@ def fixed_part(data: ImageSet, count: int | None) -> ImageSet:
     if count is None:
         return data
     chosen = torch.randperm(len(data), generator=generator(0, "robust images"))[:count]
-    return data[chosen.to(data.images.device)]
+    return data[chosen.to(data.device)]
 
 
 def _against_infected(
@@ -211,7 +214,7 @@ def _under_wrong_trigger(model: Classifier, case: Case) -> float | None:
         return None
     if case.attacker.quantise:
         return accuracy(predict(model, case.wrongly_triggered), case.test.labels)
-    source = generator(case.seed, "wrong trigger", device=case.test.images.device)
+    source = generator(case.seed, "wrong trigger", device=case.test.device)
     found = [
         model(case.attacker.wrong_trigger(images, case.tensors, source)).argmax(1) for images, _ in case.test.chunks()
     ]
@@ -235,7 +238,7 @@ def relearned(model: Classifier, case: Case, counts: list[int]) -> list[dict[str
     """
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     train = case.train()
-    order = torch.randperm(len(train), generator=generator(case.seed, "relearn images")).to(train.images.device)
+    order = torch.randperm(len(train), generator=generator(case.seed, "relearn images")).to(train.device)
     size = max(1, round(reactivation.CLEAN_SHARE * len(train)))
     clean, victims = train[order[:size]], case.judged(train[order[size:]])[: max(counts)]
     stamped = torch.cat([to_uint8(case.trigger(images)) for images, _ in victims.chunks()])
@@ -282,7 +285,7 @@ def connected(infected: Classifier, twin: Classifier, case: Case) -> list[dict[s
         return []
     rows = []
     for epsilon in connection.EPSILONS:
-        noise = generator(case.seed, "connection noise", device=data.images.device)
+        noise = generator(case.seed, "connection noise", device=data.device)
         traces = [
             connection.trace(model, data, case.trigger, epsilon=epsilon, noise=source)
             for model, source in ((infected, None), (twin, None), (infected, noise))

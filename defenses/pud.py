@@ -336,7 +336,7 @@ class Unlearning(Hooks):
 
     def batch(self, images: Tensor, labels: Tensor, step: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
         picked = torch.randint(len(self.poison), (self.in_batch,), generator=source, device=images.device)
-        return torch.cat([images, self.poison.images[picked]]), torch.cat([labels, self.poison.labels[picked]])
+        return torch.cat([images, self.poison.batch(picked)]), torch.cat([labels, self.poison.labels[picked]])
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         pud = self.settings

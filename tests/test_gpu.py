@@ -35,6 +35,20 @@ def test_autocast_training_learns_what_float32_learns():
         assert accuracy(predict(trained, data), data.labels) > 0.95
 
 
+def test_a_set_that_stays_on_the_host_is_trained_on_and_poisoned_as_one_on_the_gpu(monkeypatch):
+    here = easy()
+    monkeypatch.setattr("bench.engine.data.RESIDENT", 0.0)
+    there = ImageSet(here.images.cpu(), here.labels.cpu()).to("cuda")
+    assert (there.images.device.type, there.device.type) == ("cpu", "cuda")
+    recipe = Recipe(updates=3, batch_size=64, precision="float32")
+    weights = [fit(model(), data, recipe, seed=0, augmentation=Augmentation(crop=1 / 8)) for data in (here, there)]
+    for one, other in zip(*(net.state_dict().values() for net in weights), strict=True):
+        torch.testing.assert_close(one, other)
+    patch = {"patch": torch.ones(1, 3, 3, device="cuda")}
+    poisoned = [attack["badnets"]().poison(data, patch, 4, 0)[0].images.cpu() for data in (here, there)]
+    assert torch.equal(*poisoned)
+
+
 def test_pgd_stays_in_its_ball_and_raises_the_loss():
     data, net = easy(), model().eval()
     images = data.images[:64].float() / 255

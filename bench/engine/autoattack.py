@@ -443,7 +443,7 @@ def autoattack(
     """
     if not len(data):
         raise ValueError("robust accuracy of no image at all is undefined")
-    ball, device = Ball(norm, epsilon), data.images.device
+    ball, device = Ball(norm, epsilon), data.device
     source = generator(seed, "autoattack", norm, device=device)
     attacks: tuple[tuple[str, Callable[[Tensor, Tensor, Tensor | None], Tensor], bool], ...] = (
         ("apgd_ce", lambda x, y, _: apgd(model, x, y, None, ball, source, iterations), False),
@@ -461,7 +461,7 @@ def autoattack(
             for rank in range(1, min(TARGETS, logits.shape[1] - 1) + 1) if targeted else (0,):
                 for rows in robust.nonzero().flatten().split(batch_size):
                     part = data[rows]
-                    images = part.images.float() / 255
+                    images = part.batch(slice(None)).float() / 255
                     found = run(images, part.labels, order[rows, rank] if targeted else None)
                     # Judged anew, and in the ball: an attack's own word is not taken.
                     found = ball.into(found, images)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+RESIDENT = 0.25  # of a device's memory; a larger set stays where it is, and its batches are brought over
 
 
 def generator(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -29,11 +32,11 @@ def to_uint8(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images with labels, on one device.
+    """Images with labels, on one device; the images of a set too large for it may lie elsewhere.
 
     Attributes:
-        images: (N, C, H, W) uint8.
-        labels: (N,) int64.
+        images: (N, C, H, W) uint8. A part of them is had by `batch`, which knows where they lie.
+        labels: (N,) int64, on the device that all work is done on.
     """
 
     images: Tensor
@@ -48,16 +51,40 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def device(self) -> torch.device:
+        """What all work is done on."""
+        return self.labels.device
+
     def __getitem__(self, index: Tensor | slice) -> ImageSet:
-        return ImageSet(self.images[index], self.labels[index])
+        part = ImageSet(self.images[self._there(index)], self.labels[index])
+        return part if part.images.device == self.device else part.to(self.device)
+
+    def batch(self, index: Tensor | slice) -> Tensor:
+        """(B, C, H, W) uint8, on the device: the images of these numbers."""
+        return self.images[self._there(index)].to(self.device, non_blocking=True)
 
     def to(self, device: torch.device | str) -> ImageSet:
-        return ImageSet(self.images.to(device), self.labels.to(device))
+        """The set for work on a device: a copy in its memory, or the images where they are if these are too many."""
+        device = torch.device(device)
+        fits = self.images.nbytes <= RESIDENT * _memory(device)
+        return ImageSet(self.images.to(device, copy=True) if fits else self.images, self.labels.to(device))
+
+    def _there(self, index: Tensor | slice) -> Tensor | slice:
+        return index if isinstance(index, slice) else index.to(self.images.device)
 
     def chunks(self, size: int = 1024) -> Iterator[tuple[Tensor, Tensor]]:
         """Float images and labels in order, `size` at a time: for evaluation."""
         for start in range(0, len(self), size):
-            yield to_float(self.images[start : start + size]), self.labels[start : start + size]
+            part = slice(start, start + size)
+            yield to_float(self.batch(part)), self.labels[part]
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes, all in all."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True)

@@ -95,10 +95,11 @@ class DatasetInfo:
         return source(self.name).augmentation
 
     def load(self, split: str) -> ImageSet:
-        """`train` or `test`, on the CPU, straight from a memory-mapped file."""
-        images = np.load(self.folder / f"{split}_images.npy", mmap_mode="r", allow_pickle=False)
+        """`train` or `test`, on the CPU: the images are the file itself, mapped into memory, until `to` copies them."""
+        # Copy on write: torch has no tensors that cannot be written to.
+        images = np.load(self.folder / f"{split}_images.npy", mmap_mode="c", allow_pickle=False)
         labels = np.load(self.folder / f"{split}_labels.npy", allow_pickle=False)
-        return ImageSet(torch.from_numpy(np.array(images)), torch.from_numpy(labels))
+        return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
 
 
 def source(name: str) -> DataSource:

@@ -179,7 +179,7 @@ def robust_accuracy(
 ) -> float:
     """Accuracy under PGD from one random start in the L-infinity ball; images already wrong count as wrong."""
     model.eval()
-    source = generator(seed, "robust accuracy", device=data.images.device)
+    source = generator(seed, "robust accuracy", device=data.device)
     right = 0
     for images, labels in data.chunks(batch_size):
         found = pgd(model, images, labels, epsilon=epsilon, step_size=step_size, steps=steps, random_start=source)

@@ -113,7 +113,7 @@ def reactivate(
     """
     if not len(data):
         raise ValueError("there is no image to find a perturbation on")
-    device = data.images.device
+    device = data.device
     source = generator(seed, "reactivate", device=device)
     shift = torch.zeros(1, *data.images.shape[1:], device=device)
     size = min(batch_size, len(data))
@@ -121,7 +121,7 @@ def reactivate(
         for step in range(steps):
             chosen = torch.randperm(len(data), generator=source, device=device)[:size]
             # The slope at the clamped image: that of the clamp itself is 0 for black and white pixels.
-            points = (trigger(data.images[chosen].float() / 255) + shift).clamp(0, 1).requires_grad_(True)
+            points = (trigger(data.batch(chosen).float() / 255) + shift).clamp(0, 1).requires_grad_(True)
             (slope,) = torch.autograd.grad(F.cross_entropy(model(points), wanted[chosen]), points)
             # The whole way is twelve radii, in steps that fall to nothing: any corner of the ball can be reached.
             length = 0.25 * epsilon * (1 - step / steps)

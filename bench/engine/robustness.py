@@ -82,12 +82,12 @@ def masking_warnings(
     """
     parts = [part for start in range(0, len(data), batch_size) if len(part := data[start : start + batch_size])]
     shares: dict[str, Tensor] = {}
-    flat = torch.zeros((), device=data.images.device)
-    drift = torch.zeros((), device=data.images.device)
+    flat = torch.zeros((), device=data.device)
+    drift = torch.zeros((), device=data.device)
     alike = True
-    source = {name: generator(seed, "masking", name, device=data.images.device) for name in ("pgd", "long", "other")}
+    source = {name: generator(seed, "masking", name, device=data.device) for name in ("pgd", "long", "other")}
     for part in parts:
-        images, labels = part.images.float() / 255, part.labels
+        images, labels = part.batch(slice(None)).float() / 255, part.labels
         settings: dict[str, Any] = {"epsilon": epsilon, "step_size": step_size}
         made = {
             "pgd": pgd(model, images, labels, **settings, steps=steps, random_start=source["pgd"]),
