@@ -106,22 +106,22 @@ class Bench:
             key = key_of(identity)
             if not identity or self.store.result(stage, key) is not None:
                 continue
-            with self.store.lock(stage, key) as ours:
-                if not ours:
-                    raise Busy(f"{stage} {key}")
-                if self.store.result(stage, key) is not None:
-                    continue  # finished while we came
-                try:
+            try:
+                with self.store.lock(stage, key) as ours:
+                    if not ours:
+                        raise Busy(f"{stage} {key}")
+                    if self.store.result(stage, key) is not None:
+                        continue  # finished while we came
                     if stage == "evaluate":
                         self._ask_for_inspection(trial)
                     result, tensors = self._computed(stage, trial)
                     self.store.finish(stage, identity, result, tensors)
-                except Busy:
-                    raise
-                except Exception as error:
-                    reason = " ".join(f"{type(error).__name__}: {error}".split())
-                    self.store.fail(stage, key, f"{stage}: {reason}", traceback.format_exc())
-                    raise
+            except Busy:
+                raise
+            except Exception as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                self.store.fail(stage, key, f"{stage}: {reason}", traceback.format_exc())
+                raise
 
     def _ask_for_inspection(self, trial: Trial) -> None:
         """What an evaluation reads beside the repaired model: whoever comes first computes it."""

@@ -111,3 +111,14 @@ def test_ten_kills_at_random_moments_end_in_the_same_leaderboard(tmp_path, cache
     pd.testing.assert_frame_equal(*tables, check_exact=True)
     lines = _history(tmp_path / "killed")
     assert len(lines) == len(set(lines)) == 9 + 9 + 36 + 36
+
+
+def test_a_stage_that_cannot_be_locked_says_why(run_grid, tiny):
+    settings = ["grid.attacks=[badnets]", "grid.defenses=[no_defense]"]
+    (trial,) = plan([*tiny, *settings]).trials
+    store = plan([*tiny, *settings]).store
+    (store.root / "locks").mkdir(parents=True)
+    (store.root / "locks" / f"implant-{trial.keys()[0]}").write_text("no folder, as a lock is one")
+    code, trials = run_grid(*settings)
+    assert code == 1
+    assert "FileExistsError" in trials.reason.item()
