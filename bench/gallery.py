@@ -12,6 +12,7 @@ and its ASR is not that of a backdoor alone.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,24 +58,36 @@ def pictures(opened: Plan) -> list[Path]:
     Returns:
         `triggers.png`, the figure of all of them, with a PDF beside it; nothing if no trigger is stored.
     """
+    import torch
+
     from bench.reporting.page import picture_of
     from bench.reporting.plots import trigger_picture, triggers
 
     for path in (*opened.folder.glob("trigger_*.png"), *opened.folder.glob("triggers.*")):
         path.unlink()  # of other settings
-    drawn = {}
+    # What is swept need not change the trigger: the figure shows each once.
+    found: dict[tuple[str, str], list[tuple[Trial, Tensor, Tensor]]] = defaultdict(list)
     for trial, images, triggered in stamped(opened, 1):
         opened.folder.mkdir(parents=True, exist_ok=True)
         name = picture_of(trial.dataset, trial.attack, trial.variant)
         trigger_picture(images[0], triggered[0], opened.folder / name)
-        drawn[title_of(opened, trial)] = images[0], triggered[0]
+        alike = found[trial.attack, trial.dataset]
+        if not any(torch.equal(triggered[0], shown) for _, _, shown in alike):
+            alike.append((trial, images[0], triggered[0]))
+    drawn = {
+        title_of(opened, trial, len(alike) > 1): (image, triggered)
+        for alike in found.values()
+        for trial, image, triggered in alike
+    }
     return [triggers(drawn, opened.folder, f"Grid {opened.cfg.grid.name}")] if drawn else []
 
 
-def title_of(opened: Plan, trial: Trial) -> str:
+def title_of(opened: Plan, trial: Trial, with_variant: bool = True) -> str:
     from bench.reporting.page import swept
 
-    parts = [trial.attack, *([trial.dataset] if len(opened.infos) > 1 else []), swept(trial.variant)]
+    # Whose setting it is stands in front of it.
+    variant = swept(trial.variant).replace("attack.", "") if with_variant else ""
+    parts = [trial.attack, *([trial.dataset] if len(opened.infos) > 1 else []), variant]
     return ", ".join(part for part in parts if part)
 
 

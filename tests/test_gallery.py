@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.door import plan
-from bench.gallery import main, scores, ssim
+from bench.gallery import main, pictures, scores, ssim
 from bench.pipeline import Bench
 
 
@@ -37,7 +37,6 @@ def test_ssim_falls_with_noise():
 
 
 def test_a_report_draws_each_stored_trigger_once_and_forgets_those_of_other_settings(run_grid, tiny, tmp_path):
-    from bench.gallery import pictures
     from bench.reporting.page import picture_of
 
     assert picture_of("digits", "blended", "reserve.size=0.02") == picture_of("digits", "blended")
@@ -55,6 +54,16 @@ def test_a_report_draws_each_stored_trigger_once_and_forgets_those_of_other_sett
     assert pictures(plan([*tiny, *settings, swept])) == []  # deleted for their room: a report is no worse for it
     assert pictures(plan([*tiny, *settings])) == []  # nothing is stored with these
     assert list(folder.glob("trigger*")) == []
+
+
+def test_a_trigger_that_a_sweep_does_not_change_is_shown_once(run_grid, tiny, monkeypatch):
+    settings = ["grid.attacks=[badnets,blended]", "grid.defenses=[no_defense]"]
+    swept = "grid.sweep=[{key:attack.poison_rate,values:[0.05,0.1]},{key:attack.target_label,values:[0]}]"
+    run_grid(*settings, swept)
+    shown = []
+    monkeypatch.setattr("bench.reporting.plots.triggers", lambda drawn, *_: shown.extend(drawn))
+    pictures(plan([*tiny, *settings, swept]))
+    assert shown == ["badnets", "blended"]
 
 
 @pytest.mark.slow
