@@ -8,7 +8,7 @@ stored implant can be attacked, defended and measured anywhere.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, final
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench.engine.data import Augmentation, ImageSet, generator, to_float, to_uint8
 from bench.engine.models import Classifier
-from bench.engine.registry import Registry
+from bench.engine.registry import LATER, Registry
 from bench.engine.training import Hooks, Journal, Recipe, Tensors, fit
 
 attack = Registry("attack")
@@ -278,7 +278,7 @@ class Ramping(Attack):
             `per_batch`. 0 leaves the paper's attack. A short training finds a faint trigger only so.
     """
 
-    ramp: float = 0.0
+    ramp: float = field(default=0.0, metadata=LATER)
 
     def __post_init__(self) -> None:
         super().__post_init__()

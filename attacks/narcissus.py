@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.engine.adversarial import under_attack
-from bench.engine.data import generator, to_float
+from bench.engine.data import ImageSet, generator, to_float
 from bench.engine.training import Recipe, Tensors, fit
 
 from .base import Attack, Setup, attack
@@ -87,20 +87,20 @@ class Narcissus(Attack):
             journal=setup.journal,
             part="narcissus_warmup",
         )
-        return {"pattern": self._pattern(setup, model, own.images)}
+        return {"pattern": self._pattern(setup, model, own)}
 
-    def _pattern(self, setup: Setup, model: torch.nn.Module, images: Tensor) -> Tensor:
+    def _pattern(self, setup: Setup, model: torch.nn.Module, data: ImageSet) -> Tensor:
         """(C, H, W) in [-epsilon, epsilon]: makes target-class images look still more like their class."""
         source = generator(setup.seed, "narcissus batches")
-        pattern = torch.zeros(images.shape[1:], device=images.device, requires_grad=True)
+        pattern = torch.zeros(data.images.shape[1:], device=setup.device, requires_grad=True)
         optimizer = torch.optim.RAdam([pattern], lr=self.learning_rate)
-        size = min(self.batch_size, len(images))
-        labels = torch.full((size,), self.target_label, device=images.device)
+        size = min(self.batch_size, len(data))
+        labels = torch.full((size,), self.target_label, device=setup.device)
         with under_attack(model):
             for update in range(self.updates):
-                chosen = torch.randperm(len(images), generator=source)[:size].to(images.device)
+                chosen = torch.randperm(len(data), generator=source)[:size]
                 optimizer.zero_grad(set_to_none=True)
-                loss = F.cross_entropy(model((to_float(images[chosen]) + pattern).clamp(0, 1)), labels)
+                loss = F.cross_entropy(model((to_float(data.batch(chosen)) + pattern).clamp(0, 1)), labels)
                 loss.backward()
                 optimizer.step()
                 with torch.no_grad():

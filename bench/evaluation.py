@@ -240,7 +240,8 @@ def relearned(model: Classifier, case: Case, counts: list[int]) -> list[dict[str
     train = case.train()
     order = torch.randperm(len(train), generator=generator(case.seed, "relearn images")).to(train.device)
     size = max(1, round(reactivation.CLEAN_SHARE * len(train)))
-    clean, victims = train[order[:size]], case.judged(train[order[size:]])[: max(counts)]
+    rest = order[size:]
+    clean, victims = train[order[:size]], train[rest[case.attacker.judged(train.labels[rest])][: max(counts)]]
     stamped = torch.cat([to_uint8(case.trigger(images)) for images, _ in victims.chunks()])
     poisoned = ImageSet(stamped, case.wanted(victims.labels))
     probe = fixed_part(case.judged(case.test), PROBE_IMAGES)

@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property, partial
 from itertools import product
 from typing import Any, TypeVar
@@ -466,7 +466,11 @@ def _defend(cfg: DictConfig, place: dict[str, str], usual: dict[str, Any]) -> tu
 
 def _identity_of(method: Attack | Defense) -> Identity:
     """Name, version and settings; for a method that is not ours, its source too, whose version nobody here raises."""
-    found = {"name": method.name, "version": method.version, **asdict(method)}
+    settings = asdict(method)
+    for setting in fields(method):
+        if setting.metadata.get("later") and settings[setting.name] == setting.default:
+            del settings[setting.name]  # what was computed before it came was computed so
+    found = {"name": method.name, "version": method.version, **settings}
     if type(method).__module__.partition(".")[0] not in ("attacks", "baselines", "defenses"):
         source = inspect.getsource(sys.modules[type(method).__module__])
         found["source"] = hashlib.sha256(source.encode()).hexdigest()[:16]

@@ -65,12 +65,14 @@ def sync(trials: list[Trial], store: Store, uri: str, experiment: str, artifacts
 
 def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
     board = _board(client, place)
-    there = {_name(row) for row in _rows(client, place)}
+    rows = _rows(client, place)
+    there = {_name(row) for row in rows}
+    tagged = [_tags({name: row[name] for name in ("trial", "variant")}) for row in rows]
     for run in _runs(client, place, "attributes.status = 'RUNNING' and tags.kind = 'trial'"):
-        if run.data.tags.get("store") != str(store.root.resolve()):
+        if run.data.tags.get("store") != printable(str(store.root.resolve())):
             continue  # another sweep's, which sends it now
         # Begun when the tracking broke; if its row arrived, nothing else was missing.
-        if (run.data.tags["trial"], run.data.tags["variant"]) in there:
+        if {name: run.data.tags[name] for name in ("trial", "variant")} in tagged:
             client.set_terminated(run.info.run_id)
         else:
             client.delete_run(run.info.run_id)
@@ -104,7 +106,7 @@ def _parents(client: Any, place: str, trials: list[Trial], store: Store) -> dict
     for run in _runs(client, place, "tags.kind = 'infected model'"):
         if run.info.status == "FINISHED":
             found[run.data.tags["implant"]] = run.info.run_id
-        elif run.data.tags.get("store") == str(store.root.resolve()):  # another sweep's is being sent now
+        elif run.data.tags.get("store") == printable(str(store.root.resolve())):  # another sweep's is being sent now
             client.delete_run(run.info.run_id)  # begun when the tracking broke: no trial is beneath it yet
     for trial in trials:
         key = trial.keys()[0]
@@ -117,7 +119,7 @@ def _parents(client: Any, place: str, trials: list[Trial], store: Store) -> dict
         inspected = store.result("inspect", trial.evaluate["inspect"]) or {}
         figures = dict(inspected.get("figures", {}))
         figures["implant_seconds"] = (store.result("implant", key) or {}).get("seconds")
-        run = client.create_run(place, tags={name: printable(text)[:8000] for name, text in texts.items()}).info.run_id
+        run = client.create_run(place, tags=_tags(texts)).info.run_id
         _log(client, run, figures, {"implant": key}, {"implant": trial.implant}, store)
         client.set_terminated(run)
         found[key] = run
@@ -275,7 +277,7 @@ def _send(client: Any, place: str, store: Store, trial: Trial, row: dict[str, An
     if row["commit"]:
         texts["mlflow.source.git.commit"] = row["commit"]
     # The tags come with the run: one that was begun and not ended can be told by them.
-    run: str = client.create_run(place, tags={name: printable(text)[:8000] for name, text in texts.items()}).info.run_id
+    run: str = client.create_run(place, tags=_tags(texts)).info.run_id
     keys = dict(zip(STAGES, trial.keys(), strict=True))
     curves = {stage: key for stage, key in keys.items() if stage != "implant"}  # those stand with the parent
     settings = {stage: getattr(trial, stage) for stage in STAGES}
@@ -317,8 +319,14 @@ def _log(
 
 def _allowed(name: str) -> str:
     """The name with what MLflow refuses in one written as _: most signs, and parts of a path that lead elsewhere."""
-    parts = re.sub(r"[^\w\-. :/]", "_", name)[:250].split("/")
-    return "/".join(part if part.strip(".") else "_" for part in parts)
+    parts = re.sub(r"[^\w\-. :/]", "_", name).split("/")
+    whole = "/".join(part if part.strip(".") else "_" for part in parts)[:250]
+    return whole[:-1] + "_" if whole.endswith("/") else whole
+
+
+def _tags(texts: dict[str, str]) -> dict[str, str]:
+    """As MLflow has room for them, and PostgreSQL signs."""
+    return {name: printable(text)[:8000] for name, text in texts.items()}
 
 
 def _flat(value: Any, name: str) -> list[tuple[str, Any]]:

@@ -71,7 +71,17 @@ def test_every_setting_of_every_method_is_in_its_identity(registry, group, cache
         for trial in trials:
             identity = trial.implant["attack"] if group == "attack" else (trial.defend or {}).get("defense")
             if identity:
-                assert {field.name for field in fields(cls)} | {"name", "version"} == set(identity) - {"source"}
+                named = {field.name for field in fields(cls) if not field.metadata.get("later")}
+                assert named | {"name", "version"} == set(identity) - {"source"}
+
+
+def test_a_setting_that_came_later_is_named_once_it_is_used(cache):
+    def named(*more: str) -> dict:
+        words = ["grid=quick", "grid.attacks=[wanet]", f"dataset.cache={cache}", *more]
+        return plan(words).trials[0].implant["attack"]
+
+    assert named() == {key: value for key, value in named("attack.wanet.ramp=0.5").items() if key != "ramp"}
+    assert named("attack.wanet.ramp=0.5")["ramp"] == 0.5
 
 
 def test_a_new_version_of_a_method_is_another_stage(keys, monkeypatch):

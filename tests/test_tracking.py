@@ -101,7 +101,7 @@ def test_hostile_names_and_values_come_back_from_mlflow_as_the_store_has_them(ru
     opened = plan([*tiny, *FIRST])
     whole = opened.trials[-1]
     trials = []
-    for name in [*HOSTILE, "a\x00b", "half of a pair \ud800"]:
+    for name in [*HOSTILE, "a\x00b", "half of a pair \ud800", "../x//y/", "a" * 242 + "/b", "a//" + "b" * 245]:
         defend = {**whole.defend, "defense": {**whole.defend["defense"], name: name} | {f"n{i}": i for i in range(100)}}
         evaluate = {**whole.evaluate, "defend": key_of(defend)}
         made, measured = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RESIDENT = 0.25  # of a device's memory; a larger set stays where it is, and its batches are brought over
+RESIDENT = 0.25  # of a GPU's free memory; a larger set stays on the host, and its batches are brought over
 
 
 def generator(seed: int, *purpose: str | int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -65,26 +64,19 @@ class ImageSet:
         return self.images[self._there(index)].to(self.device, non_blocking=True)
 
     def to(self, device: torch.device | str) -> ImageSet:
-        """The set for work on a device: a copy in its memory, or the images where they are if these are too many."""
+        """The set for work on a device; the images stay where they are if a GPU has no room for them."""
         device = torch.device(device)
-        fits = self.images.nbytes <= RESIDENT * _memory(device)
-        return ImageSet(self.images.to(device, copy=True) if fits else self.images, self.labels.to(device))
+        fits = device.type != "cuda" or self.images.nbytes <= RESIDENT * torch.cuda.mem_get_info(device)[0]
+        return ImageSet(self.images.to(device) if fits else self.images, self.labels.to(device))
 
     def _there(self, index: Tensor | slice) -> Tensor | slice:
-        return index if isinstance(index, slice) else index.to(self.images.device)
+        return index if isinstance(index, slice) else torch.as_tensor(index).to(self.images.device)
 
     def chunks(self, size: int = 1024) -> Iterator[tuple[Tensor, Tensor]]:
         """Float images and labels in order, `size` at a time: for evaluation."""
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             yield to_float(self.batch(part)), self.labels[part]
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes, all in all."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True)

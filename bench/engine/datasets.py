@@ -95,7 +95,7 @@ class DatasetInfo:
         return source(self.name).augmentation
 
     def load(self, split: str) -> ImageSet:
-        """`train` or `test`, on the CPU: the images are the file itself, mapped into memory, until `to` copies them."""
+        """`train` or `test`, on the CPU: the images are the file itself, mapped into memory that processes share."""
         # Copy on write: torch has no tensors that cannot be written to.
         images = np.load(self.folder / f"{split}_images.npy", mmap_mode="c", allow_pickle=False)
         labels = np.load(self.folder / f"{split}_labels.npy", allow_pickle=False)

@@ -80,7 +80,9 @@ def relearn(
     """
     watch = _Watch(success)
     watch.look(model, 0)
-    data = ImageSet(torch.cat([clean.images, poisoned.images]), torch.cat([clean.labels, poisoned.labels]))
+    data = ImageSet(
+        torch.cat([clean.batch(slice(None)), poisoned.batch(slice(None))]), torch.cat([clean.labels, poisoned.labels])
+    )
     journal = Journal(precision=precision)
     fit(model, data, RELEARN, seed=seed, augmentation=augmentation, hooks=watch, journal=journal, part="relearn")
     return Relearned(model, watch.reached, watch.course)

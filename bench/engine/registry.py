@@ -11,6 +11,10 @@ from typing import Any, TypeVar
 
 M = TypeVar("M", bound=type[Any])
 
+# The metadata of a setting that came after results had been computed: `field(default=..., metadata=LATER)`. At its
+# default the method does what it did before, and its identity does not name it: what is stored stays found.
+LATER = {"later": True}
+
 
 def near(word: str, known: list[str]) -> str:
     """The end of an error message: the nearest known name, if any, and all of them."""
