@@ -113,7 +113,7 @@ def test_an_exception_may_name_several(cache):
 def test_the_command_line_wins_over_an_exception_of_the_grid(cache):
     opened = plan(["grid=quick", "defense.aft.epsilon=0.5", f"dataset.cache={cache}"])
     aft = next(trial for trial in opened.trials if trial.defense == "aft").defend["defense"]
-    assert (aft["epsilon"], aft["updates"]) == (0.5, 200)
+    assert (aft["epsilon"], aft["updates"]) == (0.5, 160)
 
 
 def test_the_protocol_prints_an_exception_unless_the_command_line_replaced_it_for_that_method(cache):
