@@ -1,7 +1,7 @@
 """A benchmark of the hot paths, each as a ratio against its own roofline in one run. Never a timed test.
 
     python -m bench.perf [model=test_resnet] [stem=small] [size=32] [batch=256] [rounds=10] [threads=1] \
-        [only=training,adversarial,evaluation,attacks,triggers,methods,data,start,cells,pairs] \
+        [only=training,variants,adversarial,evaluation,attacks,triggers,methods,data,start,cells,pairs] \
         [attacks=wanet,bpp,input_aware] [triggers=badnets,blended,sig,ftrojan,bpp,wanet] \
         [out=FILE.csv] [against=FILE.csv]
 
@@ -11,7 +11,7 @@ attack's step the plain step; that of triggered accuracy the clean one. Path and
 busy machine slows both, and the fastest round counts. What has no roofline is shown in milliseconds alone: triggers and
 decoding for 50,000 images of 32x32, SPECTRE for a class of 5,500, starting a door, what the harness adds to a cell.
 `pairs` runs two trainings of one thread side by side, the roofline being one after the other: half of it would be twice
-the throughput.
+the throughput. `variants` (not among the default; needs a C++ compiler) asks whether bfloat16 and torch.compile pay.
 
 `out` writes the table with commit, versions and machine; `against` shows the ratios of an earlier one beside it.
 """
@@ -212,13 +212,16 @@ class Workbench:
 
         return Setup(self.data, 10, 0, lambda seed: self.model(), self.recipe, self.augmentation, Journal())
 
-    def synthetic_steps(self, slopes: int = 0) -> Callable[[], None]:
+    def synthetic_steps(self, slopes: int = 0, precision: str = "", compiled: bool = False) -> Callable[[], None]:
         """Training steps on one batch that is there already, behind so many gradients to the images each."""
+        import torch
         import torch.nn.functional as F
 
         from bench.engine.training import autocast, make_optimizer
 
         model = self.model()
+        if compiled:
+            model.net = torch.compile(model.net)
         optimizer = make_optimizer(self.recipe, model)
 
         def steps() -> None:
@@ -226,7 +229,7 @@ class Workbench:
                 self.slopes(model, slopes)
                 model.train()
                 optimizer.zero_grad(set_to_none=True)
-                with autocast(self.recipe.precision, self.device):
+                with autocast(precision or self.recipe.precision, self.device):
                     loss = F.cross_entropy(model(self.floats), self.labels)
                 loss.backward()
                 optimizer.step()
@@ -270,6 +273,13 @@ def _training(bench: Workbench) -> Iterator[Timed]:
     steps = partial(fit, model, bench.data, bench.recipe, seed=0, augmentation=bench.augmentation)
     yield Timed("training steps with data and augmentation", steps, ideal)
     yield Timed("data and augmentation alone, against steps", load, ideal)
+
+
+def _variants(bench: Workbench) -> Iterator[Timed]:
+    """What the engine might do by default, if it paid."""
+    bfloat, single = bench.synthetic_steps(precision="bfloat16"), bench.synthetic_steps(precision="float32")
+    yield Timed("training steps in bfloat16, against float32", bfloat, single)
+    yield Timed("training steps compiled, against eager", bench.synthetic_steps(compiled=True), bench.synthetic_steps())
 
 
 def _adversarial(bench: Workbench) -> Iterator[Timed]:
@@ -520,6 +530,7 @@ def worker(model: str, stem: str, size: str, batch: str, device: str) -> Callabl
 
 SECTIONS: dict[str, Callable[[Workbench], Iterator[Timed]]] = {
     "training": _training,
+    "variants": _variants,
     "adversarial": _adversarial,
     "evaluation": _evaluation,
     "attacks": _attacks,
