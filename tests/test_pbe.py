@@ -375,7 +375,7 @@ def rounds(arguments: list[str]) -> list[dict]:
 
 @pytest.mark.slow
 def test_on_digits_it_weakens_blended_and_gathers_the_poison_of_a_patch(tmp_path, cache):
-    common = ["grid=quick", "grid.defenses=[pbe]", "grid.settings=[trainset]", "grid.seeds=1"]
+    common = ["grid=quick", "grid.defenses=[pbe]", "grid.settings=[trainset]", "grid.seeds=1", "train.epochs=30"]
     # The radius for digits is the grid's own for AFT, a third of MNIST's customary one; all else is the default.
     common += ["defense.pbe.epsilon=0.1", "tracking.enabled=false", f"results={tmp_path}", f"dataset.cache={cache}"]
     blended, patch = ([*common, f"grid.attacks=[{attack}]"] for attack in ("blended", "badnets"))
