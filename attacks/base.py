@@ -326,12 +326,12 @@ class PerBatch(AttackHooks):
             chosen = torch.arange(poison + cover, device=labels.device)
         victims, covers = chosen[:poison], chosen[poison:]
         if len(victims):
-            stamped = self.attack.stamp_poison(images[victims], self.stamps, source)
-            images[victims] = self._exaggerated(images[victims], stamped, step)
+            before = images[victims]
+            images[victims] = self._exaggerated(before, self.attack.stamp_poison(before, self.stamps, source), step)
             labels[victims] = self.attack.poisoned_labels(labels[victims], self.num_classes)
         if len(covers):
-            stamped = self.attack.stamp_cover(images[covers], self.stamps, source)
-            images[covers] = self._exaggerated(images[covers], stamped, step)
+            before = images[covers]
+            images[covers] = self._exaggerated(before, self.attack.stamp_cover(before, self.stamps, source), step)
         return images, labels
 
     def _exaggerated(self, before: Tensor, stamped: Tensor, step: int) -> Tensor:

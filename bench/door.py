@@ -179,8 +179,8 @@ def command(opened: Plan, trial: Trial) -> str:
     kept = ("dataset.", "dispatch.device=")
     words = [
         word
-        for word, bare in ((word, word.lstrip("+~")) for word in opened.arguments)
-        if not bare.startswith(mine) and (bare.startswith(kept) or not LOCAL.match(bare))
+        for word in opened.arguments
+        if not (bare := word.lstrip("+~")).startswith(mine) and (bare.startswith(kept) or not LOCAL.match(bare))
     ]
     if opened.cfg.dispatch.threads != 1:
         words.append(f"dispatch.threads={opened.cfg.dispatch.threads}")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bench.grid import Trial
+    from bench.pipeline import Bench
 
 IMAGES = 100  # of each attack, for the scores
 
@@ -35,13 +36,14 @@ def main(arguments: list[str]) -> int:
     from bench.reporting.page import swept
     from bench.reporting.plots import gallery
 
+    bench = _bench(opened)
     drawn: dict[str, tuple[Tensor, Tensor]] = {}
     rows: list[dict[str, Any]] = []
-    for trial, images, triggered in stamped(opened, IMAGES):
+    for trial, images, triggered in stamped(opened, bench, IMAGES):
         drawn[title_of(opened, trial)] = images[:3], triggered[:3]
         place = {"attack": trial.attack, "dataset": trial.dataset}
         place |= {"variant": swept(trial.variant)} if swept(trial.variant) else {}
-        rows.append({**place, **scores(images, triggered), **on_clean_model(opened, trial)})
+        rows.append({**place, **scores(images, triggered), **on_clean_model(opened, bench, trial)})
     if not rows:
         raise UserError(f"no infected model of grid {opened.cfg.grid.name} is stored yet; run it with bench.run first")
     opened.folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +69,7 @@ def pictures(opened: Plan) -> list[Path]:
         path.unlink()  # of other settings
     # What is swept need not change the trigger: the figure shows each once.
     found: dict[tuple[str, str], list[tuple[Trial, Tensor, Tensor]]] = defaultdict(list)
-    for trial, images, triggered in stamped(opened, 1):
+    for trial, images, triggered in stamped(opened, _bench(opened), 1):
         opened.folder.mkdir(parents=True, exist_ok=True)
         name = picture_of(trial.dataset, trial.attack, trial.variant)
         trigger_picture(images[0], triggered[0], opened.folder / name)
@@ -82,6 +84,14 @@ def pictures(opened: Plan) -> list[Path]:
     return [triggers(drawn, opened.folder, f"Grid {opened.cfg.grid.name}")] if drawn else []
 
 
+def _bench(opened: Plan) -> Bench:
+    import torch
+
+    from bench.pipeline import Bench
+
+    return Bench(opened.store, opened.infos, torch.device("cpu"))
+
+
 def title_of(opened: Plan, trial: Trial, with_variant: bool = True) -> str:
     from bench.reporting.page import swept
 
@@ -91,14 +101,11 @@ def title_of(opened: Plan, trial: Trial, with_variant: bool = True) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def stamped(opened: Plan, count: int) -> Iterator[tuple[Trial, Tensor, Tensor]]:
+def stamped(opened: Plan, bench: Bench, count: int) -> Iterator[tuple[Trial, Tensor, Tensor]]:
     """A trial of each stored trigger of a grid, with test images (count, C, H, W) in [0, 1] before and behind it."""
-    import torch
-
-    from bench.pipeline import Bench, attack_from
+    from bench.pipeline import attack_from
     from bench.reporting.page import picture_of
 
-    bench = Bench(opened.store, opened.infos, torch.device("cpu"))
     seen: set[str] = set()
     for trial in opened.trials:
         attacker = attack_from(trial.implant)
@@ -115,12 +122,9 @@ def stamped(opened: Plan, count: int) -> Iterator[tuple[Trial, Tensor, Tensor]]:
         yield trial, images, attacker.trigger(images, bench.trigger_of(trial))
 
 
-def on_clean_model(opened: Plan, trial: Trial) -> dict[str, float | None]:
+def on_clean_model(opened: Plan, bench: Bench, trial: Trial) -> dict[str, float | None]:
     """`clean_model_asr` and `clean_model_floor` of a trigger; nothing if no clean model of its seed is stored."""
-    import torch
-
     from bench.engine.metrics import attack_figures, predict
-    from bench.pipeline import Bench
 
     axes = ("dataset", "model", "seed")
     for clean in opened.trials:
@@ -129,7 +133,6 @@ def on_clean_model(opened: Plan, trial: Trial) -> dict[str, float | None]:
             break
     else:
         return {}
-    bench = Bench(opened.store, opened.infos, torch.device("cpu"))
     case, model = bench.case(trial), bench.stored(clean, "implant", clean.keys()[0])
     true = case.test.labels
     figures = attack_figures(

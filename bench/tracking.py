@@ -65,17 +65,17 @@ def sync(trials: list[Trial], store: Store, uri: str, experiment: str, artifacts
 
 def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
     board = _board(client, place)
-    rows = _rows(client, place)
-    there = {_name(row) for row in rows}
-    tagged = [_tags({name: row[name] for name in ("trial", "variant")}) for row in rows]
-    for run in _runs(client, place, "attributes.status = 'RUNNING' and tags.kind = 'trial'"):
-        if run.data.tags.get("store") != printable(str(store.root.resolve())):
-            continue  # another sweep's, which sends it now
-        # Begun when the tracking broke; if its row arrived, nothing else was missing.
-        if {name: run.data.tags[name] for name in ("trial", "variant")} in tagged:
-            client.set_terminated(run.info.run_id)
-        else:
-            client.delete_run(run.info.run_id)
+    there = {_name(row) for row in _rows(client, place)}
+    begun = _runs(client, place, "attributes.status = 'RUNNING' and tags.kind = 'trial'")
+    # Those of another sweep are being sent now; ours were begun when the tracking broke.
+    if begun := [run for run in begun if run.data.tags.get("store") == _of(store)]:
+        tagged = {tuple(map(_tag, name)) for name in there}
+        for run in begun:
+            # If its row arrived, nothing else was missing.
+            if _name(run.data.tags) in tagged:
+                client.set_terminated(run.info.run_id)
+            else:
+                client.delete_run(run.info.run_id)
     fresh: list[Trial] = []
     for trial in trials:
         key = trial.keys()[2]
@@ -106,13 +106,13 @@ def _parents(client: Any, place: str, trials: list[Trial], store: Store) -> dict
     for run in _runs(client, place, "tags.kind = 'infected model'"):
         if run.info.status == "FINISHED":
             found[run.data.tags["implant"]] = run.info.run_id
-        elif run.data.tags.get("store") == printable(str(store.root.resolve())):  # another sweep's is being sent now
+        elif run.data.tags.get("store") == _of(store):  # another sweep's is being sent now
             client.delete_run(run.info.run_id)  # begun when the tracking broke: no trial is beneath it yet
     for trial in trials:
         key = trial.keys()[0]
         if key in found:
             continue
-        texts = {"kind": "infected model", "implant": key, "seed": str(trial.seed), "store": str(store.root.resolve())}
+        texts = {"kind": "infected model", "implant": key, "seed": str(trial.seed), "store": _of(store)}
         texts |= {axis: getattr(trial, axis) for axis in ("dataset", "model", "attack")}
         variant = ", ".join(pair for pair in trial.variant.split(", ") if pair.startswith(("attack.", "train.")))
         texts["mlflow.runName"] = _title(trial.attack, trial.seed, variant, trial.dataset, trial.model)
@@ -273,7 +273,7 @@ def _send(client: Any, place: str, store: Store, trial: Trial, row: dict[str, An
     texts = {name: str(row[name]) for name in (*TEXTS, "clean", "seed")} | {"kind": "trial"}
     rest = (trial.setting, trial.variant, trial.dataset, trial.model)
     texts |= {"mlflow.runName": f"{trial.defense} · {_title(trial.attack, trial.seed, *rest)}"}
-    texts |= {"mlflow.parentRunId": parent, "store": str(store.root.resolve())}
+    texts |= {"mlflow.parentRunId": parent, "store": _of(store)}
     if row["commit"]:
         texts["mlflow.source.git.commit"] = row["commit"]
     # The tags come with the run: one that was begun and not ended can be told by them.
@@ -325,8 +325,17 @@ def _allowed(name: str) -> str:
 
 
 def _tags(texts: dict[str, str]) -> dict[str, str]:
-    """As MLflow has room for them, and PostgreSQL signs."""
-    return {name: printable(text)[:8000] for name, text in texts.items()}
+    return {name: _tag(text) for name, text in texts.items()}
+
+
+def _tag(text: str) -> str:
+    """As MLflow has room for it, and PostgreSQL signs."""
+    return printable(text)[:8000]
+
+
+def _of(store: Store) -> str:
+    """The tag of what was sent from this store."""
+    return _tag(str(store.root.resolve()))
 
 
 def _flat(value: Any, name: str) -> list[tuple[str, Any]]:

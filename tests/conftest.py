@@ -55,12 +55,12 @@ def run_grid(tiny: list[str]) -> Callable[..., tuple[int, pd.DataFrame]]:
 
     def run(*more: str) -> tuple[int, pd.DataFrame]:
         from bench.door import plan
-        from bench.reporting.table import trial_row, trial_table
+        from bench.reporting.table import of_trials
         from bench.run import main
 
         status = main([*tiny, *more])
         opened = plan([*tiny, *more])
-        return status, trial_table([trial_row(trial, opened.store) for trial in opened.trials])
+        return status, of_trials(opened.trials, opened.store)
 
     return run
 

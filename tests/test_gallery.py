@@ -81,9 +81,9 @@ def test_a_gallery_is_drawn_from_what_is_stored(run_grid, tiny, tmp_path, capsys
     bench = Bench(opened.store, opened.infos, torch.device("cpu"))
     test = bench.test_set("digits")
     others = test[test.labels != 8]
-    with torch.no_grad():
-        sent = bench.stored(clean, "implant", clean.keys()[0])(others.images.float() / 255).argmax(1) == 8
     model = bench.stored(clean, "implant", clean.keys()[0])
+    with torch.no_grad():
+        sent = model(others.images.float() / 255).argmax(1) == 8
     rows = list(csv.DictReader(lines))
     assert any(row["clean_model_asr"] != row["clean_model_floor"] for row in rows)  # the trigger is looked at
     for row in rows:

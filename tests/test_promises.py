@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from bench.door import plan
-from bench.reporting.table import trial_row, trial_table
+from bench.reporting.table import of_trials
 from bench.run import main
 
 
 def figures(arguments: list[str]):
     assert main(arguments) == 0
     opened = plan(arguments)
-    table = trial_table([trial_row(trial, opened.store) for trial in opened.trials])
+    table = of_trials(opened.trials, opened.store)
     return table.groupby(["attack", "defense"])[["clean_accuracy", "asr"]].mean()
 
 

@@ -17,7 +17,7 @@ import pytest
 from bench import tracking
 from bench.config import UserError
 from bench.door import plan
-from bench.reporting.table import FIGURES, boards, trial_row, trial_table
+from bench.reporting.table import FIGURES, boards, of_trials
 from bench.store import key_of
 from tests.test_page import HOSTILE
 
@@ -43,7 +43,7 @@ def test_a_leaderboard_from_mlflow_equals_the_one_from_the_store(run_grid, tiny,
     swept = [*FIRST, "grid.sweep=[{key:reserve.size,values:[0.02,0.05]}]"]
     run_grid(*swept, "tracking.enabled=true", f"tracking.uri={uri}")
     opened = plan([*tiny, *swept])
-    stored = trial_table([trial_row(trial, opened.store) for trial in opened.trials])
+    stored = of_trials(opened.trials, opened.store)
     assert stored.trial.nunique() < len(stored)
     order = ["variant", "attack", "defense", "seed"]
     mirrored = tracking.read(uri, "quick").sort_values(order, ignore_index=True)
@@ -114,7 +114,7 @@ def test_hostile_names_and_values_come_back_from_mlflow_as_the_store_has_them(ru
         opened.store.finish("evaluate", evaluate, measured)
         trials.append(replace(whole, defense=name, attack=name, variant=name, defend=defend, evaluate=evaluate))
     assert tracking.sync(trials, opened.store, uri, "quick", tmp_path / "artifacts") == len(trials)
-    stored = trial_table([trial_row(trial, opened.store) for trial in trials])
+    stored = of_trials(trials, opened.store)
     pd.testing.assert_frame_equal(tracking.read(uri, "quick", trials), stored, check_exact=True)
     from mlflow import MlflowClient
 
@@ -202,7 +202,7 @@ def test_a_server_with_postgresql_gives_the_leaderboard_of_the_store_and_keeps_i
     assert do("down").returncode == 0
     assert do("up").returncode == 0
     opened = plan([*tiny, *sent])
-    stored = trial_table([trial_row(trial, opened.store) for trial in opened.trials])
+    stored = of_trials(opened.trials, opened.store)
     pd.testing.assert_frame_equal(tracking.read(uri, "quick", opened.trials), stored, check_exact=True)
     assert tracking.sync(opened.trials, opened.store, uri, "quick", Path("unused")) == 0
     # The password is among nobody's words.
