@@ -38,6 +38,7 @@ class Setup:
         fresh_model: an untrained network of the victim's architecture; another seed, other weights.
         recipe, augmentation: the victim's.
         journal: for curves and checkpoints.
+        stored_surrogate: gives the surrogate that all attacks of this seed share; None trains one here.
     """
 
     trainset: ImageSet
@@ -47,13 +48,19 @@ class Setup:
     recipe: Recipe
     augmentation: Augmentation
     journal: Journal
+    stored_surrogate: Callable[[], Classifier] | None = None
 
     @property
     def device(self) -> torch.device:
         return self.trainset.device
 
     def surrogate(self) -> Classifier:
-        """A clean network trained by the victim's recipe from another seed, for attacks that optimise on one."""
+        """A clean network trained by the victim's recipe from another seed, for attacks that optimise on one.
+
+        It is the caller's own copy, in eval mode.
+        """
+        if self.stored_surrogate is not None:
+            return self.stored_surrogate()
         model = self.fresh_model(self.seed + 1_000_003)
         return fit(
             model,

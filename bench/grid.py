@@ -77,6 +77,12 @@ class Trial:
         """The keys of the models that must be there before it is repaired and measured: its own, and its clean twin."""
         return (self.keys()[0], *([self.inspect["control"]] if self.control else []))
 
+    @property
+    def surrogate(self) -> Identity:
+        """The identity of the clean network that its attacker may optimise on: the implant's, but for the attack."""
+        shared = {name: value for name, value in self.implant.items() if name != "attack"}
+        return {**shared, "stage": "surrogate"}
+
     def twin(self) -> Trial:
         """The trial whose implant is the clean twin; nothing is done to it."""
         attack = self.control["attack"]["name"]

@@ -1,6 +1,8 @@
 """One trial: implant -> defend -> evaluate. Each stage is computed once, whoever asks for it first.
 
-An evaluation asks for a fourth one, `inspect`: what is measured of the infected model, shared by all its repairs.
+Two more are computed by the first that asks for them: `surrogate`, the clean network that attacks optimise their
+triggers on, shared by all attacks of a seed, and `inspect`, what is measured of the infected model, shared by all its
+repairs.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import random
 import resource
 import subprocess
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -132,6 +134,7 @@ class Bench:
     def _computed(self, stage: str, trial: Trial) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """One stage with its price: seconds, memory, images, and what it ran on."""
         compute = {
+            "surrogate": self._surrogate,
             "implant": self._implant,
             "defend": self._defend,
             "inspect": self._inspect,
@@ -162,6 +165,22 @@ class Bench:
 
     # The three stages -----------------------------------------------------------------------------------------
 
+    def _surrogate(self, trial: Trial, journal: Journal) -> tuple[dict[str, Any], dict[str, Tensors]]:
+        """Train the clean network that the attacker owns."""
+        try:
+            return {}, {"model": self._setup(trial, journal).surrogate().state_dict()}
+        except Diverged as error:
+            return {"status": "diverged", "reason": str(error)}, {}
+
+    def _stored_surrogate(self, trial: Trial) -> Classifier:
+        self.run(trial, ("surrogate",))
+        key = key_of(trial.surrogate)
+        result = self.store.result("surrogate", key)
+        assert result is not None, "it was run"
+        if result["status"] == "diverged":
+            raise Diverged(f"surrogate: {result['reason']}")
+        return self.stored(trial, "surrogate", key)
+
     def _implant(self, trial: Trial, journal: Journal) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """Train the infected model; keep its weights, the trigger's tensors and each image's role.
 
@@ -175,19 +194,10 @@ class Bench:
     def _trained(self, trial: Trial, journal: Journal) -> tuple[dict[str, Any], dict[str, Tensors]]:
         identity, info = trial.implant, self.infos[trial.dataset]
         attacker, seed = attack_from(identity), identity["seed"]
-        clean, _ = self._split(trial)
-        spec, recipe = spec_of(info, identity["model"]), Recipe(**identity["train"])
-        setup = Setup(
-            trainset=clean,
-            num_classes=info.num_classes,
-            seed=seed,
-            fresh_model=functools.partial(self._fresh, spec),
-            recipe=recipe,
-            augmentation=Augmentation(**identity["dataset"]["augmentation"]),
-            journal=journal,
-        )
+        setup = self._setup(trial, journal, functools.partial(self._stored_surrogate, trial))
+        clean = setup.trainset
         tensors = attacker.prepare(setup)
-        model = self._fresh(spec, seed)
+        model = setup.fresh_model(seed)
         if attacker.regime == "per_batch":
             hooks = attacker.hooks(setup, tensors)
             shipped = clean
@@ -197,7 +207,7 @@ class Bench:
         fit(
             model,
             shipped,
-            recipe,
+            setup.recipe,
             seed=seed,
             augmentation=setup.augmentation,
             hooks=hooks,
@@ -211,6 +221,20 @@ class Bench:
         return (
             {"poisoned": int((roles == POISON).sum()), "trained_on": len(clean), "notes": list(model.notes)},
             {"model": model.state_dict(), "trigger": {**tensors, "roles": roles}},
+        )
+
+    def _setup(self, trial: Trial, journal: Journal, stored_surrogate: Callable[[], Classifier] | None = None) -> Setup:
+        """What the attacker of a trial owns."""
+        identity, info = trial.implant, self.infos[trial.dataset]
+        return Setup(
+            trainset=self._split(trial)[0],
+            num_classes=info.num_classes,
+            seed=identity["seed"],
+            fresh_model=functools.partial(self._fresh, spec_of(info, identity["model"])),
+            recipe=Recipe(**identity["train"]),
+            augmentation=Augmentation(**identity["dataset"]["augmentation"]),
+            journal=journal,
+            stored_surrogate=stored_surrogate,
         )
 
     def _defend(self, trial: Trial, journal: Journal) -> tuple[dict[str, Any], dict[str, Tensors]]:

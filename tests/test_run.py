@@ -16,6 +16,7 @@ import torch
 from bench import list as listing
 from bench import report, status
 from bench.door import plan
+from bench.pipeline import Bench
 
 FIRST = ["grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"]
 
@@ -357,6 +358,42 @@ def test_two_workers_give_the_figures_of_one(run_grid, tmp_path):
     pd.testing.assert_frame_equal(alone[figures], pooled[figures], check_exact=True)
     lines = history(tmp_path / "pooled")
     assert len(lines) == len(set(lines)) == 2 + 2 + 4 + 4
+
+
+def test_attacks_that_optimise_on_a_clean_network_share_one_of_their_seed(run_grid, tiny, tmp_path, monkeypatch):
+    grid = ["grid.attacks=[none,low_frequency,trojan_nn]", "grid.defenses=[no_defense]", "dispatch.workers=2"]
+    assert run_grid(*grid, "attack.trojan_nn.steps=20")[0] == 0
+    assert [line.split()[0] for line in history(tmp_path / "results")].count("surrogate") == 1
+    # It is the network that each would have trained for itself.
+    store, alone = plan([*tiny, *grid]).store, [*grid, "attack.trojan_nn.steps=20", f"results={tmp_path / 'alone'}"]
+    given = Bench._setup
+    monkeypatch.setattr(Bench, "_setup", lambda bench, trial, journal, *_: given(bench, trial, journal))
+    opened = plan([*tiny, *alone])
+    bench = Bench(opened.store, opened.infos, torch.device("cpu"))
+    for trial in opened.trials[1:]:
+        bench.run(trial, ("implant",))
+        key = trial.keys()[0]
+        for part in ("model", "trigger"):
+            one, two = store.tensors("implant", key, part), bench.store.tensors("implant", key, part)
+            assert one.keys() == two.keys()
+            assert all(torch.equal(one[name], two[name]) for name in one)
+    assert "surrogate" not in {line.split()[0] for line in history(tmp_path / "alone")}
+
+
+def test_a_surrogate_that_diverges_or_fails_is_the_reason_of_its_attacks(run_grid, tmp_path, monkeypatch):
+    grid = ["grid.attacks=[low_frequency,trojan_nn]", "grid.defenses=[no_defense]"]
+    _, trials = run_grid(*grid, "train.lr=1e30")
+    assert set(trials.status) == {"diverged"}
+    assert all(reason.startswith("implant: surrogate: the loss became nan in epoch 1") for reason in trials.reason)
+    assert [line.split()[0] for line in history(tmp_path / "results")].count("surrogate") == 1
+
+    def fail(*_):
+        raise ValueError("no clean data")
+
+    monkeypatch.setattr("bench.pipeline.Bench._surrogate", fail)
+    code, trials = run_grid(*grid)
+    assert code == 1
+    assert set(trials.reason) == {"implant: ValueError: no clean data"}
 
 
 def test_a_worker_that_dies_costs_its_trial_and_nothing_else(run_grid, plugin):
