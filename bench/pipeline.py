@@ -46,6 +46,8 @@ from defenses.base import (
     defense,
 )
 
+SPREAD = (0.05, 0.25, 0.5, 0.75, 0.95)  # quantiles
+
 
 class Busy(Exception):
     """Another process computes this stage now."""
@@ -350,13 +352,18 @@ class Bench:
         model.load_state_dict(self.store.tensors(stage, key, "model", str(self.device)))
         return model.eval()
 
-    def _round(
-        self, case: evaluation.Case, model: Classifier, step: Tensors, poisoned: Tensor
-    ) -> dict[str, float | None]:
-        """One step of a progressive method, scored as the whole is."""
-        figures: dict[str, float | None] = {}
+    def _round(self, case: evaluation.Case, model: Classifier, step: Tensors, poisoned: Tensor) -> dict[str, Any]:
+        """One step of a progressive method, scored as the whole is; how its scores are spread, at `SPREAD`."""
+        figures: dict[str, Any] = {}
         if "suspicion" in step:
-            figures |= detection(suspicion=step["suspicion"], poisoned=poisoned)
+            suspicion = step["suspicion"]
+            figures |= detection(suspicion=suspicion, poisoned=poisoned)
+            at = torch.tensor(SPREAD, dtype=torch.float64)
+            figures["suspicion"] = {
+                role: suspicion[these].double().quantile(at).tolist()
+                for role, these in (("clean", ~poisoned), ("poison", poisoned))
+                if these.any()
+            }
         if "flagged" in step:
             chosen = step["flagged"]
             figures["selected"] = int(chosen.sum())

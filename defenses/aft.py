@@ -166,6 +166,7 @@ class AdversarialFineTuning(AdversarialRepair):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._at_least("updates", 1)
         if not 0 <= self.adversarial_updates <= self.updates:
             raise ValueError(
                 f"defense.{self.name}.adversarial_updates is {self.adversarial_updates}; "

@@ -31,53 +31,78 @@ LEAST = 2  # images to train on: batch norm has no variance from one
 GUARDS = ("off", "warn", "per_class", "asc", "drop_class")
 
 
+@dataclass(frozen=True)
+class Progressive(AdversarialRepair):
+    """Base of PBE and PUD: steps, each on the images that the scores behind the step before chose.
+
+    Attributes:
+        initial_share: of the images, drawn at random for E_0, in (0, 1].
+        adversarial_batches: how many batches, from the first, are adversarial in a later step that has no whole
+            adversarial epoch; 31 of 128 images are about 4,000.
+        min_updates: of each step, however small its set.
+        guard: after each scoring, lift and flip (see `concentration`) are logged for the class of the largest lift.
+            With `off` that is all; with `warn` the class that fires the guard is logged too (-1: none). The others
+            react: E is chosen within each class (`per_class`) or from the worst scores (`asc`); or the first step is
+            done again, from the infected weights, without images of that class (`drop_class`, later steps warn).
+        selection: False keeps E_0 in all steps.
+    """
+
+    initial_share: float = 0.05
+    adversarial_batches: int = 31
+    min_updates: int = 200
+    guard: str = "warn"
+    selection: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shares(self.name, initial_share=[self.initial_share])
+        self._at_least("adversarial_batches", 0)
+        self._at_least("min_updates", 0)
+        self._one_of("guard", *GUARDS)
+
+    def _watch(self, view: DefenderView, labels: Tensor, chosen: Tensor, changed: Tensor, step: int) -> int | None:
+        """Log what the guard sees; the class that fires it, None if none does."""
+        lift, flip = concentration(labels, chosen, changed, view.num_classes)
+        suspect = suspect_class(lift, flip)
+        top = int(lift.nan_to_num(nan=-1.0).argmax()) if suspect is None else suspect
+        view.progress.log(f"{self.name}/lift", float(lift[top]), step)
+        view.progress.log(f"{self.name}/flip", float(flip[top]), step)
+        view.progress.log(f"{self.name}/median_flip", float(flip.nanquantile(0.5)), step)
+        if self.guard != "off":
+            view.progress.log(f"{self.name}/suspect_class", -1 if suspect is None else suspect, step)
+        return suspect
+
+
 @defense("pbe")
 @dataclass(frozen=True)
-class ProgressiveBackdoorErasing(AdversarialRepair):
+class ProgressiveBackdoorErasing(Progressive):
     """Fine-tune on E_0, a random part of the images; score all images; fine-tune on E_1, the best; and so on.
 
     The images are the training set, or a reserve that may be tainted: their poison takes part unmarked. An image's
     score is the similarity of its logits before the defense and now. One optimizer serves the whole run.
 
     Attributes:
-        initial_share: of the images, drawn at random for E_0, in (0, 1].
         rates: share of the images in E_1, E_2, ...; one step more than rates, the last of which is not followed by a
             selection.
         epochs: of each step. In the first step all are adversarial.
-        adversarial_batches: how many batches, from the first, are adversarial in each later step; 31 of 128 images
-            are about 4,000.
-        min_updates: of each step, however small its set.
         disagreement: subtracted from the score of an image whose predicted class changed; PUD takes 0.5.
         order_step0: E_1 is the best of the scores (`desc`), or the worst (`asc`), a branch that the released code
             has switched off.
-        guard: after each scoring, lift and flip (see `concentration`) are logged for the class of the largest lift.
-            With `off` that is all; with `warn` the class that fires the guard is logged too (-1: none). The others
-            react: E is chosen within each class (`per_class`) or from the worst scores (`asc`); or the first step is
-            done again, from the infected weights, without images of that class (`drop_class`, later steps warn).
-        selection: False keeps E_0 in all steps.
         restart: each step starts from the infected weights with a new optimizer, where it otherwise goes on.
     """
 
     paper: ClassVar[str] = "arXiv:2202.06312"
-    initial_share: float = 0.05
     rates: list[float] = field(default_factory=lambda: [0.2, 0.5, 0.7])
     epochs: int = 10
-    adversarial_batches: int = 31
-    min_updates: int = 200
     disagreement: float = 0.0
     order_step0: str = "desc"
-    guard: str = "warn"
-    selection: bool = True
     restart: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_shares(self.name, initial_share=[self.initial_share], rates=self.rates)
+        check_shares(self.name, rates=self.rates)
         self._at_least("epochs", 1)
-        self._at_least("adversarial_batches", 0)
-        self._at_least("min_updates", 0)
         self._one_of("order_step0", "desc", "asc")
-        self._one_of("guard", *GUARDS)
         if not 0 <= self.disagreement <= 1:
             raise ValueError(f"defense.{self.name}.disagreement is {self.disagreement:g}; write a number in [0, 1]")
 
@@ -115,7 +140,7 @@ class ProgressiveBackdoorErasing(AdversarialRepair):
                 continue
             rate, worst = self.rates[step], step == 0 and self.order_step0 == "asc"
             best = highest(-score if worst else score, rate)
-            suspect = self._watch(view, *concentration(data.labels, best, changed, view.num_classes), step)
+            suspect = self._watch(view, data.labels, best, changed, step)
             if suspect is not None and self.guard == "per_class":
                 best = highest(score, rate, within=data.labels)
             elif suspect is not None and self.guard == "asc":
@@ -127,18 +152,6 @@ class ProgressiveBackdoorErasing(AdversarialRepair):
                 best = highest(fine_tune(0, again=True)[0], rate)
             chosen = best
         return Verdict(model, suspicion=rounds[-1].suspicion, rounds=tuple(rounds))
-
-    def _watch(self, view: DefenderView, lift: Tensor, flip: Tensor, step: int) -> int | None:
-        """Log what the guard sees; the class that fires it, None if none does or it is off."""
-        suspect = suspect_class(lift, flip)
-        top = int(lift.nan_to_num(nan=-1.0).argmax()) if suspect is None else suspect
-        view.progress.log(f"{self.name}/lift", float(lift[top]), step)
-        view.progress.log(f"{self.name}/flip", float(flip[top]), step)
-        view.progress.log(f"{self.name}/median_flip", float(flip.nanquantile(0.5)), step)
-        if self.guard == "off":
-            return None
-        view.progress.log(f"{self.name}/suspect_class", -1 if suspect is None else suspect, step)
-        return suspect
 
 
 @defense("pbe_code")

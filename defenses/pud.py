@@ -1,16 +1,18 @@
 """Progressive Unified Defense (PUD): PBE with SPECTRE beside its score, then unlearning, then a mean teacher.
 
 Paper: Niu et al., Towards Unified Robustness Against Both Backdoor and Adversarial Attacks, arXiv:2405.17929.
-Differs: `pud` is the defense of the paper's claim: its mean-teacher stage trains on adversarial images, at a rate of
-1e-2 with a cosine to zero. `pud_code` is the released schedule, whose last adversarial update comes long before.
-Beyond that, what the released code leaves open or undone is done: the infected weights are loaded, the attack runs in
-eval mode and in pixel units, adversarial images are clamped to [0, 1], training images are augmented as is usual for
-the data set. The target label is not known: detectors name it (`elected`), and without two that agree SPECTRE is left
-out. Its features are what the head reads, its budgets follow the class (at most a third of it) instead of fixed
-numbers. The anchor of unlearning is the weights on entering the stage, its ascent is bounded, and clean and poisoned
-images pass in one batch. The teacher follows behind each optimizer step, running statistics of batch norm included. A
-step makes at least `min_updates` updates, as in PBE; on 50,000 images without SPECTRE every count is the released
-code's. The released rates have a fifth, 0.9, whose set nothing trains on.
+Differs: `pud` is the unified defense of the paper's claim: its mean-teacher stage trains on adversarial images, at a
+rate of 1e-2 with a cosine to zero. `pud_code` is the released schedule, whose last adversarial update comes long
+before. Beyond that, what the released code leaves open or undone is done: the infected weights are loaded, the attack
+runs in eval mode and in pixel units, adversarial images are clamped to [0, 1], training images are augmented as is
+usual for the data set. The target label is not known: detectors name it (`elected`), and without two that agree SPECTRE
+is left out. Its features are what the head reads (`last_stage`: all maps of the last stage, where the released code
+takes its first block), its budgets follow the class (at most a third of it) instead of fixed numbers. The anchor of
+unlearning is the weights on entering the stage, its ascent is bounded, and clean and poisoned images pass in one batch,
+30 passes over the clean ones. The teacher follows behind each optimizer step, running statistics of batch norm
+included. A step makes at least `min_updates` updates, as in PBE; on 50,000 images without SPECTRE every count of the
+steps is the released code's. `guard` is ours, as in PBE. The released rates have a fifth, 0.9, whose set nothing trains
+on.
 Limits: PBE's, which all steps share. SPECTRE needs poison to be the smaller part of its class (see its own file), and
 in a small reserve its classes are too small to be asked.
 """
@@ -31,19 +33,9 @@ from bench.engine.data import ImageSet, generator
 from bench.engine.metrics import features, predict
 from bench.engine.models import Classifier
 from bench.engine.training import Hooks, Recipe, Tensors, make_optimizer
-from defenses.aft import AdversarialRepair, AdversarialStart
+from defenses.aft import AdversarialStart
 from defenses.base import ReserveView, Round, TrainsetView, Verdict, assumed_poison, defense, weights_of
-from defenses.pbe import (
-    check_shares,
-    concentration,
-    drawn,
-    highest,
-    images_of,
-    logits_of,
-    similarity,
-    suspect_class,
-    updates_in,
-)
+from defenses.pbe import Progressive, check_shares, drawn, highest, images_of, logits_of, similarity, updates_in
 from defenses.spectre import class_strengths, oversized_class, quantum_scores, strongest_class
 
 ENOUGH = 100  # images of a class with which SPECTRE is asked, as in the released code
@@ -51,21 +43,18 @@ ENOUGH = 100  # images of a class with which SPECTRE is asked, as in the release
 
 @defense("pud")
 @dataclass(frozen=True)
-class ProgressiveUnifiedDefense(AdversarialRepair):
+class ProgressiveUnifiedDefense(Progressive):
     """SPECTRE on the target class; PBE's steps on the rest; unlearning of the worst images; a mean teacher.
 
     The images are the training set, or a reserve that may be tainted: their poison takes part unmarked.
 
     Attributes:
-        initial_share: of the images that SPECTRE leaves, drawn at random for E_0, in (0, 1].
-        rates: share of these images in E_1, E_2, ...: the best prediction-consistency scores.
+        rates: share of the images that SPECTRE leaves in E_1, E_2, ...: the best prediction-consistency scores.
         epochs: of each step, one more than rates.
         adversarial_epochs: of each step, from its first; a step whose epochs are all adversarial is so to its end.
-        adversarial_batches: least number of adversarial batches in a step: what one with no whole epoch has.
         epsilons: radius of each step as a share of epsilon; the last of 4/255 beside 6/255.
         step_sizes: of the attack in each step, as a share of its radius. `step_size` is that of the teacher stage.
         lr_drops: where the rate falls tenfold, as a share of all steps' epochs: behind 30 and 60 of 70.
-        min_updates: of each step and stage, however small its set.
         disagreement: subtracted from the score of an image whose predicted class changed; 0 is PBE's score.
         spectre: remove what SPECTRE flags in the target class before the first step.
         spectre_inner: drop what it flags there in E_1, E_2, ... by the features of that moment, for one step each.
@@ -73,6 +62,7 @@ class ProgressiveUnifiedDefense(AdversarialRepair):
         spectre_features: `pooled`, what the head reads, or `last_stage`, the maps of the last stage.
         poison_rate: assumed poisoned / all images, for the first call, in (0, 1).
         spectre_share: assumed share of poison in a class, for the other calls and the search, in (0, 0.33].
+        search_epsilon: radius of the adversarial examples that one of the votes looks at, in [0, 1].
         target_label: null is found by vote. A number is the attacker's knowledge, for ablations.
         unlearning: do the stage of `unlearning_loss`, on the last E and the tail of the scores before it.
         tail: share of all images, the worst scores, to unlearn and to flag in the verdict, in (0, 1].
@@ -88,15 +78,13 @@ class ProgressiveUnifiedDefense(AdversarialRepair):
     """
 
     paper: ClassVar[str] = "arXiv:2405.17929"
-    initial_share: float = 0.05
+    version: ClassVar[int] = 2
     rates: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.7, 0.8])
     epochs: list[int] = field(default_factory=lambda: [10, 10, 10, 10, 30])
     adversarial_epochs: list[int] = field(default_factory=lambda: [10, 2, 1, 0, 0])
-    adversarial_batches: int = 31
     epsilons: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0, 1.0, 2 / 3])
     step_sizes: list[float] = field(default_factory=lambda: [1 / 5, 1 / 5, 1 / 5, 1 / 6, 1 / 6])
     lr_drops: list[float] = field(default_factory=lambda: [3 / 7, 6 / 7])
-    min_updates: int = 200
     disagreement: float = 0.5
     spectre: bool = True
     spectre_inner: bool = True
@@ -104,6 +92,7 @@ class ProgressiveUnifiedDefense(AdversarialRepair):
     spectre_features: str = "pooled"
     poison_rate: float = 0.1
     spectre_share: float = 0.12
+    search_epsilon: float = 4 / 255
     target_label: int | None = None
     unlearning: bool = True
     tail: float = 0.01
@@ -122,8 +111,7 @@ class ProgressiveUnifiedDefense(AdversarialRepair):
     def __post_init__(self) -> None:
         super().__post_init__()
         shares = {key: getattr(self, key) for key in ("rates", "epsilons", "step_sizes", "lr_drops")}
-        check_shares(self.name, initial_share=[self.initial_share], tail=[self.tail], **shares)
-        check_shares(self.name, poison_rate=[self.poison_rate])
+        check_shares(self.name, tail=[self.tail], poison_rate=[self.poison_rate], **shares)
         for key in ("epochs", "adversarial_epochs", "epsilons", "step_sizes"):
             if len(getattr(self, key)) != len(self.rates) + 1:
                 raise ValueError(
@@ -132,8 +120,6 @@ class ProgressiveUnifiedDefense(AdversarialRepair):
                 )
         if min(self.epochs) < 1 or min(self.adversarial_epochs) < 0:
             raise ValueError(f"defense.{self.name}: epochs are at least 1, adversarial_epochs at least 0")
-        for key in ("adversarial_batches", "min_updates"):
-            self._at_least(key, 0)
         for key in ("unlearning_epochs", "teacher_epochs"):
             self._at_least(key, 1)
         if self.target_label is not None and self.target_label < 0:
@@ -146,6 +132,11 @@ class ProgressiveUnifiedDefense(AdversarialRepair):
             raise ValueError(f"defense.{self.name}.spectre_share is {self.spectre_share:g}; write a share in (0, 0.33]")
         if not 0 <= self.teacher_momentum < 1:
             raise ValueError(f"defense.{self.name}.teacher_momentum is {self.teacher_momentum:g}; write 0.99, or less")
+        if not 0 <= self.search_epsilon <= 1:
+            raise ValueError(
+                f"defense.{self.name}.search_epsilon is {self.search_epsilon:g}; pixels are in [0, 1]. For 4 levels "
+                "write 0.0157."
+            )
         self._one_of("spectre_features", "pooled", "last_stage")
         self._one_of("shipped", "student", "teacher")
 
@@ -174,9 +165,26 @@ class ProgressiveUnifiedDefense(AdversarialRepair):
                 f"defense.{self.name}.target_label is {self.target_label}; write 0 to {view.num_classes - 1}"
             )
         data, model = images_of(view), view.model
+        infected = {name: value.clone() for name, value in model.state_dict().items()}
         optimizer = make_optimizer(self.recipe(0), model)
         reference = logits_of(model, data)
         rounds: list[Round] = []
+
+        def rated() -> Tensor:
+            """Each image's prediction consistency with the infected model, now."""
+            return similarity(reference, logits_of(model, data), self.disagreement)
+
+        def fine_tune(step: int, again: bool = False) -> tuple[Tensor, Tensor]:
+            """Fine-tune on the chosen images; the logits of all images, and their scores."""
+            updates, adversarial = self.schedule(step, int(chosen.sum()))
+            radius = self.epsilons[step] * self.epsilon
+            attack = AdversarialStart(self, adversarial, epsilon=radius, step_size=self.step_sizes[step])
+            part = f"step_{step}_again" if again else f"step_{step}"
+            self.train(view, data[chosen], self.step_recipe(step, updates), attack, part, optimizer)
+            current = logits_of(model, data)
+            score = similarity(reference, current, self.disagreement)
+            rounds.append(Round(part.replace("_", " "), chosen, -score, weights_of(model)))
+            return current, score
 
         votes = self._votes(view, data)
         everything = torch.ones(len(data), dtype=torch.bool, device=view.device)
@@ -184,42 +192,50 @@ class ProgressiveUnifiedDefense(AdversarialRepair):
         if not trusted.all():
             rounds.append(Round("SPECTRE", trusted))
         chosen = drawn(len(data), self.initial_share, view, among=trusted)
-        tail = ~everything
         for step in range(len(self.epochs)):
             if step and self.spectre_inner:
                 selected, chosen = chosen, self._filtered(view, data, chosen, votes, inner=True)
                 if (selected != chosen).any():
                     rounds.append(Round(f"selection {step}", selected))
-            updates, adversarial = self.schedule(step, int(chosen.sum()))
-            radius = self.epsilons[step] * self.epsilon
-            attack = AdversarialStart(self, adversarial, epsilon=radius, step_size=self.step_sizes[step])
-            self.train(view, data[chosen], self.step_recipe(step, updates), attack, f"step_{step}", optimizer)
-            current = logits_of(model, data)
-            score = similarity(reference, current, self.disagreement)
-            rounds.append(Round(f"step {step}", chosen, -score, weights_of(model)))
+            current, score = fine_tune(step)
+            if step == 0 or step < len(self.rates):
+                tail = self._tail(score)
             if step == len(self.rates):
                 break
-            best = torch.zeros_like(trusted)
-            best[trusted] = highest(score[trusted], self.rates[step])
+            best = best_of(score, self.rates[step], trusted)
+            changed = reference.argmax(dim=1) != current.argmax(dim=1)
+            suspect = self._watch(view, data.labels, best, changed, step)
             if step == 0:
-                changed = reference.argmax(dim=1) != current.argmax(dim=1)
-                named = suspect_class(*concentration(data.labels, best, changed, view.num_classes))
-                if named is None:
-                    named = widest_class(similarity(reference, current), data.labels, view.num_classes)
+                widest = widest_class(similarity(reference, current), data.labels, view.num_classes)
+                named = widest if suspect is None else suspect
                 view.progress.log(f"{self.name}/target_scores", named, 0)
                 votes["scores"] = named
-            chosen, tail = best, self._tail(score)
+            if suspect is not None and self.guard == "per_class":
+                best = best_of(score, self.rates[step], trusted, within=data.labels)
+            elif suspect is not None and self.guard == "asc":
+                best = best_of(-score, self.rates[step], trusted)
+            elif suspect is not None and self.guard == "drop_class" and step == 0:
+                model.load_state_dict(infected)
+                optimizer = make_optimizer(self.recipe(0), model)
+                chosen = drawn(len(data), self.initial_share, view, among=trusted & (data.labels != suspect))
+                score = fine_tune(0, again=True)[1]
+                best, tail = best_of(score, self.rates[0], trusted), self._tail(score)
+            if self.selection:
+                chosen = best
 
-        if self.unlearning and tail.any():
+        if self.unlearning:
+            rounds.append(Round("tail", tail))
             self._unlearn(view, data[chosen], data[tail], optimizer)
-            rounds.append(Round("unlearning", chosen, None, weights_of(model)))
+            score = rated()
+            rounds.append(Round("unlearning", chosen, -score, weights_of(model)))
         if self.teacher:
             teacher = self._teach(view, data[chosen], optimizer)
-            score = similarity(reference, logits_of(model, data), self.disagreement)
+            score = rated()
             rounds.append(Round("student", chosen, -score, weights_of(model)))
             rounds.append(Round("teacher", chosen, None, weights_of(teacher)))
             if self.shipped == "teacher":
                 model.load_state_dict(teacher.state_dict())
+                score = rated()
         return Verdict(model, suspicion=-score, flagged=self._tail(score), rounds=tuple(rounds))
 
     def _unlearn(
@@ -265,7 +281,7 @@ class ProgressiveUnifiedDefense(AdversarialRepair):
         votes: dict[str, int | None] = {
             "spectre": strongest_class(strengths),
             "adversarial": adversarial_target(
-                view.model, data, view.num_classes, epsilon=2 / 3 * self.epsilon, seed=view.seed
+                view.model, data, view.num_classes, epsilon=self.search_epsilon, seed=view.seed
             ),
             "size": oversized_class(data.labels, view.num_classes),
         }
@@ -368,6 +384,13 @@ class MeanTeacher(AdversarialStart):
 
     def restore(self, tensors: Tensors) -> None:
         self.teacher.load_state_dict(tensors)
+
+
+def best_of(score: Tensor, rate: float, trusted: Tensor, within: Tensor | None = None) -> Tensor:
+    """(N,) bool: the best of the trusted images, as `highest` chooses them."""
+    best = torch.zeros_like(trusted)
+    best[trusted] = highest(score[trusted], rate, within=None if within is None else within[trusted])
+    return best
 
 
 def unlearning_loss(logits: Tensor, labels: Tensor, poisoned: int, *, weight: float, limit: float) -> Tensor:

@@ -191,13 +191,14 @@ def strongest_class(strengths: Mapping[int, float], ratio: float = 1.3) -> int |
 
 
 def oversized_class(labels: Tensor, num_classes: int, ratio: float = 1.5) -> int | None:
-    """The largest class, if it has more than `ratio` times the median number of images; None otherwise.
+    """The only class of more than `ratio` times the median number of images; None if there is none, or are several.
 
-    Means something only where classes were balanced before poisoning and the attack changed labels.
+    Means something only where classes were balanced before poisoning and the attack changed labels: several large
+    classes are a set that was never balanced.
     """
     counts = torch.bincount(labels, minlength=num_classes).tolist()
-    top = max(range(num_classes), key=lambda label: counts[label])
-    return top if counts[top] > ratio * median(counts) else None
+    large = [label for label in range(num_classes) if counts[label] > ratio * median(counts)]
+    return large[0] if len(large) == 1 else None
 
 
 def candidates(most: int, skip_k1: bool = True) -> list[int]:

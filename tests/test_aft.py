@@ -232,6 +232,7 @@ def test_families_with_and_without_batch_norm_take_it(name):
     ("setting", "message"),
     [
         ({"updates": 100}, r"defense\.aft\.adversarial_updates is 200; write 0 to 100"),
+        ({"updates": 0, "adversarial_updates": 0}, "updates is 0; write 1 or more"),
         ({"adversarial_updates": -1}, "adversarial_updates is -1; write 0 to 600"),
         ({"epsilon": 6}, r"defense\.aft\.epsilon is 6; pixels are in \[0, 1\]. For 6 levels write 0.0235"),
         ({"epsilon": -0.1}, "epsilon is -0.1"),

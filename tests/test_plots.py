@@ -52,8 +52,11 @@ def test_every_figure_is_drawn_from_the_data_that_it_needs(tmp_path):
         for seed in range(2)
     ]
     seen = {"fooled": 0.5, "concentration": 0.5, "similarity": 0.1, "classes": [0.5, 0.5]}
+    spread = {"clean": [-1, -0.9, -0.8, -0.7, -0.6], "poison": [-0.5, -0.4, -0.3, -0.2, -0.1]}
     more = {
-        "rounds": [{"name": f"step {i}", "asr": 0.5 / (i + 1), "clean_accuracy": 0.9} for i in range(3)],
+        "rounds": [
+            {"name": f"step {i}", "asr": 0.5 / (i + 1), "clean_accuracy": 0.9, "suspicion": spread} for i in range(3)
+        ],
         "autoattack": [{"norm": "linf", "epsilon": e / 255, "accuracy": 1 / (1 + e)} for e in (1, 2, 4)],
         "connection": [
             {"epsilon": e / 255, "images": 100, "infected": seen, "twin": {"fooled": 0.0}, "repaired": seen}
@@ -71,6 +74,26 @@ def test_every_figure_is_drawn_from_the_data_that_it_needs(tmp_path):
     again = plots.write(trial_table([row("badnets", "a", 0, 0.5)]), tmp_path, "Grid x")
     assert {path.stem for path in again} == {"asr_heatmap", "accuracy_against_asr", "cost"}
     assert {path.stem for path in tmp_path.iterdir()} == {path.stem for path in again}
+
+
+def test_the_scores_of_clean_and_poisoned_images_are_drawn_as_the_evaluation_wrote_them():
+    steps = [
+        {"name": "step 0", "suspicion": {"clean": [0.0, 0.1, 0.2, 0.3, 0.4], "poison": [0.5, 0.6, 0.7, 0.8, 0.9]}},
+        {"name": "unscored"},
+        {"name": "step 1", "suspicion": {"clean": [0.0, 0.0, 0.1, 0.2, 0.2], "poison": [0.8, 0.8, 0.9, 1.0, 1.0]}},
+    ]
+    trials = trial_table([row("badnets", "pbe", 0, 0.5)])
+    more = {"more": {"rounds": steps}}
+    figure = plots._scores(plots._Grid(trials, cells(trials), pd.Series([more]), "x"))
+    (axis,) = figure.axes
+    assert [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines] == [
+        ("clean: median", [0, 2], [0.2, 0.1]),
+        ("poison: median", [0, 2], [0.7, 0.9]),
+    ]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["step 0", "step 1"]
+    steps[0]["suspicion"] = {"clean": [0.0] * 5}  # a clean model has nothing to tell apart
+    steps[2]["suspicion"] = {"clean": [0.0] * 5}
+    assert plots._scores(plots._Grid(trials, cells(trials), pd.Series([more]), "x")) is None
 
 
 def test_a_radius_that_the_evaluation_wrote_is_drawn_in_levels_of_255():

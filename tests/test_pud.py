@@ -12,7 +12,7 @@ from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import Classifier, ModelSpec
 from bench.engine.training import Journal, Recipe, fit
 from bench.run import main
-from defenses import aft, pud
+from defenses import aft, pbe, pud
 from defenses.base import ReserveView, TrainsetView, Verdict, offered
 from defenses.pbe import ProgressiveBackdoorErasing
 from defenses.pud import (
@@ -96,7 +96,9 @@ def weights(verdict: Verdict, name: str) -> dict[str, Tensor]:
     return next(step.weights for step in verdict.rounds if step.name == name)
 
 
-def equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+def equal(one: dict[str, Tensor] | None, two: dict[str, Tensor] | None) -> bool:
+    if one is None or two is None:
+        return one is two
     return all(torch.equal(value, two[key]) for key, value in one.items())
 
 
@@ -163,7 +165,8 @@ def test_a_run_visits_the_parts_in_order_with_one_optimizer(monkeypatch):
     assert [len(call["data"]) for call in seen.fits] == [3, 12, 24, 42, 48, 48, 48]
     assert len({id(call["optimizer"]) for call in seen.fits}) == 1
     assert all(momentum.abs().max() > 0 for call in seen.fits[1:] for momentum in call["momenta"])
-    assert names(verdict) == ["step 0", "step 1", "step 2", "step 3", "step 4", "unlearning", "student", "teacher"]
+    steps = ["step 0", "step 1", "step 2", "step 3", "step 4"]
+    assert names(verdict) == [*steps, "tail", "unlearning", "student", "teacher"]
     rates = [call["recipe"].learning_rate(0, call["recipe"].updates) for call in seen.fits]
     # 1, 2, 3 and 4 fifths of the epochs are done: 3/7 is passed at the fourth step, 6/7 only within the fifth.
     assert rates[:6] == pytest.approx([1e-2, 1e-2, 1e-2, 1e-3, 1e-3, 1e-4])
@@ -321,6 +324,17 @@ def test_each_batch_of_unlearning_holds_images_of_the_tail_behind_the_others():
     assert labels.tolist() == [0, 1, 2, 3, 0, 1, 3, 3]
 
 
+def test_the_stage_of_unlearning_learns_the_clean_unlearns_the_tail_and_stays_near_its_anchor():
+    net, data = model(), images(8)
+    hooks = Unlearning(ProgressiveUnifiedDefense(unlearning_weight=0.5, anchor_weight=0.1), net, data[:2], 2)
+    with torch.no_grad():
+        net.head.bias.add_(0.25)  # four numbers
+    found = net(data.images / 255).double().log_softmax(1).gather(1, data.labels[:, None]).neg().flatten()
+    wanted = found[:6].mean() - 0.5 * found[6:].mean() + 0.1 * 4 * 0.25
+    loss = hooks.loss(net, data.images / 255, data.labels, 0.0)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
 def test_unlearning_starts_at_its_anchor_and_draws_the_share_of_the_tail(monkeypatch):
     seen = Seen(monkeypatch)
     run(batch_size=20)
@@ -338,10 +352,10 @@ def test_unlearning_starts_at_its_anchor_and_draws_the_share_of_the_tail(monkeyp
 
 def test_each_stage_can_be_left_out_alone():
     without = run(unlearning=False)
-    assert [name for name in names(plain()) if name != "unlearning"] == names(without)
+    assert [name for name in names(plain()) if name not in ("tail", "unlearning")] == names(without)
     assert equal(weights(without, "step 4"), weights(plain(), "step 4"))
     untaught = run(teacher=False)
-    assert names(untaught) == names(plain())[:6]
+    assert names(untaught) == names(plain())[:7]
     assert equal(weights(untaught, "unlearning"), weights(plain(), "unlearning"))
     assert equal(untaught.model.state_dict(), weights(plain(), "unlearning"))
 
@@ -370,6 +384,87 @@ def test_the_first_step_is_that_of_pbe(monkeypatch):
     settings = {key: SMALL[key] for key in ("batch_size", "min_updates", "attack_steps")}
     first = ProgressiveBackdoorErasing(epochs=1, rates=[], **settings).defend(view(images()))
     assert equal(weights(plain(), "step 0"), first.model.state_dict())
+
+
+def test_the_verdict_scores_images_by_the_model_that_is_shipped_whatever_stage_ends_the_run():
+    data = images()
+    before = pud.logits_of(model(), data)
+    # Large enough weights, so that no two stages end in one model.
+    for settings in ({}, {"shipped": "teacher"}, {"teacher": False}, {"teacher": False, "unlearning": False}):
+        verdict = run(unlearning_weight=0.5, lr=0.05, **settings)
+        now = pud.logits_of(verdict.model, data)
+        assert torch.equal(verdict.suspicion, -pud.similarity(before, now, 0.5))
+        assert torch.equal(verdict.flagged, verdict.suspicion > verdict.suspicion.sort().values[-4])
+
+
+def test_what_is_unlearned_is_the_tail_of_the_scores_that_chose_the_last_set(monkeypatch):
+    seen = Seen(monkeypatch)
+    verdict = run()
+    score = -verdict.rounds[3].suspicion.numpy()
+    worst = np.argsort(-score, kind="stable")[57:]
+    assert chosen(verdict, "tail") == set(worst.tolist())
+    assert torch.equal(seen.fits[5]["hooks"].poison.images, images().images[sorted(worst.tolist())])
+    # A run of one step has a tail too.
+    alone = run(rates=[], epochs=[1], adversarial_epochs=[1], epsilons=[1.0], step_sizes=[0.2])
+    assert names(alone) == ["step 0", "tail", "unlearning", "student", "teacher"]
+    assert len(chosen(alone, "tail")) == 3
+
+
+def test_without_selection_all_steps_keep_the_first_set_and_the_tail_is_unlearned_all_the_same():
+    found = run(selection=False)
+    sets = [chosen(found, f"step {number}") for number in range(5)]
+    assert sets == [chosen(plain(), "step 0")] * 5
+    assert equal(weights(found, "step 0"), weights(plain(), "step 0"))
+    assert len(chosen(found, "tail")) == 3
+
+
+def test_without_adversarial_training_the_search_for_the_target_is_the_same(monkeypatch):
+    asked = []
+    monkeypatch.setattr(pud, "adversarial_target", lambda *_, epsilon, **__: asked.append(epsilon))
+    for epsilon in (6 / 255, 12 / 255, 0.0):
+        run(epsilon=epsilon)
+    assert asked == [4 / 255] * 3
+
+
+# The guard -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def firing(monkeypatch):
+    """The guard fires on class 2 behind every step."""
+    monkeypatch.setattr(pbe, "suspect_class", lambda lift, flip: 2)
+
+
+def test_a_guard_that_warns_or_is_off_changes_nothing_and_watches_every_selection(firing):
+    for guard, logged in (("off", set()), ("warn", {"pud/suspect_class"})):
+        journal = Journal()
+        found = ProgressiveUnifiedDefense(**SMALL, guard=guard).defend(view(images(), journal))
+        assert equal(found.model.state_dict(), plain().model.state_dict())
+        kept = {name.removeprefix("pud/") for name in journal.curves if name.startswith("pud/")}
+        assert kept >= {"lift", "flip", "median_flip", "target_scores"}
+        assert {name for name in journal.curves if name.endswith("suspect_class")} == logged
+        assert [step for step, _ in journal.curves["pud/lift"]] == [0, 1, 2, 3]
+
+
+def test_the_guard_chooses_within_classes_or_the_worst(firing):
+    within = run(guard="per_class")
+    for step, rate in enumerate((0.2, 0.4, 0.7, 0.8), start=1):
+        counts = np.bincount([index % 4 for index in chosen(within, f"step {step}")])
+        assert counts.tolist() == [int(15 * rate + 1e-9)] * 4
+    worst = run(guard="asc")
+    score = -worst.rounds[0].suspicion.numpy()
+    assert chosen(worst, "step 1") == set(np.argsort(score, kind="stable")[:12].tolist())
+
+
+def test_the_guard_repeats_the_first_step_without_the_class_from_the_infected_weights(firing, monkeypatch):
+    seen = Seen(monkeypatch)
+    found = run(guard="drop_class")
+    assert names(found)[:3] == ["step 0", "step 0 again", "step 1"]
+    assert not any(index % 4 == 2 for index in chosen(found, "step 0 again"))
+    assert equal(seen.fits[1]["before"], seen.fits[0]["before"])
+    assert not seen.fits[1]["momenta"]
+    score = -found.rounds[1].suspicion.numpy()
+    assert chosen(found, "step 1") == set(np.argsort(-score, kind="stable")[:12].tolist())
 
 
 # SPECTRE ---------------------------------------------------------------------------------------------------------
@@ -487,7 +582,7 @@ def test_the_vote_of_the_infected_model_names_the_target_and_each_vote_is_logged
     for voted, calls in ((3, 2), (2, 0)):
         monkeypatch.setattr(pud, "adversarial_target", lambda *_, voted=voted, **__: voted)
         monkeypatch.setattr(pud, "widest_class", lambda *_: 0)
-        monkeypatch.setattr(pud, "suspect_class", lambda *_: None)
+        monkeypatch.setattr(pbe, "suspect_class", lambda *_: None)
         journal = Journal()
         filtering.clear()
         ProgressiveUnifiedDefense(**SHORT).defend(view(images(240), journal))
@@ -497,7 +592,7 @@ def test_the_vote_of_the_infected_model_names_the_target_and_each_vote_is_logged
         }
         assert found == {"spectre": 3, "adversarial": voted, "size": -1, "scores": 0}
     # The scores of the first step may give the second voice: then the sets of later steps are filtered.
-    monkeypatch.setattr(pud, "suspect_class", lambda *_: 3)
+    monkeypatch.setattr(pbe, "suspect_class", lambda *_: 3)
     filtering.clear()
     ProgressiveUnifiedDefense(**SHORT).defend(view(images(240)))
     assert len(filtering) == 1
@@ -595,6 +690,7 @@ def test_on_digits_it_erases_blended(tmp_path, cache):
     arguments = ["grid=quick", "grid.attacks=[blended]", "grid.defenses=[pud]", "grid.settings=[trainset]"]
     # The radius for digits is the grid's own for AFT, a third of MNIST's customary one; the stages are shortened to
     # their least updates, all else is the default.
+    arguments += ["defense.pud.search_epsilon=0.067"]
     arguments += ["defense.pud.epsilon=0.1", "defense.pud.unlearning_epochs=10", "defense.pud.teacher_epochs=10"]
     arguments += ["grid.seeds=1", "train.epochs=30", "tracking.enabled=false"]
     arguments += [f"results={tmp_path}", f"dataset.cache={cache}"]
@@ -623,6 +719,8 @@ def test_it_takes_both_views():
         ({"spectre_share": 0.5}, r"spectre_share is 0.5; write a share in \(0, 0.33\]"),
         ({"teacher_momentum": 1.0}, "teacher_momentum is 1"),
         ({"batch_size": 1}, "batch_size is 1; unlearning needs 2"),
+        ({"search_epsilon": 4}, r"search_epsilon is 4; pixels are in \[0, 1\]. For 4 levels write 0.0157"),
+        ({"guard": "fire"}, "guard is 'fire'; write off or warn or per_class or asc or drop_class"),
         ({"shipped": "both"}, "write student or teacher"),
         ({"target_label": -1}, "target_label is -1"),
         ({"teacher_epochs": 0}, "teacher_epochs is 0; write 1 or more"),

@@ -282,6 +282,14 @@ def test_an_oversized_class_is_named_by_its_count():
     assert oversized_class(torch.tensor([0] * 10 + [1] * 15 + [2] * 10 + [3] * 9), 4) is None  # 15 = 1.5 * 10
 
 
+def test_large_classes_of_a_set_that_was_never_balanced_are_not_named():
+    svhn = [4948, 13861, 10585, 8497, 7458, 6882, 5727, 5595, 5045, 4659]  # its training digits
+    gtsrb = [210, 2220, 2250, 1410, 1980, 1860, 420, 1440, 1410, 1470, 2010, 1320, 2100, 2160, 780, 630, 420, 1110]
+    for counts in (svhn, gtsrb):
+        labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        assert oversized_class(labels, len(counts)) is None
+
+
 def test_the_rarest_class_is_not_named_for_being_rare_but_a_poisoned_one_is():
     sizes = [80, 300, 500, 1200]
     labels = torch.repeat_interleave(torch.arange(4), torch.tensor(sizes))

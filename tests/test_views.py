@@ -231,6 +231,8 @@ def test_what_a_method_says_of_its_images_is_scored_against_the_truth_by_the_eva
     assert first["selected"] == images - poison + 1
     assert first["selected_poison"] == pytest.approx(1 / (images - poison + 1))
     assert first["random_poison"] == pytest.approx(poison / images)
+    assert first["suspicion"] == {"clean": [0.0] * 5, "poison": [1.0] * 5}
+    assert "suspicion" not in second
     assert first["clean_accuracy"] == figures["clean_accuracy"]
     assert first["asr"] == figures["asr"]
     assert "asr" not in second

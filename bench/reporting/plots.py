@@ -576,6 +576,37 @@ def _rounds(grid: _Grid) -> Figure | None:
         return _titled(figure, grid.caption("Step by step; means over attacks and seeds.", place=common))
 
 
+def _scores(grid: _Grid) -> Figure | None:
+    """How far the scores of clean and poisoned images lie apart, step by step."""
+    found = [
+        (_where(row), row.defense, kind, index, step["name"], *values)
+        for row, steps in grid.more("rounds")
+        for index, step in enumerate(steps)
+        for kind, values in step.get("suspicion", {}).items()
+        if len(step["suspicion"]) == 2
+    ]
+    marks = ["lowest", "low", "middle", "high", "highest"]
+    table = pd.DataFrame(found, columns=["place", "defense", "kind", "step", "name", *marks])
+    panels = [(place, part) for place, part in parts(table, ["place", "defense"]) if part.step.nunique() > 1]
+    if not panels:
+        return None
+    titles, common = _apart([(defense, *place) for (place, defense), _ in panels])
+    with _paper() as plt:
+        figure, axes = _panels(plt, len(panels), WIDTH, 2.2)
+        for axis, title, (_, part) in zip(axes, titles, panels, strict=True):
+            for (kind, own), color, marker in zip(part.groupby("kind"), ("C0", "C3"), "os", strict=True):
+                curve = own.groupby("step")[marks].mean()
+                axis.plot(curve.index, curve.middle, label=f"{kind}: median", color=color, marker=marker)
+                for low, high, strength in (("lowest", "highest", 0.12), ("low", "high", 0.25)):
+                    axis.fill_between(curve.index, curve[low], curve[high], color=color, alpha=strength, linewidth=0)
+            ticks = part.drop_duplicates("step").sort_values("step")
+            axis.set_xticks(ticks.step, [_short(name, 14) for name in ticks.name], rotation=45, ha="right")
+            axis.set(title=title, ylabel="suspicion")
+        _legend(figure, axes)
+        what = "Suspicion of images, step by step: medians, half and nine tenths of them; means over attacks and seeds."
+        return _titled(figure, grid.caption(what, place=common))
+
+
 def _detection(grid: _Grid) -> Figure | None:
     """ROC of suspicion scores, averaged over seeds and attacks at equal false positive rates."""
     at = np.linspace(0, 1, 201)
@@ -796,6 +827,7 @@ _DRAWN = {
     "sweep": _sweep,
     "epsilon": _epsilon,
     "rounds": _rounds,
+    "scores": _scores,
     "detection": _detection,
     "relearn": _relearn,
     "relearn_curves": _relearning,
