@@ -100,7 +100,7 @@ def _device(cfg: DictConfig, pick: Callable[[str], torch.device]) -> torch.devic
 
 def protocol(opened: Plan) -> list[str]:
     """The lines printed beneath every table: what the numbers mean, and every setting that is not a default."""
-    from bench.grid import ablations, overridden, seeds_of
+    from bench.grid import ablations, listed, method_of, overridden, seeds_of, written
 
     cfg, infos = opened.cfg, opened.infos
     measure, reserve = cfg.measure, cfg.reserve
@@ -129,18 +129,28 @@ def protocol(opened: Plan) -> list[str]:
     ]
     words = [word for word in opened.arguments if not LOCAL.match(word.lstrip("+"))]
     lines.append(f"command: {shlex.join(['python', '-m', 'bench.run', *words])}")
+
+    def settings(changed: dict[str, Any]) -> str:
+        return ", ".join(f"{key}={written(value)}" for key, value in changed.items())
+
     for name, entry in ablations(cfg).items():
         if name in cfg.grid.defenses:
-            lines.append(f"{name}: {entry['defense']} with {entry['set']}")
+            lines.append(f"{name}: {entry['defense']} with {settings(entry['set'])}")
+    there = {axis: set(cfg.grid[f"{axis}s"]) for axis in ("dataset", "model", "attack", "defense", "setting")}
+    there["defense"] |= {method_of(cfg, name) for name in there["defense"]}
     for exception in cfg.grid.exceptions:
-        where = ", ".join(str(exception[axis]) for axis in exception if axis not in ("set", "why")) or "all cells"
+        matched = {
+            axis: [name for name in listed(exception[axis]) if name in there[axis]]
+            for axis in set(there) & set(exception)
+        }
         applied = {
             key: value
             for key, value in exception["set"].items()
             if not overridden(cfg, exception, str(key), opened.explicit)
         }
-        if applied:
-            lines.append(f"exception for {where}: {applied}: {exception['why']}")
+        if applied and all(matched.values()):
+            where = ", ".join(name for axis in there if axis in matched for name in matched[axis]) or "all cells"
+            lines.append(f"exception for {where}: {settings(applied)}: {exception['why']}")
     return lines
 
 

@@ -238,7 +238,7 @@ def _check_exceptions(cfg: DictConfig) -> None:
             )
         for axis, names_ in known.items():
             if axis in exception:
-                _distinct(_listed(exception[axis]), f"grid.exceptions.{axis}s", names_)
+                _distinct(listed(exception[axis]), f"grid.exceptions.{axis}s", names_)
         for key in exception["set"]:
             if str(key).partition(".")[0] not in PER_CELL:
                 raise UserError(f"grid.exceptions: {key!r} cannot be set for single cells")
@@ -249,11 +249,11 @@ def overridden(cfg: DictConfig, exception: Any, key: str, explicit: frozenset[st
     head, _, rest = key.partition(".")
     if head not in ("attack", "defense"):
         return key in explicit
-    methods = _listed(exception[head] if head in exception else cfg.grid[f"{head}s"])
+    methods = listed(exception[head] if head in exception else cfg.grid[f"{head}s"])
     return all(f"{head}.{method_of(cfg, method)}.{rest}" in explicit for method in methods)
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
     """One name, or a list of names, as a list."""
     return [value] if isinstance(value, str) else list(value)
 
@@ -512,7 +512,7 @@ def _with_exceptions(
     fitting = (
         exception
         for exception in exceptions
-        if all({place[axis], methods[axis]} & set(_listed(value)) for axis, value in exception.items() if axis in place)
+        if all({place[axis], methods[axis]} & set(listed(value)) for axis, value in exception.items() if axis in place)
     )
     changes = [("exceptions", key, value) for exception in fitting for key, value in exception["set"].items()]
     changes += [("ablations", f"defense.{key}", value) for key, value in ablation["set"].items()]

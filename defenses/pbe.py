@@ -39,7 +39,7 @@ class Progressive(AdversarialRepair):
         initial_share: of the images, drawn at random for E_0, in (0, 1].
         adversarial_batches: how many batches, from the first, are adversarial in a later step that has no whole
             adversarial epoch; 31 of 128 images are about 4,000.
-        min_updates: of each step, however small its set.
+        min_updates: of each step (PUD: and stage), however small its set.
         guard: after each scoring, lift and flip (see `concentration`) are logged for the class of the largest lift.
             With `off` that is all; with `warn` the class that fires the guard is logged too (-1: none). The others
             react: E is chosen within each class (`per_class`) or from the worst scores (`asc`); or the first step is

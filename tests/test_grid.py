@@ -120,11 +120,15 @@ def test_the_protocol_prints_an_exception_unless_the_command_line_replaced_it_fo
     def printed(*more: str) -> str:
         return "\n".join(protocol(plan(["grid=quick", f"dataset.cache={cache}", *more])))
 
-    assert "'defense.epsilon': 0.1" in printed()
-    assert "'defense.epsilon': 0.1" not in printed("defense.aft.epsilon=0.2")
+    assert "exception for aft: defense.epsilon=0.1, defense.updates=160" in printed()
+    assert "defense.epsilon=0.1" not in printed("defense.aft.epsilon=0.2")
     # Another method's setting of the same name replaces nothing.
     shared = "grid.exceptions=[{defense: aft, set: {defense.lr: 0.5}, why: x}]"
-    assert "'defense.lr': 0.5" in printed(shared, "defense.fine_tuning.lr=0.1")
+    assert "exception for aft: defense.lr=0.5: x" in printed(shared, "defense.fine_tuning.lr=0.1")
+    # Of several, those that the grid has; none without one.
+    several = "grid.exceptions=[{defense: [aft, fine_tuning, pbe], set: {defense.lr: 0.5}, why: x}]"
+    assert "exception for aft, fine_tuning: defense.lr=0.5: x" in printed(several)
+    assert "exception for" not in printed(several, "grid.defenses=[no_defense]")
 
 
 def test_the_protocol_names_the_command_without_what_changes_no_figure(cache):
@@ -148,7 +152,7 @@ def test_an_ablation_is_a_row_of_its_own_and_changes_its_defense_there_alone(cac
     # The exception for the method holds for both; the stage's identity is the method's, not the row's.
     assert ablated == {**whole, "epsilon": 0.0} != whole
     assert whole["updates"] == 250
-    assert "plain: aft with {'epsilon': 0}" in "\n".join(protocol(opened))
+    assert "plain: aft with epsilon=0" in "\n".join(protocol(opened))
     same = plan(["defense.aft.epsilon=0", *ABLATED, "grid.defenses=[aft]", f"dataset.cache={cache}"])
     assert same.trials[0].keys() == opened.trials[1].keys()
 
