@@ -6,6 +6,7 @@ import math
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from attacks.base import attack
@@ -131,8 +132,10 @@ def test_what_is_published_can_be_read_and_names_methods_of_ours_where_we_have_t
     assert set(found.defense) - {"d-br", "d-st", "dde", "mbns", "dbd"} <= set(defense)
 
 
-def test_a_table_of_an_earlier_version_is_read():
-    path = str(Path(__file__).parents[1] / "results" / "cifar10_attacks" / "trials_seed0.csv")
+def test_a_table_of_an_earlier_version_is_read(tmp_path):
+    known = pd.read_csv(Path(__file__).parents[1] / "results" / "cifar10_attacks" / "trials_seed0.csv")
+    path = str(tmp_path / "trials.csv")
+    known.drop(columns=["variant", "der", "consistency", "infected_asr", "warnings"]).to_csv(path, index=False)
     assert compare.main([path, path]) == 0
 
 
