@@ -208,15 +208,17 @@ def drawn(count: int, share: float, view: DefenderView, among: Tensor | None = N
     return chosen
 
 
-def highest(score: Tensor, rate: float, within: Tensor | None = None) -> Tensor:
+def highest(score: Tensor, rate: float, within: Tensor | None = None, among: Tensor | None = None) -> Tensor:
     """(N,) bool: the floor(rate N) images of the highest scores, at least two; ties go to the lower index.
 
-    `within` (N,) int64 takes that share of each of its classes.
+    `within` (N,) int64 takes that share of each of its classes; `among` (N,) bool limits it to these.
     """
     chosen = torch.zeros(len(score), dtype=torch.bool, device=score.device)
-    groups = [torch.arange(len(score), device=score.device)]
+    all_of_them = torch.arange(len(score), device=score.device) if among is None else among.nonzero().flatten()
+    groups = [all_of_them]
     if within is not None:
-        groups = [(within == label).nonzero().flatten() for label in within.unique().tolist()]
+        labels = within[all_of_them]
+        groups = [all_of_them[labels == label] for label in labels.unique().tolist()]
     for group in groups:
         best = score[group].argsort(descending=True, stable=True)
         chosen[group[best[: max(LEAST, floor(rate * len(group)))]]] = True

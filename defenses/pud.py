@@ -202,7 +202,7 @@ class ProgressiveUnifiedDefense(Progressive):
                 tail = self._tail(score)
             if step == len(self.rates):
                 break
-            best = best_of(score, self.rates[step], trusted)
+            best = highest(score, self.rates[step], among=trusted)
             changed = reference.argmax(dim=1) != current.argmax(dim=1)
             suspect = self._watch(view, data.labels, best, changed, step)
             if step == 0:
@@ -211,15 +211,15 @@ class ProgressiveUnifiedDefense(Progressive):
                 view.progress.log(f"{self.name}/target_scores", named, 0)
                 votes["scores"] = named
             if suspect is not None and self.guard == "per_class":
-                best = best_of(score, self.rates[step], trusted, within=data.labels)
+                best = highest(score, self.rates[step], within=data.labels, among=trusted)
             elif suspect is not None and self.guard == "asc":
-                best = best_of(-score, self.rates[step], trusted)
+                best = highest(-score, self.rates[step], among=trusted)
             elif suspect is not None and self.guard == "drop_class" and step == 0:
                 model.load_state_dict(infected)
                 optimizer = make_optimizer(self.recipe(0), model)
                 chosen = drawn(len(data), self.initial_share, view, among=trusted & (data.labels != suspect))
                 score = fine_tune(0, again=True)[1]
-                best, tail = best_of(score, self.rates[0], trusted), self._tail(score)
+                best, tail = highest(score, self.rates[0], among=trusted), self._tail(score)
             if self.selection:
                 chosen = best
 
@@ -384,13 +384,6 @@ class MeanTeacher(AdversarialStart):
 
     def restore(self, tensors: Tensors) -> None:
         self.teacher.load_state_dict(tensors)
-
-
-def best_of(score: Tensor, rate: float, trusted: Tensor, within: Tensor | None = None) -> Tensor:
-    """(N,) bool: the best of the trusted images, as `highest` chooses them."""
-    best = torch.zeros_like(trusted)
-    best[trusted] = highest(score[trusted], rate, within=None if within is None else within[trusted])
-    return best
 
 
 def unlearning_loss(logits: Tensor, labels: Tensor, poisoned: int, *, weight: float, limit: float) -> Tensor:
