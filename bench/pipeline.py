@@ -47,6 +47,7 @@ from defenses.base import (
 )
 
 SPREAD = (0.05, 0.25, 0.5, 0.75, 0.95)  # quantiles
+HELD = 2**29  # bytes of triggered test images that a process keeps
 
 
 class Busy(Exception):
@@ -331,14 +332,18 @@ class Bench:
         identity = trial.implant
         key = key_of(identity)
         if key in self._cases:
+            self._cases[key] = self._cases.pop(key)  # the latest stands last
             return self._cases[key]
-        self._cases.clear()  # of one implant at a time: it holds triggered images
+        # A case holds two triggered copies of the test set, and a grid takes turns between the seeds of a repair.
+        test = self.test_set(trial.dataset)
+        while self._cases and (len(self._cases) + 1) * 2 * test.images.nbytes > HELD:
+            del self._cases[next(iter(self._cases))]
         self._cases[key] = evaluation.Case(
             attacker=attack_from(identity),
             tensors=self.trigger_of(trial),
             num_classes=self.infos[trial.dataset].num_classes,
             seed=identity["seed"],
-            test=self.test_set(trial.dataset),
+            test=test,
             train=lambda: self._split(trial)[0],
             augmentation=Augmentation(**identity["dataset"]["augmentation"]),
             precision=identity["train"]["precision"],

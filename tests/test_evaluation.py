@@ -168,6 +168,21 @@ def test_the_infected_model_is_measured_once_for_all_its_repairs(tiny):
     assert first["der"] == 0.5
 
 
+def test_seeds_in_turns_are_shown_the_triggered_images_made_first_as_far_as_memory_goes(tiny, monkeypatch):
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "grid.seeds=3"])
+    bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    monkeypatch.setattr(Bench, "trigger_of", lambda self, trial: {})
+    one, two, three = opened.trials
+    first = bench.case(one)
+    assert bench.case(two) is not first
+    assert bench.case(one) is first
+    monkeypatch.setattr("bench.pipeline.HELD", 2 * 2 * first.test.images.nbytes)  # two at a time
+    second = bench.case(two)
+    bench.case(three)
+    assert bench.case(two) is second
+    assert bench.case(one) is not first  # the one that was not asked for longest gave way
+
+
 def test_autoattack_brings_two_figures_a_curve_and_a_place_for_warnings(tiny, monkeypatch):
     short = functools.partial(robustness.curve, iterations=2, queries=2)
     monkeypatch.setattr(evaluation.robustness, "curve", short)
