@@ -7,6 +7,7 @@ import math
 import pytest
 
 from bench.reporting.table import Board, boards, cells, trial_table
+from defenses.base import SETTINGS
 
 
 def row(defense: str, attack: str, seed: int, accuracy: float | None, asr: float | None, **more):
@@ -115,6 +116,12 @@ def test_a_wrecked_model_is_known_without_the_undefended_one_in_the_grid():
     assert not any("nobody can tell" in note for note in boards(trials, [])[0].notes)
     unmeasured = trial_table([row("aft", "badnets", 0, 0.2, 0.0)])
     assert any("nobody can tell" in note for note in boards(unmeasured, [])[0].notes)
+
+
+def test_a_wrecked_model_that_needs_no_images_is_named_once_for_both_settings():
+    wrecked = [row("clp", "badnets", 0, 0.2, 0.0, infected_accuracy=0.95, setting=name) for name in SETTINGS]
+    (board,) = boards(trial_table(wrecked), [])
+    assert sum(note.startswith("wrecked: clp against badnets") for note in board.notes) == 1
 
 
 def test_a_defense_that_does_not_work_in_a_setting_has_no_row_there_and_stands_in_the_notes():

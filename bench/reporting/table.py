@@ -644,7 +644,7 @@ def _notes(part: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
     part = part[~_foreign(part)]
     for state in STATES[1:-1]:
         count, reason = _field(state), f"{_field(state)}_reason"
-        for _, cell in part[part[count] > 0].drop_duplicates(["defense", "setting", reason]).iterrows():
+        for _, cell in part[part[count] > 0].drop_duplicates(["defense", reason]).iterrows():
             notes.append(f"{state}: {cell.defense} against {cell.attack}: {cell[reason]}")
     if (part.missing > 0).any():
         notes.append(f"missing: {int(part.missing.sum())} trials are not computed yet; run the grid to fill them")
