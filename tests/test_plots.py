@@ -96,6 +96,27 @@ def test_the_scores_of_clean_and_poisoned_images_are_drawn_as_the_evaluation_wro
     assert plots._scores(plots._Grid(trials, cells(trials), pd.Series([more]), "x")) is None
 
 
+def test_the_steps_of_each_attack_are_a_panel_while_there_is_room(monkeypatch):
+    asr = {"badnets": [0.9, 0.8], "blended": [0.3, 0.2]}
+    trials = trial_table([row(attack, "pbe", 0, 0.5) for attack in asr])
+    trials.loc[0, "status"] = "wrecked"  # the steps tell where
+    behind = pd.Series(
+        {"more": {"rounds": [{"name": f"step {index}", "asr": value} for index, value in enumerate(values)]}}
+        for values in asr.values()
+    )
+    grid = plots._Grid(trials, cells(trials), behind, "x")
+    figure = plots._rounds(grid)
+    assert {axis.get_title(): list(axis.lines[0].get_ydata()) for axis in figure.axes} == {
+        "badnets": [90, 80],
+        "blended": [30, 20],
+    }
+    assert "means over seeds" in figure.get_suptitle()
+    monkeypatch.setattr(plots, "MOST_STEPWISE", 1)
+    figure = plots._rounds(grid)
+    assert [list(axis.lines[0].get_ydata()) for axis in figure.axes] == [[60, 50]]
+    assert "means over attacks and seeds" in figure.get_suptitle()
+
+
 def test_a_radius_that_the_evaluation_wrote_is_drawn_in_levels_of_255():
     rows = [{"norm": "linf", "epsilon": radius, "accuracy": 0.5} for radius in robustness.LINF]
     rows.append({"norm": "l2", "epsilon": robustness.L2, "accuracy": 0.5})

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 WIDTH = 3.35  # inches: one column of a two-column paper
 PAGE = 6.9
+MOST_STEPWISE = 24  # panels
 _MARKERS = "osD^vP*X<>"
 _LINES = ("-", "--", "-.", ":")
 TWIN = "clean twin"
@@ -102,11 +103,11 @@ class _Grid:
         where = f"{self.title}: {place}" if place else self.title
         return f"{what} {where}; n = {count} seed{'' if count == '1' else 's'}."
 
-    def more(self, name: str) -> Iterator[tuple[Any, Any]]:
-        """Finished trials that have something beside their figures: the trial's row, and that."""
+    def more(self, name: str, *also: str) -> Iterator[tuple[Any, Any]]:
+        """Finished trials, and such as have `also` for a status, with something beside their figures: row, and that."""
         for row, own in zip(records(self.trials), self.behind, strict=True):
             value = own.get("more", {}).get(name)
-            if row.status == "done" and value:
+            if row.status in ("done", *also) and value:
                 yield row, value
 
 
@@ -544,56 +545,73 @@ def _epsilon(grid: _Grid) -> Figure | None:
     return _lines(grid, rows, "radius", "accuracy (%)", what)
 
 
+def _stepwise(table: pd.DataFrame) -> tuple[list[pd.DataFrame], list[str], str]:
+    """Parts for each defense and attack, or each defense where that is too many; titles; what all have in common."""
+    found: list[tuple[Any, pd.DataFrame]] = []
+    for by in (["place", "defense", "attack"], ["place", "defense"]):
+        found = [(name, part) for name, part in parts(table, by) if part.step.nunique() > 1]
+        if len(found) <= MOST_STEPWISE:
+            break
+    if not found:
+        return [], [], ""
+    return [part for _, part in found], *_apart([(*names, *place) for (place, *names), _ in found])
+
+
+def _averaged(panels: list[pd.DataFrame]) -> str:
+    """What the figures of these parts are means over."""
+    return f"means over {'attacks and ' if any(part.attack.nunique() > 1 for part in panels) else ''}seeds"
+
+
 def _rounds(grid: _Grid) -> Figure | None:
     """What a progressive method reached step by step."""
     names = {"asr": "ASR", "clean_accuracy": "clean accuracy", "selected_poison": "poison, selected"}
     names |= {"random_poison": "poison, random pick", "detection_auroc": "AUROC"}
     found = [
-        (_where(row), row.defense, figure, index, step["name"], 100 * step[figure])
-        for row, steps in grid.more("rounds")
+        (_where(row), row.defense, row.attack, figure, index, step["name"], 100 * step[figure])
+        for row, steps in grid.more("rounds", "wrecked")  # the steps tell where the accuracy was lost
         for index, step in enumerate(steps)
         for figure in names
         if step.get(figure) is not None
     ]
-    table = pd.DataFrame(found, columns=["place", "defense", "figure", "step", "name", "value"])
-    panels = [(place, part) for place, part in parts(table, ["place", "defense"]) if part.step.nunique() > 1]
+    panels, titles, common = _stepwise(
+        pd.DataFrame(found, columns=["place", "defense", "attack", "figure", "step", "name", "value"])
+    )
     if not panels:
         return None
     import seaborn as sns
 
-    colors = dict(zip(names, sns.color_palette("colorblind"), strict=False))
-    titles, common = _apart([(defense, *place) for (place, defense), _ in panels])
+    looks = dict(zip(names, zip(sns.color_palette("colorblind"), _MARKERS, strict=False), strict=False))
     with _paper() as plt:
         figure, axes = _panels(plt, len(panels), WIDTH, 2.2)
-        for axis, title, (_, part) in zip(axes, titles, panels, strict=True):
-            for index, (name, own) in enumerate(part.groupby("figure", sort=False)):
-                curve = own.groupby("step").value.mean()
-                axis.plot(curve.index, curve, label=names[str(name)], color=colors[str(name)], marker=_MARKERS[index])
+        for axis, title, part in zip(axes, titles, panels, strict=True):
+            for name, own in part.groupby("figure", sort=False):
+                curve, (color, marker) = own.groupby("step").value.mean(), looks[str(name)]
+                axis.plot(curve.index, curve, label=names[str(name)], color=color, marker=marker)
             ticks = part.drop_duplicates("step").sort_values("step")
             axis.set_xticks(ticks.step, [_short(name, 14) for name in ticks.name], rotation=45, ha="right")
             axis.set(title=title, ylabel="%", ylim=(-3, 103))
         _legend(figure, axes)
-        return _titled(figure, grid.caption("Step by step; means over attacks and seeds.", place=common))
+        return _titled(figure, grid.caption(f"Step by step, wrecked models too; {_averaged(panels)}.", place=common))
 
 
 def _scores(grid: _Grid) -> Figure | None:
     """How far the scores of clean and poisoned images lie apart, step by step."""
     found = [
-        (_where(row), row.defense, kind, index, step["name"], *values)
-        for row, steps in grid.more("rounds")
+        (_where(row), row.defense, row.attack, kind, index, step["name"], *values)
+        for row, steps in grid.more("rounds", "wrecked")  # the steps tell where the accuracy was lost
         for index, step in enumerate(steps)
         for kind, values in step.get("suspicion", {}).items()
         if len(step["suspicion"]) == 2
     ]
     marks = ["lowest", "low", "middle", "high", "highest"]
-    table = pd.DataFrame(found, columns=["place", "defense", "kind", "step", "name", *marks])
-    panels = [(place, part) for place, part in parts(table, ["place", "defense"]) if part.step.nunique() > 1]
+    panels, titles, common = _stepwise(
+        pd.DataFrame(found, columns=["place", "defense", "attack", "kind", "step", "name", *marks])
+    )
     if not panels:
         return None
-    titles, common = _apart([(defense, *place) for (place, defense), _ in panels])
     with _paper() as plt:
         figure, axes = _panels(plt, len(panels), WIDTH, 2.2)
-        for axis, title, (_, part) in zip(axes, titles, panels, strict=True):
+        for axis, title, part in zip(axes, titles, panels, strict=True):
             for (kind, own), color, marker in zip(part.groupby("kind"), ("C0", "C3"), "os", strict=True):
                 curve = own.groupby("step")[marks].mean()
                 axis.plot(curve.index, curve.middle, label=f"{kind}: median", color=color, marker=marker)
@@ -603,7 +621,7 @@ def _scores(grid: _Grid) -> Figure | None:
             axis.set_xticks(ticks.step, [_short(name, 14) for name in ticks.name], rotation=45, ha="right")
             axis.set(title=title, ylabel="suspicion")
         _legend(figure, axes)
-        what = "Suspicion of images, step by step: medians, half and nine tenths of them; means over attacks and seeds."
+        what = f"Suspicion, step by step, wrecked models too: medians, half and nine tenths; {_averaged(panels)}."
         return _titled(figure, grid.caption(what, place=common))
 
 
