@@ -111,10 +111,23 @@ def test_the_steps_of_each_attack_are_a_panel_while_there_is_room(monkeypatch):
         "blended": [30, 20],
     }
     assert "means over seeds" in figure.get_suptitle()
-    monkeypatch.setattr(plots, "MOST_STEPWISE", 1)
+    monkeypatch.setattr(plots, "MOST_PANELS", 1)
     figure = plots._rounds(grid)
     assert [list(axis.lines[0].get_ydata()) for axis in figure.axes] == [[60, 50]]
     assert "means over attacks and seeds" in figure.get_suptitle()
+
+
+def test_a_swept_mean_has_no_point_where_an_attack_is_wrecked(monkeypatch):
+    asr = {("badnets", 0.1): 0.9, ("badnets", 0.2): 0.8, ("blended", 0.1): 0.3, ("blended", 0.2): 0.1}
+    trials = trial_table(
+        [row(attack, "pbe", 0, value, variant=f"reserve.size={size}") for (attack, size), value in asr.items()]
+    )
+    trials.loc[1, "status"] = "wrecked"
+    curves = lambda figure: [[list(line.get_ydata()) for line in axis.lines] for axis in figure.axes[::2]]  # noqa: E731
+    grid = plots._Grid(trials, cells(trials), pd.Series([{}] * 4), "x")
+    assert curves(plots._sweep(grid)) == [[[30, 10]]]  # badnets has one point left, which is no curve
+    monkeypatch.setattr(plots, "MOST_PANELS", 1)
+    assert curves(plots._sweep(grid)) == [[[60]]]
 
 
 def test_a_radius_that_the_evaluation_wrote_is_drawn_in_levels_of_255():

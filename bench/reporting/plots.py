@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 WIDTH = 3.35  # inches: one column of a two-column paper
 PAGE = 6.9
-MOST_STEPWISE = 24  # panels
+MOST_PANELS = 24  # with one for each attack; beyond, attacks are averaged
 _MARKERS = "osD^vP*X<>"
 _LINES = ("-", "--", "-.", ":")
 TWIN = "clean twin"
@@ -481,15 +481,22 @@ def _sweep(grid: _Grid) -> Figure | None:
     columns = ["key", "dataset", "model", "setting", "rest", "figure", "defense", "attack", "value", "mean"]
     table = pd.DataFrame(found, columns=columns)
     axes_of = ["key", "dataset", "model", "setting", "rest", "figure"]
-    panels = [(place, part) for place, part in parts(table, axes_of) if part.value.nunique() > 1]
+    panels: list[tuple[Any, pd.DataFrame]] = []
+    for by in ([*axes_of, "attack"], axes_of):
+        panels = [(place, part) for place, part in parts(table, by) if part.value.nunique() > 1]
+        if len(panels) <= MOST_PANELS:
+            break
     if not panels:
         return None
-    titles, common = _apart([place[1:5] for place, _ in panels])
+    titles, common = _apart([(*place[1:5], *place[6:]) for place, _ in panels])
     with _paper() as plt:
         figure, axes = _panels(plt, len(panels), WIDTH, 1.9)
         for axis, title, (place, part) in zip(axes, titles, panels, strict=True):
             for defense, own in parts(part, "defense"):
-                curve = 100 * own.groupby("value")["mean"].mean()
+                found_at = own.groupby("value")["mean"]
+                curve = (
+                    100 * found_at.mean()[found_at.count() == part.attack.nunique()]
+                )  # of the same attacks everywhere
                 axis.plot(curve.index, curve, label=defense, **_look(str(defense)))
             values = sorted(part.value.unique())
             if values[0] > 0 and values[-1] / values[0] >= 10:
@@ -498,7 +505,8 @@ def _sweep(grid: _Grid) -> Figure | None:
                 axis.minorticks_off()
             axis.set(title=title, xlabel=place[0], ylabel=f"{COLUMN[place[5]].heading} (%)")
         _legend(figure, axes)
-        return _titled(figure, grid.caption("What the grid sweeps; means over attacks.", place=common))
+        averaged = "; means over attacks" if any(part.attack.nunique() > 1 for _, part in panels) else ""
+        return _titled(figure, grid.caption(f"What the grid sweeps{averaged}; wrecked: no point.", place=common))
 
 
 def _lines(
@@ -550,7 +558,7 @@ def _stepwise(table: pd.DataFrame) -> tuple[list[pd.DataFrame], list[str], str]:
     found: list[tuple[Any, pd.DataFrame]] = []
     for by in (["place", "defense", "attack"], ["place", "defense"]):
         found = [(name, part) for name, part in parts(table, by) if part.step.nunique() > 1]
-        if len(found) <= MOST_STEPWISE:
+        if len(found) <= MOST_PANELS:
             break
     if not found:
         return [], [], ""
