@@ -465,6 +465,21 @@ def _cost(grid: _Grid) -> Figure | None:
         return _titled(figure, grid.caption(what, points, common))
 
 
+def _by_attack(table: pd.DataFrame, by: list[str], along: str) -> list[tuple[Any, pd.DataFrame]]:
+    """Curves' names and parts, one more name for the attack; all attacks together where that are too many panels."""
+    found: list[tuple[Any, pd.DataFrame]] = []
+    for names in ([*by, "attack"], by):
+        found = [(place, part) for place, part in parts(table, names) if part[along].nunique() > 1]
+        if len(found) <= MOST_PANELS:
+            break
+    return found
+
+
+def _averaged(panels: list[pd.DataFrame]) -> str:
+    """What the figures of these parts are means over."""
+    return f"means over {'attacks and ' if any(part.attack.nunique() > 1 for part in panels) else ''}seeds"
+
+
 def _sweep(grid: _Grid) -> Figure | None:
     """Curves over each numeric setting that the grid sweeps."""
     found = []
@@ -481,11 +496,7 @@ def _sweep(grid: _Grid) -> Figure | None:
     columns = ["key", "dataset", "model", "setting", "rest", "figure", "defense", "attack", "value", "mean"]
     table = pd.DataFrame(found, columns=columns)
     axes_of = ["key", "dataset", "model", "setting", "rest", "figure"]
-    panels: list[tuple[Any, pd.DataFrame]] = []
-    for by in ([*axes_of, "attack"], axes_of):
-        panels = [(place, part) for place, part in parts(table, by) if part.value.nunique() > 1]
-        if len(panels) <= MOST_PANELS:
-            break
+    panels = _by_attack(table, axes_of, "value")
     if not panels:
         return None
     titles, common = _apart([(*place[1:5], *place[6:]) for place, _ in panels])
@@ -493,10 +504,8 @@ def _sweep(grid: _Grid) -> Figure | None:
         figure, axes = _panels(plt, len(panels), WIDTH, 1.9)
         for axis, title, (place, part) in zip(axes, titles, panels, strict=True):
             for defense, own in parts(part, "defense"):
-                found_at = own.groupby("value")["mean"]
-                curve = (
-                    100 * found_at.mean()[found_at.count() == part.attack.nunique()]
-                )  # of the same attacks everywhere
+                at = own.groupby("value")["mean"]
+                curve = 100 * at.mean()[at.count() == part.attack.nunique()]  # means of the same attacks
                 axis.plot(curve.index, curve, label=defense, **_look(str(defense)))
             values = sorted(part.value.unique())
             if values[0] > 0 and values[-1] / values[0] >= 10:
@@ -505,8 +514,8 @@ def _sweep(grid: _Grid) -> Figure | None:
                 axis.minorticks_off()
             axis.set(title=title, xlabel=place[0], ylabel=f"{COLUMN[place[5]].heading} (%)")
         _legend(figure, axes)
-        averaged = "; means over attacks" if any(part.attack.nunique() > 1 for _, part in panels) else ""
-        return _titled(figure, grid.caption(f"What the grid sweeps{averaged}; wrecked: no point.", place=common))
+        what = f"What the grid sweeps; {_averaged([part for _, part in panels])}; wrecked: no point."
+        return _titled(figure, grid.caption(what, place=common))
 
 
 def _lines(
@@ -554,20 +563,11 @@ def _epsilon(grid: _Grid) -> Figure | None:
 
 
 def _stepwise(table: pd.DataFrame) -> tuple[list[pd.DataFrame], list[str], str]:
-    """Parts for each defense and attack, or each defense where that is too many; titles; what all have in common."""
-    found: list[tuple[Any, pd.DataFrame]] = []
-    for by in (["place", "defense", "attack"], ["place", "defense"]):
-        found = [(name, part) for name, part in parts(table, by) if part.step.nunique() > 1]
-        if len(found) <= MOST_PANELS:
-            break
+    """A panel's part for each defense and attack, its title, and what all have in common."""
+    found = _by_attack(table, ["place", "defense"], "step")
     if not found:
         return [], [], ""
     return [part for _, part in found], *_apart([(*names, *place) for (place, *names), _ in found])
-
-
-def _averaged(panels: list[pd.DataFrame]) -> str:
-    """What the figures of these parts are means over."""
-    return f"means over {'attacks and ' if any(part.attack.nunique() > 1 for part in panels) else ''}seeds"
 
 
 def _rounds(grid: _Grid) -> Figure | None:
