@@ -453,7 +453,7 @@ def fake_slurm(tmp_path, monkeypatch) -> Path:
     ("setting", "words"),
     [
         ("dispatch.slurm.additional.reservaton=x", ["no --reservaton", "'reservation'", "mail-type"]),
-        ("dispatch.slurm.submitit.slurm_partitoin=x", ["partitoin", "partition, "]),
+        ("dispatch.slurm.submitit.slurm_partitoin=x", ["partitoin", " partition"]),
         ("dispatch.slurm.submitit.mem_gb=8", ["dispatch.slurm.memory_gb"]),
         ("dispatch.slurm.gpu=1", ["no setting 'gpu'", "'gpus'"]),
         ("dispatch.trials_per_job=0", ["at least 1"]),
