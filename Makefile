@@ -27,12 +27,15 @@ gpu-reference: setup
 	timeout --signal=INT $(BUDGET) $(BIN)/python -m bench.run $(GPU_REFERENCE) $(MORE) || \
 	$(BIN)/python -m bench.report $(GPU_REFERENCE) $(MORE)
 
+# A test computes on one thread, so that each core takes tests of its own.
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
+
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # Kills, resumed sweeps, the quick grid's promises: some minutes.
 test-slow: setup
-	$(BIN)/python -m pytest -m slow -rs
+	$(BIN)/python -m pytest -m slow -rs $(PARALLEL)
 
 # A real Slurm on this machine, as root on Debian (slurm/testbed/testbed.sh install fetches the packages): some minutes.
 test-slurm: setup
