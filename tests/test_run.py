@@ -351,6 +351,7 @@ def test_a_failed_cell_is_tried_again_by_the_next_run(run_grid, plugin, monkeypa
     assert list(trials.status) == ["done"]
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_figures_of_one(run_grid, tmp_path):
     _, alone = run_grid(*FIRST)
     _, pooled = run_grid(*FIRST, "dispatch.workers=2", f"results={tmp_path / 'pooled'}")
@@ -360,6 +361,7 @@ def test_two_workers_give_the_figures_of_one(run_grid, tmp_path):
     assert len(lines) == len(set(lines)) == 2 + 2 + 4 + 4
 
 
+@pytest.mark.slow
 def test_attacks_that_optimise_on_a_clean_network_share_one_of_their_seed(run_grid, tiny, tmp_path, monkeypatch):
     grid = ["grid.attacks=[none,low_frequency,trojan_nn]", "grid.defenses=[no_defense]", "dispatch.workers=2"]
     assert run_grid(*grid, "attack.trojan_nn.steps=20")[0] == 0
