@@ -124,6 +124,20 @@ def test_a_wrecked_model_that_needs_no_images_is_named_once_for_both_settings():
     assert sum(note.startswith("wrecked: clp against badnets") for note in board.notes) == 1
 
 
+def test_an_attack_that_hardly_implants_or_costs_too_much_accuracy_is_named():
+    def of(attack: str, accuracy: float, asr: float | None) -> list[dict]:
+        return [row("no_defense", attack, 0, accuracy, asr), row("aft", attack, 0, accuracy, 0.0)]
+
+    trials = [*of("none", 0.75, None), *of("badnets", 0.72, 0.90), *of("sig", 0.75, 0.4), *of("blended", 0.70, 1.0)]
+    (board,) = boards(trial_table(trials), [])
+    assert [note for note in board.notes if note.startswith(("weak", "dear"))] == [
+        "weak: sig: the infected models have an ASR of 40.0, below 90: a repair has less to remove",
+        "dear: blended: the infected models are 5.0 points below the clean model",
+    ]
+    (board,) = boards(trial_table(trials[2:]), [])  # without a clean model nobody knows the price
+    assert [note[:9] for note in board.notes if note.startswith(("weak", "dear"))] == ["weak: sig"]
+
+
 def test_a_defense_that_does_not_work_in_a_setting_has_no_row_there_and_stands_in_the_notes():
     reason = "tuner does not work in the setting 'trainset'"
     none = {"setting": "trainset", "status": "not applicable", "reason": reason}

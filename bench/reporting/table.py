@@ -40,6 +40,8 @@ LOST = ("wrecked", "diverged", "failed")  # these count against a method
 BASELINE = "no_defense"
 WRECKED = 0.10  # a repaired model that loses more clean accuracy than this has not been repaired
 HIGH_ASR = 0.10
+STRONG = 0.90  # the ASR of an infected model that gives a repair something to remove
+DEAR = 0.03  # more clean accuracy than this is a price at which a victim could notice the attack
 BEST, ALIKE = "best", "alike"
 
 RULES = (
@@ -642,6 +644,7 @@ def _notes(part: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
     for setting, cells in part[_foreign(part)].groupby("setting", sort=False):
         notes.append(f"not applicable in the setting {setting}: {', '.join(dict.fromkeys(cells.defense))}")
     part = part[~_foreign(part)]
+    notes += _implants(part[part.defense == BASELINE].drop_duplicates("attack"))
     for state in STATES[1:-1]:
         count, reason = _field(state), f"{_field(state)}_reason"
         for _, cell in part[part[count] > 0].drop_duplicates(["defense", reason]).iterrows():
@@ -660,6 +663,23 @@ def _notes(part: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
         notes.append(f"commit: {', '.join(commits)}")
     machines = sorted({machine for several in trials.machine for machine in several.split("; ") if machine})
     notes += [f"computed on: {machine}" for machine in machines]
+    return notes
+
+
+def _implants(undefended: pd.DataFrame) -> list[str]:
+    """Which attacks are not what the table's reader expects: a backdoor that is hardly there, or a dear one."""
+    notes = []
+    clean = undefended[undefended.poison_rate == 0].clean_accuracy_mean.max()
+    for cell in records(undefended[undefended.poison_rate > 0]):
+        if np.round(cell.asr_mean, 3) < STRONG:
+            figure = COLUMN["asr"].spread(cell.asr_mean, cell.asr_std)
+            notes.append(
+                f"weak: {cell.attack}: the infected models have an ASR of {figure}, below {100 * STRONG:.0f}: a repair "
+                "has less to remove"
+            )
+        lost = np.round(clean - cell.clean_accuracy_mean, 3)
+        if lost > DEAR:
+            notes.append(f"dear: {cell.attack}: the infected models are {100 * lost:.1f} points below the clean model")
     return notes
 
 
