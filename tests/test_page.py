@@ -206,6 +206,19 @@ def test_a_grid_of_which_nothing_is_done_is_shown_so(tmp_path):
     assert markdown_rows(tmp_path)["a"][:2] == ["failed", "failed"]
 
 
+def test_the_page_names_a_weak_attack_and_the_table_that_it_is_weak_in(tmp_path):
+    asr = {"digits": 0.95, "other": 0.4}
+    trials = pd.concat(
+        trials_of(["badnets"], ["no_defense", "a"], datasets=[name], asr=lambda *_, value=value: value)
+        for name, value in asr.items()
+    )
+    write(trials.reset_index(drop=True), tmp_path)
+    weak = [note for note in data_of(tmp_path)["notes"] if "weak: " in note]
+    assert weak == [
+        "other, net: weak: badnets: the infected models have an ASR of 40.0±0.0, below 90: a repair has less to remove"
+    ]
+
+
 def test_a_control_sign_or_a_broken_name_of_a_file_is_written_as_its_number(tmp_path):
     trials = trials_of(["none"], ["no_defense"])
     broken = table.trial_table([{**row, "reason": "a\x00b\x1b[1m\udcff"} for row in trials.to_dict("records")])

@@ -234,12 +234,17 @@ def _data(
                 own.get("device", ""),
             ]
         )
+    implants = [(where, note) for where, part in table.parts(measured, table.BOARD) for note in table.implants(part)]
     for cell in listed:
         start, end = cell["trials"]
         cell["command"] = commands[start] if end > start else ""
     return {
         "title": title,
-        "notes": [*protocol, *table.RULES],
+        "notes": [
+            *(f"{', '.join(filter(None, where))}: {note}" for where, note in implants),
+            *protocol,
+            *table.RULES,
+        ],
         "commits": table.commits_of(trials),
         "rankings": [[*place, ranking.ranks, ranking.sentence()] for place, ranking in marked.rankings.items()],
         "row_marks": [[*place, 1 if mark == table.BEST else 2] for place, mark in marked.rows.items()],

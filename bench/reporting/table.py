@@ -644,7 +644,7 @@ def _notes(part: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
     for setting, cells in part[_foreign(part)].groupby("setting", sort=False):
         notes.append(f"not applicable in the setting {setting}: {', '.join(dict.fromkeys(cells.defense))}")
     part = part[~_foreign(part)]
-    notes += _implants(part[part.defense == BASELINE].drop_duplicates("attack"))
+    notes += implants(part)
     for state in STATES[1:-1]:
         count, reason = _field(state), f"{_field(state)}_reason"
         for _, cell in part[part[count] > 0].drop_duplicates(["defense", reason]).iterrows():
@@ -666,8 +666,9 @@ def _notes(part: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
     return notes
 
 
-def _implants(undefended: pd.DataFrame) -> list[str]:
-    """Which attacks are not what the table's reader expects: a backdoor that is hardly there, or a dear one."""
+def implants(part: pd.DataFrame) -> list[str]:
+    """Which attacks of a board are not what its reader expects: a backdoor that is hardly there, or a dear one."""
+    undefended = part[part.defense == BASELINE].drop_duplicates("attack")
     notes = []
     clean = undefended[undefended.poison_rate == 0].clean_accuracy_mean.max()
     for cell in records(undefended[undefended.poison_rate > 0]):
