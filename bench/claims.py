@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
         from bench.reporting.table import of_trials
 
         opened = plan(arguments)
-        trials = of_trials(opened.trials, opened.store)
+        trials = of_trials(opened.trials, opened.store, opened.published)
     answers = [answer(claim, trials) for claim in claims]
     print(markdown(answers))
     return int(any(found.verdict == "not reproduced" for found in answers))

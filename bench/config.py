@@ -160,6 +160,7 @@ class Config:
     attack: dict[str, Any] = field(default_factory=dict)
     defense: dict[str, Any] = field(default_factory=dict)
     plugins: list[str] = field(default_factory=list)
+    published: list[str] = field(default_factory=list)  # trials.csv files; what stands there is not computed again
     results: str = "results"
     dry_run: bool = False
 

@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     from bench.store import Store
 
 # Where things lie and run: nothing that a figure depends on.
-LOCAL = re.compile(r"(results|dry_run|dataset\.(root|cache)|(dispatch|tracking|report)(\..*)?)=")
+LOCAL = re.compile(r"(results|published|dry_run|dataset\.(root|cache)|(dispatch|tracking|report)(\..*)?)=")
 
 
 @dataclass
 class Plan:
-    """A grid, worked out: its trials, and the store that knows which are finished."""
+    """A grid, worked out: its trials, and the store that knows which are finished.
+
+    Attributes:
+        published: rows of `published=FILE`, by the key of the evaluation; the store goes before them.
+    """
 
     cfg: DictConfig
     trials: list[Trial]
@@ -35,6 +39,12 @@ class Plan:
     device: torch.device
     explicit: frozenset[str]
     arguments: list[str]
+    published: dict[str, dict[str, Any]]
+
+    @property
+    def own(self) -> list[Trial]:
+        """The trials that are this store's to compute: all but the published ones."""
+        return [trial for trial in self.trials if trial.keys()[2] not in self.published]
 
     @property
     def folder(self) -> Path:
@@ -85,7 +95,36 @@ def plan(arguments: list[str]) -> Plan:
         check_slurm(cfg.dispatch)
     explicit = frozenset(argument.partition("=")[0].lstrip("+") for argument in arguments)
     trials = expand(cfg, infos, "bfloat16" if device.type == "cuda" else "float32", explicit)
-    return Plan(cfg, trials, infos, Store(Path(cfg.results) / "store"), device, explicit, arguments)
+    store = Store(Path(cfg.results) / "store")
+    return Plan(cfg, trials, infos, store, device, explicit, arguments, _published(cfg, trials))
+
+
+def _published(cfg: DictConfig, trials: list[Trial]) -> dict[str, dict[str, Any]]:
+    """The rows of `published=[...]` that are trials of this grid, by the key of their evaluation.
+
+    The key is a hash of all that can change a figure, versions of methods included: a row of other settings never
+    passes for one of this grid.
+
+    Raises:
+        UserError: a file is no trials.csv, or has no trial of this grid.
+    """
+    if not cfg.published:
+        return {}
+    from bench.config import UserError
+    from bench.reporting.table import OUTCOMES, read_trials
+
+    found: dict[str, dict[str, Any]] = {}
+    wanted = {trial.keys()[2] for trial in trials if trial.defend}
+    for path in cfg.published:
+        rows = read_trials(Path(path))
+        rows = rows[rows.status.isin(OUTCOMES) & rows.trial.isin(wanted)]
+        if rows.empty:
+            raise UserError(
+                f"published: {path} has no trial of this grid with these settings and versions of its methods; give "
+                "the settings that stand beneath its table, or leave the file out"
+            )
+        found |= {row["trial"]: row for row in rows.to_dict("records")}
+    return found
 
 
 def _device(cfg: DictConfig, pick: Callable[[str], torch.device]) -> torch.device:
@@ -127,6 +166,10 @@ def protocol(opened: Plan) -> list[str]:
         + ", ".join(f"{key} {value}" for key, value in cfg.train.items() if key not in ("updates",) or value),
         f"settings that are not the methods' defaults: {_changed(cfg) or 'none'}",
     ]
+    if opened.published:
+        lines.append(
+            f"computed elsewhere, each row with its commit in trials.csv: trials of {', '.join(cfg.published)}"
+        )
     words = [word for word in opened.arguments if not LOCAL.match(word.lstrip("+"))]
     lines.append(f"command: {shlex.join(['python', '-m', 'bench.run', *words])}")
 
@@ -220,7 +263,7 @@ def report(opened: Plan, again: bool = True) -> Any:
 
     reported = table.read_reported(Path(opened.cfg.report.reported)) if opened.cfg.report.reported else None
     store = table.Snapshot(opened.store)
-    trials = table.of_trials(opened.trials, store)
+    trials = table.of_trials(opened.trials, store, opened.published)
     if (trials.status == "missing").all() and (opened.folder / "leaderboard.md").exists():
         raise UserError(
             f"nothing of this grid is stored with these settings, and {opened.folder}/leaderboard.md is left as it is; "

@@ -45,9 +45,9 @@ def main(arguments: list[str]) -> int:
     opened = plan([argument for argument in arguments if not argument.startswith("--")])
     from bench.dispatch import pending
 
-    tasks = pending(opened.trials, opened.store, opened.cfg.dispatch.max_tries)
+    tasks = pending(opened.own, opened.store, opened.cfg.dispatch.max_tries)
     summary(opened, tasks)
-    estimate = estimated(opened.trials, opened.store, assumed)
+    estimate = estimated(opened.own, opened.store, assumed)
     _print_costs(estimate)
     if tasks:
         packed = opened.cfg.dispatch.trials_per_job if opened.cfg.dispatch.kind == "slurm" else 1
@@ -81,7 +81,10 @@ def summary(opened: Plan, tasks: list[Task]) -> None:
 
     trials = opened.trials
     applicable = [trial for trial in trials if trial.defend]
-    there = sum(opened.store.is_finished("evaluate", trial.keys()[2]) for trial in applicable)
+    there = sum(
+        trial.keys()[2] in opened.published or opened.store.is_finished("evaluate", trial.keys()[2])
+        for trial in applicable
+    )
     print(opened.title)
     print(f"trials: {len(trials)}, of them {there} finished, {len(trials) - len(applicable)} not applicable")
     own = {trial.keys()[0] for trial in applicable}

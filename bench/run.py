@@ -19,6 +19,8 @@
                                      sqlite file under results/; slurm/tracking.sh starts one
     plugins=[my_package.my_defense]  methods of your own, in a module of yours
     report.plots=false               tables and the page alone; report.reported=FILE.csv adds figures that others report
+    published=[FILE.csv]             trials.csv files of this grid's trials, e.g. of a published table: these are not
+                                     computed again (results/cifar10_small/trials.csv has 405)
     results=DIR                      where the store, tables and plots go (results/)
     dry_run=true                     print the plan: what is there, what would be computed; bench.plan says how long
 
@@ -46,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
     cfg, store = opened.cfg, opened.store
     store.sweep()
-    tasks = dispatch.pending(opened.trials, store, cfg.dispatch.max_tries)
+    tasks = dispatch.pending(opened.own, store, cfg.dispatch.max_tries)
     if cfg.dry_run:
         from bench.plan import summary
 

@@ -37,7 +37,7 @@ def _show(opened: Plan) -> bool:
 
     store, root = Snapshot(opened.store), Path(opened.cfg.results) / "slurm"
     # As the leaderboard has them: which model is wrecked is seen beside the undefended one.
-    table = of_trials(opened.trials, store)
+    table = of_trials(opened.trials, store, opened.published)
     counts = Counter(table.status)
     titles: dict[tuple[str, str], str] = {}
     for trial in opened.trials:
@@ -52,7 +52,7 @@ def _show(opened: Plan) -> bool:
     states += [f"{len(running)} stages running"] if running else []
     states += [f"{len(queued)} jobs waiting in the queue"] if queued else []
     print(", ".join(states) or "no trial")
-    estimate = estimated(opened.trials, store)
+    estimate = estimated(opened.own, store)
     left = estimate.seconds(estimate.costs) / max(1, len(running))
     if left:
         print(f"about {duration(left)} left, at {max(1, len(running))} at once")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -36,6 +36,7 @@ COLUMNS = [
 ]
 
 STATES = ("done", "not applicable", "wrecked", "diverged", "failed", "missing")
+OUTCOMES = ("done", "wrecked", "diverged")  # no repeat would change these
 LOST = ("wrecked", "diverged", "failed")  # these count against a method
 BASELINE = "no_defense"
 WRECKED = 0.10  # a repaired model that loses more clean accuracy than this has not been repaired
@@ -121,9 +122,21 @@ def trial_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return _wreck(table)
 
 
-def of_trials(trials: Sequence[Trial], store: Store) -> pd.DataFrame:
-    """The table of planned trials: one row for each, as `trial_row` has it."""
-    return trial_table([trial_row(trial, store) for trial in trials])
+def of_trials(
+    trials: Sequence[Trial], store: Store, published: Mapping[str, dict[str, Any]] | None = None
+) -> pd.DataFrame:
+    """The table of planned trials: one row for each, as `trial_row` has it.
+
+    Args:
+        published: rows that take the place of what the store has not finished, by the key of the evaluation.
+    """
+    rows = [trial_row(trial, store) for trial in trials]
+    for row in rows:
+        elsewhere = (published or {}).get(row["trial"])
+        if elsewhere and row["status"] not in OUTCOMES:
+            # Under the name that this grid has for it: an ablation's row may be another grid's default.
+            row |= {key: value for key, value in elsewhere.items() if key not in (*AXES, "seed")}
+    return trial_table(rows)
 
 
 def printable(text: Any) -> str:

@@ -1,0 +1,69 @@
+"""`published=FILE`: what a published table has is not computed again, and nothing else passes for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from bench.config import UserError
+from bench.dispatch import pending
+from bench.door import plan
+from bench.reporting.columns import MEASURES
+from bench.run import main
+
+FIRST = ["grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"]
+MORE = ["grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning,fine_pruning]"]
+RunGrid = Callable[..., tuple[int, pd.DataFrame]]
+
+
+@pytest.fixture
+def published(run_grid: RunGrid, tmp_path: Path) -> Path:
+    """The trials.csv of a grid of four trials, moved away from the store that computed them."""
+    assert run_grid(*FIRST)[0] == 0
+    (tmp_path / "results").rename(tmp_path / "elsewhere")
+    return tmp_path / "elsewhere" / "quick" / "trials.csv"
+
+
+def test_only_the_new_method_is_computed_and_the_table_is_that_of_the_whole(
+    tiny: list[str], published: Path, tmp_path: Path
+) -> None:
+    mine = [*tiny, *MORE, f"published=[{published}]"]
+    opened = plan(mine)
+    repairs = [task.trial.defense for task in pending(opened.own, opened.store) if task.stages[-1] == "evaluate"]
+    assert repairs == ["fine_pruning", "fine_pruning"]
+    assert main(mine) == 0
+    assert len(opened.store.keys("evaluate")) == 2
+    joined = pd.read_csv(tmp_path / "results" / "quick" / "trials.csv")
+    assert main([*tiny, *MORE, f"results={tmp_path / 'whole'}"]) == 0
+    whole = pd.read_csv(tmp_path / "whole" / "quick" / "trials.csv")
+    assert list(joined.columns) == list(whole.columns)
+    figures = [column.name for column in MEASURES if column.name in whole]
+    same = ["attack", "defense", "seed", "status", "trial", *figures]
+    pd.testing.assert_frame_equal(joined[same], whole[same])
+    note = f"computed elsewhere, each row with its commit in trials.csv: trials of {published}"
+    assert note in (tmp_path / "results" / "quick" / "leaderboard.md").read_text()
+
+
+def test_a_row_of_other_settings_never_passes_for_a_trial_of_this_grid(tiny: list[str], published: Path) -> None:
+    other = plan([*tiny, *FIRST, "attack.badnets.patch_size=4", f"published=[{published}]"])
+    assert {trial.attack for trial in other.own} == {"badnets"}
+    with pytest.raises(UserError, match="no trial of this grid with these settings"):
+        plan([*tiny, *FIRST, "train.epochs=2", f"published=[{published}]"])
+
+
+def test_a_trial_without_an_outcome_is_computed(tiny: list[str], published: Path) -> None:
+    table = pd.read_csv(published)
+    table.loc[table.attack == "badnets", "status"] = "failed"
+    table.to_csv(published, index=False)
+    assert {trial.attack for trial in plan([*tiny, *FIRST, f"published=[{published}]"]).own} == {"badnets"}
+
+
+def test_a_file_that_is_no_table_is_refused(tiny: list[str], tmp_path: Path) -> None:
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"is no trials\.csv"):
+        plan([*tiny, *FIRST, f"published=[{tmp_path / 'other.csv'}]"])
+    with pytest.raises(UserError, match=r"nowhere\.csv is no trials\.csv"):
+        plan([*tiny, *FIRST, f"published=[{tmp_path / 'nowhere.csv'}]"])
