@@ -106,7 +106,7 @@ def _published(cfg: DictConfig, trials: list[Trial]) -> dict[str, dict[str, Any]
     passes for one of this grid.
 
     Raises:
-        UserError: a file is no trials.csv, or has no trial of this grid.
+        UserError: a file is no trials.csv, has no trial of this grid, or would lose trials to this grid's own table.
     """
     if not cfg.published:
         return {}
@@ -117,11 +117,18 @@ def _published(cfg: DictConfig, trials: list[Trial]) -> dict[str, dict[str, Any]
     wanted = {trial.keys()[2] for trial in trials if trial.defend}
     for path in cfg.published:
         rows = read_trials(Path(path))
-        rows = rows[rows.status.isin(OUTCOMES) & rows.trial.isin(wanted)]
+        ended = rows[rows.status.isin(OUTCOMES)]
+        rows = ended[ended.trial.isin(wanted)]
         if rows.empty:
             raise UserError(
                 f"published: {path} has no trial of this grid with these settings and versions of its methods; give "
                 "the settings that stand beneath its table, or leave the file out"
+            )
+        written = Path(cfg.results) / str(cfg.grid.name) / "trials.csv"
+        if len(rows) < len(ended) and written.resolve() == Path(path).resolve():
+            raise UserError(
+                f"published: this grid's table would be written over {path}, {len(ended) - len(rows)} of whose trials "
+                "are not in it; give it a name of its own, e.g. grid.name=mine"
             )
         found |= {row["trial"]: row for row in rows.to_dict("records")}
     return found

@@ -67,3 +67,11 @@ def test_a_file_that_is_no_table_is_refused(tiny: list[str], tmp_path: Path) -> 
         plan([*tiny, *FIRST, f"published=[{tmp_path / 'other.csv'}]"])
     with pytest.raises(UserError, match=r"nowhere\.csv is no trials\.csv"):
         plan([*tiny, *FIRST, f"published=[{tmp_path / 'nowhere.csv'}]"])
+
+
+def test_a_published_table_is_never_written_over_by_a_smaller_one(tiny: list[str], published: Path) -> None:
+    there = [*tiny, f"results={published.parent.parent}", f"published=[{published}]"]
+    with pytest.raises(UserError, match="2 of whose trials are not in it; give it a name of its own"):
+        plan([*there, "grid.attacks=[badnets]", FIRST[1]])
+    assert plan([*there, *MORE]).own  # a larger one goes on in its place
+    assert plan([*there, "grid.attacks=[badnets]", FIRST[1], "grid.name=mine"]).own == []
