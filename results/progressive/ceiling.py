@@ -2,9 +2,9 @@
 
     BENCH_DATA=DIR python results/progressive/ceiling.py [model=test_efficientnet] [epochs=12] [epsilon=0.0235]
 
-The recipe of cifar10_small on its split of seed 0, every batch replaced by the adversarial images of PUD's teacher stage
-(PGD-7 of radius 6/255 on the model as it is). Prints clean accuracy and accuracy under the PGD-20 of the tables: the
-price of robustness without any backdoor or defense in it.
+The recipe of cifar10_small on its split of seed 0, every batch replaced by the adversarial images of PUD's teacher
+stage (PGD-7 of radius 6/255 on the model as it is). Prints clean accuracy and accuracy under the PGD-20 of the tables:
+the price of robustness without any backdoor or defense in it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def main(name: str = "test_efficientnet", epochs: int = 12, epsilon: float = 6 /
     robust = robust_accuracy(model, fixed_part(test, 1000), epsilon=8 / 255, step_size=2 / 255, steps=20, seed=0)
     weights = sum(weight.numel() for weight in model.parameters())
     print(
-        f"{name} ({weights / 1e6:.2f} M weights), {epochs} epochs, radius {255 * epsilon:.3g}/255: ACC {100 * clean:.1f}, "
-        f"PGD-20 {100 * robust:.1f}, {time.perf_counter() - begun:.0f} s"
+        f"{name} ({weights / 1e6:.2f} M weights), {epochs} epochs, radius {255 * epsilon:.3g}/255: "
+        f"ACC {100 * clean:.1f}, PGD-20 {100 * robust:.1f}, {time.perf_counter() - begun:.0f} s"
     )
 
 
