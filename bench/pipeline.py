@@ -257,7 +257,7 @@ class Bench:
             return {"status": "diverged", "reason": str(error)}, {}
         self._check_stored(trial, method, verdict.model)
         tensors: dict[str, Tensors] = {"model": verdict.model.state_dict()}
-        images = len(self._shown(trial)[0]) if trial.defend["view"] != DefenderView.__name__ else 0
+        images = len(self._roles(trial)) if trial.defend["view"] != DefenderView.__name__ else 0
         findings = _findings(verdict.suspicion, verdict.flagged, images, method.name)
         if findings:
             tensors["findings"] = findings
@@ -305,7 +305,7 @@ class Bench:
         figures |= result.pop("figures")
         rounds = []
         if self.store.has("defend", defend_key, "findings") or found.get("rounds"):
-            poisoned = self._shown(trial)[1].cpu() == POISON
+            poisoned = self._roles(trial).cpu() == POISON
             if self.store.has("defend", defend_key, "findings"):
                 figures |= detection(**self.store.tensors("defend", defend_key, "findings"), poisoned=poisoned)
             for index, name in enumerate(found.get("rounds", ())):
@@ -421,7 +421,7 @@ class Bench:
         if trial.defend["view"] == DefenderView.__name__:
             return own
         augmentation = Augmentation(**identity["dataset"]["augmentation"])
-        images, _ = self._shown(trial)
+        images = self._shown(trial)[0]
         if SETTINGS[trial.setting] is TrainsetView:
             fresh = _Fresh(spec_of(info, identity["model"]), self.device)
             recipe = Recipe(**trial.defend["train"])
@@ -430,8 +430,15 @@ class Bench:
             )
         return ReserveView(**vars(own), reserve=images, augmentation=augmentation)
 
+    def _roles(self, trial: Trial) -> Tensor:
+        """The role of each image of the defender's view, which is the evaluator's alone."""
+        if SETTINGS[trial.setting] is TrainsetView:
+            # As the attack noted them: to poison the set again takes a generator as long as a repair.
+            return self.trigger_of(trial)["roles"]
+        return self._shown(trial)[1]
+
     def _shown(self, trial: Trial) -> tuple[ImageSet, Tensor]:
-        """The images of the defender's view, and the role of each, which is the evaluator's alone."""
+        """The images of the defender's view, and the role of each."""
         identity, classes = trial.implant, self.infos[trial.dataset].num_classes
         seed, attacker = identity["seed"], attack_from(identity)
         train, pool = self._split(trial)
