@@ -97,11 +97,12 @@ class Case:
 
     def success(self, model: nn.Module, data: ImageSet, shift: Tensor | float = 0.0) -> float | None:
         """The ASR on a set; None if no image of it can be judged."""
-        data = self.judged(data)
-        if not len(data):
+        if not self.attacker.judged(data.labels).any():
             return None
-        every = torch.ones_like(data.labels, dtype=torch.bool)
-        return attack_success_rate(self.predict_triggered(model, data, shift), self.wanted(data.labels), every)
+        if data is not self.test:  # whose triggered images are made once, those that are not judged among them
+            data = self.judged(data)
+        judged = self.attacker.judged(data.labels)
+        return attack_success_rate(self.predict_triggered(model, data, shift), self.wanted(data.labels), judged)
 
 
 def measured(
