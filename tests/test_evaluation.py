@@ -333,3 +333,28 @@ def test_all_repairs_of_an_implant_are_shown_the_same_triggered_images(quantise,
     # Rounded to bytes where the attack rounds: 0.7123 * 255 = 181.6.
     shade = 182 / 255 if quantise else 0.7123
     assert sum(bool((part == torch.tensor(shade)).all()) for part in seen) == 2
+
+
+def test_the_asr_behind_each_step_stamps_no_test_image_again():
+    stamped_counts.clear()
+    case = case_of(Dim(), Reader())
+    model, test = Reader(), case.test
+    found = [case.success(model, test) for _ in range(3)]
+    assert stamped_counts == [len(test)]
+    # By hand: the images of the other classes that the model sends to the target, which a Reader does to none.
+    others = test[test.labels != 1]
+    assert found == [0.0] * 3
+    assert case.success(Reader(target=1), others) == found[0]
+    assert case_of(Corner(), model).success(Reader(target=1), test) == 1.0
+
+
+def test_images_of_the_target_class_have_no_part_in_the_asr_of_the_test_set():
+    class Half(Reader):
+        """Gives class 1 to the images of classes 0 and 1, whatever their corner."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            read = super().forward(images).argmax(1)
+            return nn.functional.one_hot(torch.where(read == 0, 1, read), CLASSES).float()
+
+    case = case_of(Corner(), Reader())
+    assert case.success(Half(), case.test) == pytest.approx(1 / 3)  # of classes 0, 2 and 3, equally many, class 0
