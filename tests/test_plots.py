@@ -87,8 +87,8 @@ def test_the_scores_of_clean_and_poisoned_images_are_drawn_as_the_evaluation_wro
     figure = plots._scores(plots._Grid(trials, cells(trials), pd.Series([more]), "x"))
     (axis,) = figure.axes
     assert [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines] == [
-        ("clean: median", [0, 2], [0.2, 0.1]),
-        ("poison: median", [0, 2], [0.7, 0.9]),
+        ("clean: median", [0, 1], [0.2, 0.1]),
+        ("poison: median", [0, 1], [0.7, 0.9]),
     ]
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["step 0", "step 1"]
     steps[0]["suspicion"] = {"clean": [0.0] * 5}  # a clean model has nothing to tell apart
@@ -115,6 +115,18 @@ def test_the_steps_of_each_attack_are_a_panel_while_there_is_room(monkeypatch):
     figure = plots._rounds(grid)
     assert [list(axis.lines[0].get_ydata()) for axis in figure.axes] == [[60, 50]]
     assert "means over attacks and seeds" in figure.get_suptitle()
+
+
+def test_a_step_that_one_seed_alone_has_moves_no_other_step():
+    trials = trial_table([row("badnets", "pud", seed, 0.5) for seed in (0, 1)])
+    names = [["step 0", "step 1", "tail"], ["SPECTRE", "step 0", "selection 1", "step 1", "tail"]]
+    asr = {"SPECTRE": 0.8, "step 0": 0.4, "selection 1": 0.3, "step 1": 0.2, "tail": 0.1}
+    behind = pd.Series({"more": {"rounds": [{"name": name, "asr": asr[name]} for name in own]}} for own in names)
+    for order in ([0, 1], [1, 0]):
+        grid = plots._Grid(trials, cells(trials), behind[order].reset_index(drop=True), "x")
+        (axis,) = plots._rounds(grid).axes
+        assert [tick.get_text() for tick in axis.get_xticklabels()] == names[1]
+        assert list(axis.lines[0].get_ydata()) == pytest.approx([80, 40, 30, 20, 10])
 
 
 def test_a_swept_mean_has_no_point_where_an_attack_is_wrecked(monkeypatch):

@@ -10,6 +10,7 @@ import json
 import math
 import textwrap
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -562,12 +563,32 @@ def _epsilon(grid: _Grid) -> Figure | None:
     return _lines(grid, rows, "radius", "accuracy (%)", what)
 
 
+def _steps_of(grid: _Grid) -> Iterator[tuple[Any, int, dict[str, Any]]]:
+    """Each step of each trial with its place among all steps of its method.
+
+    Steps are told apart by their names: a filter that removes nothing is no step of this seed, and one of the next.
+    """
+    told = list(grid.more("rounds", "wrecked"))  # the steps tell where the accuracy was lost
+    orders: dict[str, list[str]] = defaultdict(list)
+    for row, steps in told:
+        order, place = orders[row.defense], 0
+        for step in steps:
+            if step["name"] not in order:
+                order.insert(place, step["name"])
+            place = order.index(step["name"]) + 1
+    for row, steps in told:
+        for step in steps:
+            yield row, orders[row.defense].index(step["name"]), step
+
+
 def _stepwise(table: pd.DataFrame) -> tuple[list[pd.DataFrame], list[str], str]:
     """A panel's part for each defense and attack, its title, and what all have in common."""
     found = _by_attack(table, ["place", "defense"], "step")
     if not found:
         return [], [], ""
-    return [part for _, part in found], *_apart([(*names, *place) for (place, *names), _ in found])
+    # Without a gap for the steps that no trial of a panel has.
+    dense = [part.assign(step=part.step.rank(method="dense").astype(int) - 1) for _, part in found]
+    return dense, *_apart([(*names, *place) for (place, *names), _ in found])
 
 
 def _rounds(grid: _Grid) -> Figure | None:
@@ -576,8 +597,7 @@ def _rounds(grid: _Grid) -> Figure | None:
     names |= {"random_poison": "poison, random pick", "detection_auroc": "AUROC"}
     found = [
         (_where(row), row.defense, row.attack, figure, index, step["name"], 100 * step[figure])
-        for row, steps in grid.more("rounds", "wrecked")  # the steps tell where the accuracy was lost
-        for index, step in enumerate(steps)
+        for row, index, step in _steps_of(grid)
         for figure in names
         if step.get(figure) is not None
     ]
@@ -606,8 +626,7 @@ def _scores(grid: _Grid) -> Figure | None:
     """How far the scores of clean and poisoned images lie apart, step by step."""
     found = [
         (_where(row), row.defense, row.attack, kind, index, step["name"], *values)
-        for row, steps in grid.more("rounds", "wrecked")  # the steps tell where the accuracy was lost
-        for index, step in enumerate(steps)
+        for row, index, step in _steps_of(grid)
         for kind, values in step.get("suspicion", {}).items()
         if len(step["suspicion"]) == 2
     ]
