@@ -97,11 +97,10 @@ class Case:
 
     def success(self, model: nn.Module, data: ImageSet, shift: Tensor | float = 0.0) -> float | None:
         """The ASR on a set; None if no image of it can be judged."""
-        if not self.attacker.judged(data.labels).any():
-            return None
-        if data is not self.test:  # whose triggered images are made once, those that are not judged among them
-            data = self.judged(data)
         judged = self.attacker.judged(data.labels)
+        if not judged.any():
+            return None
+        # The whole set, not the judged part: the triggered images of the test set are made once.
         return attack_success_rate(self.predict_triggered(model, data, shift), self.wanted(data.labels), judged)
 
 
