@@ -146,21 +146,24 @@ def _device(cfg: DictConfig, pick: Callable[[str], torch.device]) -> torch.devic
 
 def protocol(opened: Plan) -> list[str]:
     """The lines printed beneath every table: what the numbers mean, and every setting that is not a default."""
-    from bench.grid import ablations, listed, method_of, overridden, seeds_of, written
+    from bench.grid import ablations, applies, seeds_of, written
 
     cfg, infos = opened.cfg, opened.infos
     measure, reserve = cfg.measure, cfg.reserve
+    swept = {str(entry["key"]) for entry in cfg.grid.sweep}
+    size = "a share (swept)" if "reserve.size" in swept else f"{reserve.size:.1%}"
+    tainted = f"; {reserve.contamination:.1%} of it poisoned" if reserve.contamination else ""
+    if "reserve.contamination" in swept:
+        tainted = "; a share of it (swept) poisoned"
     images = "the whole test set" if measure.pgd_images is None else f"{measure.pgd_images} fixed test images"
     sets = [
         f"{info.title} ({sum(info.train_counts)} + {sum(info.test_counts)} images of {info.num_classes} classes)"
         for info in infos.values()
     ]
-    tainted = f"; {reserve.contamination:.1%} of it poisoned" if reserve.contamination else ""
     lines = [
         f"data: {', '.join(sets)}; seeds: {', '.join(map(str, seeds_of(cfg.grid.seeds)))}; "
         "mean ± sample standard deviation over seeds, in percent",
-        f"reserve: {reserve.size:.1%} of the training split, cut off before poisoning, never trained on by the attacker"
-        + tainted,
+        f"reserve: {size} of the training split, cut off before poisoning, never trained on by the attacker" + tainted,
         "ACC: clean test accuracy. ASR: share of triggered test images of other classes sent to the target "
         "(all-to-all: of all, to the next class). recovery: share of the same images given their true label",
         f"robust: accuracy under PGD-{measure.pgd_steps}, L∞ {measure.pgd_epsilon * 255:.3g}/255, step "
@@ -186,21 +189,9 @@ def protocol(opened: Plan) -> list[str]:
     for name, entry in ablations(cfg).items():
         if name in cfg.grid.defenses:
             lines.append(f"{name}: {entry['defense']} with {settings(entry['set'])}")
-    there = {axis: set(cfg.grid[f"{axis}s"]) for axis in ("dataset", "model", "attack", "defense", "setting")}
-    there["defense"] |= {method_of(cfg, name) for name in there["defense"]}
     for exception in cfg.grid.exceptions:
-        matched = {
-            axis: [name for name in listed(exception[axis]) if name in there[axis]]
-            for axis in set(there) & set(exception)
-        }
-        applied = {
-            key: value
-            for key, value in exception["set"].items()
-            if not overridden(cfg, exception, str(key), opened.explicit)
-        }
-        if applied and all(matched.values()):
-            where = ", ".join(name for axis in there if axis in matched for name in matched[axis]) or "all cells"
-            lines.append(f"exception for {where}: {settings(applied)}: {exception['why']}")
+        for where, changed in applies(cfg, exception, opened.explicit).items():
+            lines.append(f"exception for {', '.join(where) or 'all cells'}: {settings(changed)}: {exception['why']}")
     return lines
 
 
@@ -271,7 +262,7 @@ def report(opened: Plan, again: bool = True) -> Any:
     reported = table.read_reported(Path(opened.cfg.report.reported)) if opened.cfg.report.reported else None
     store = table.Snapshot(opened.store)
     trials = table.of_trials(opened.trials, store, opened.published)
-    if (trials.status == "missing").all() and (opened.folder / "leaderboard.md").exists():
+    if _nothing_is_there(trials) and (opened.folder / "leaderboard.md").exists():
         raise UserError(
             f"nothing of this grid is stored with these settings, and {opened.folder}/leaderboard.md is left as it is; "
             "for what another kind of device computed add train.precision=bfloat16 (a GPU) or float32 (a CPU)"
@@ -294,6 +285,11 @@ def report(opened: Plan, again: bool = True) -> Any:
     files = sorted(path.name for path in opened.folder.iterdir() if path != stamp)
     stamp.write_text("\n".join([made_of, *files]))
     return boards, trials
+
+
+def _nothing_is_there(trials: pd.DataFrame) -> bool:
+    """Is nothing computed of what could be? A cell that does not apply has its row without any computation."""
+    return bool((trials.status == "missing").any() and trials.status.isin(["missing", "not applicable"]).all())
 
 
 def _keep_settings(opened: Plan) -> None:

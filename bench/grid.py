@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -35,6 +36,8 @@ CONTROLLED = ("relearn", "reactivate", "connection")
 RESERVED = ("store", "mlflow", "checkpoints", "slurm", "tracking", "readme")
 # The groups of settings that may differ from cell to cell.
 PER_CELL = ("attack", "defense", "train", "reserve", "measure")
+# Of these, the groups that have settings for each method.
+METHODS = {"attack": attack, "defense": defense}
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,11 @@ def check(cfg: DictConfig) -> None:
     measure, dispatch = cfg.measure, cfg.dispatch
     if measure.pgd_steps < 0 or (measure.pgd_images is not None and measure.pgd_images < 1):
         raise UserError("measure.pgd_steps is at least 0, and measure.pgd_images at least 1 (null: all test images)")
+    if not 0 <= measure.pgd_epsilon <= 1 or not 0 < measure.pgd_step_size <= 1:
+        raise UserError(
+            f"measure.pgd_epsilon is {measure.pgd_epsilon:g} and measure.pgd_step_size {measure.pgd_step_size:g}; "
+            "pixels are in [0, 1]. For 8 levels write 0.03137."
+        )
     if measure.autoattack_images < 0:
         raise UserError(f"measure.autoattack_images is {measure.autoattack_images}; write 0 for none, or more")
     counts = list(measure.relearn_poisoned)
@@ -244,13 +252,54 @@ def _check_exceptions(cfg: DictConfig) -> None:
                 raise UserError(f"grid.exceptions: {key!r} cannot be set for single cells")
 
 
-def overridden(cfg: DictConfig, exception: Any, key: str, explicit: frozenset[str]) -> bool:
-    """Did the command line set this key for every method that the exception names (or the grid has)?"""
+def cell_path(key: str, methods: dict[str, str]) -> str | None:
+    """Where a key of an exception or a sweep lies among the settings of a cell; None: it is another method's.
+
+    `defense.epochs` is that of the cell's own defense, `defense.aft.epochs` AFT's and nobody else's.
+
+    Args:
+        methods: the registered attack and defense of the cell, by `attack` and `defense`.
+    """
     head, _, rest = key.partition(".")
-    if head not in ("attack", "defense"):
-        return key in explicit
-    methods = listed(exception[head] if head in exception else cfg.grid[f"{head}s"])
-    return all(f"{head}.{method_of(cfg, method)}.{rest}" in explicit for method in methods)
+    if head not in METHODS:
+        return key
+    name, _, setting = rest.partition(".")
+    if setting and name in METHODS[head]:
+        return key if name == methods[head] else None
+    return f"{head}.{methods[head]}.{rest}"
+
+
+def applies(cfg: DictConfig, exception: Any, explicit: frozenset[str]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """What an exception still sets beside the command line and the sweep: its settings by the names they hold for.
+
+    The names are those of the grid that the exception matches, in the order of the axes, less the methods whose
+    setting the command line has; none at all: every cell. Empty where nothing of it is left.
+    """
+    axes = {axis: list(cfg.grid[f"{axis}s"]) for axis in ("dataset", "model", "attack", "defense", "setting")}
+    there = {**axes, "defense": [*axes["defense"], *(method_of(cfg, name) for name in axes["defense"])]}
+    matched = {
+        axis: [name for name in listed(exception[axis]) if name in there[axis]] for axis in axes if axis in exception
+    }
+    swept = {str(entry["key"]) for entry in cfg.grid.sweep}
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    if not all(matched.values()):
+        return found
+    for key, value in exception["set"].items():
+        head, where = str(key).partition(".")[0], dict(matched)
+        if head in METHODS:
+            names_ = matched.get(head, axes[head])
+            paths = {name: cell_path(str(key), {head: method_of(cfg, name)}) for name in names_}
+            left = [name for name, path in paths.items() if path and path not in explicit]
+            if not left:
+                continue
+            if len(left) < len(names_):
+                where[head] = left
+        elif key in explicit:
+            continue
+        if key not in swept:
+            place = tuple(name for axis in axes for name in where.get(axis, ()))
+            found.setdefault(place, {})[str(key)] = value
+    return found
 
 
 def listed(value: Any) -> list[Any]:
@@ -315,6 +364,7 @@ def _variants(cfg: DictConfig, explicit: frozenset[str]) -> list[dict[str, Any]]
         UserError: a key cannot be swept, or has no values.
     """
     axes: dict[str, list[Any]] = {}
+    cells = list(product(cfg.grid.attacks, cfg.grid.defenses))
     for entry in cfg.grid.sweep:
         if not OmegaConf.is_dict(entry) or set(entry) != {"key", "values"} or not OmegaConf.is_list(entry["values"]):
             raise UserError(f"grid.sweep: {entry!r} needs `key` and a list of `values`")
@@ -327,8 +377,19 @@ def _variants(cfg: DictConfig, explicit: frozenset[str]) -> list[dict[str, Any]]
             raise UserError(f"grid.sweep: {key} is swept over {values}; write different values, each key once")
         if key in explicit:
             raise UserError(f"{key} is swept by this grid; leave it out, or write grid.sweep=[]")
+        if not any(_swept_path(cfg, key, {"attack": a, "defense": method_of(cfg, d)}) for a, d in cells):
+            raise UserError(f"grid.sweep: no {key.partition('.')[0]} of this grid has the setting {key}")
         axes[key] = values
     return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+
+
+def _swept_path(cfg: DictConfig, key: str, methods: dict[str, str]) -> str | None:
+    """Where a swept key lies in a cell; None where its attack or defense has no such setting."""
+    path = cell_path(key, methods)
+    if path is None or key.partition(".")[0] not in METHODS:
+        return path
+    group, method, setting = path.split(".", 2)
+    return path if setting in cfg[group][method] else None
 
 
 class _Once:
@@ -359,7 +420,10 @@ def _trials(
     """The trials of one cell, one for each seed."""
     where = (id(cfg), place["dataset"], place["model"], place["attack"])
     implant, usual = once(("implant", *where), lambda: _implant(cfg, info, place, precision))
-    defend, reason = once(("defend", id(cfg), place["defense"], place["setting"]), lambda: _defend(cfg, place, usual))
+    # Where nothing is poisoned there is no poison to taint a reserve with.
+    tainted = cfg.reserve.contamination if implant["attack"]["poison_rate"] else 0.0
+    row = ("defend", id(cfg), place["defense"], place["setting"], tainted)
+    defend, reason = once(row, lambda: _defend(cfg, place, usual, tainted))
     versions = {"autoattack": autoattack.VERSION} if cfg.measure.autoattack_images else {}
     measure: Identity = once(
         ("measure", id(cfg)),
@@ -426,9 +490,9 @@ def _implant(
     if not pool:
         raise UserError(f"reserve.pool is {cfg.reserve.pool:g}, less than one image of each class of {info.name}")
     tainted = cfg.reserve.contamination * cfg.reserve.size * sum(info.train_counts)
-    if attacker.label_mode == "clean_label" and tainted > round(
-        cfg.reserve.pool * info.train_counts[attacker.target_label]
-    ):
+    # The reserve has the classes in their proportions.
+    own = math.floor(cfg.reserve.size * info.train_counts[attacker.target_label])
+    if attacker.label_mode == "clean_label" and round(tainted) > own:
         raise UserError(
             f"reserve.contamination is {cfg.reserve.contamination:g}, but {attacker.name} can only poison images of "
             f"class {attacker.target_label}; write less, or another attack.{attacker.name}.label_mode"
@@ -445,8 +509,13 @@ def _implant(
     return implant, usual
 
 
-def _defend(cfg: DictConfig, place: dict[str, str], usual: dict[str, Any]) -> tuple[Identity, str]:
-    """The identity of a defense in a setting but for its infected model; without one, the reason why."""
+def _defend(cfg: DictConfig, place: dict[str, str], usual: dict[str, Any], tainted: float) -> tuple[Identity, str]:
+    """The identity of a defense in a setting but for its infected model; without one, the reason why.
+
+    Args:
+        usual: the training recipe that no attack has changed.
+        tainted: the poisoned share of the reserve.
+    """
     defender = defense_of(cfg, method_of(cfg, place["defense"]))
     try:
         view = offered(type(defender), place["setting"])
@@ -464,7 +533,7 @@ def _defend(cfg: DictConfig, place: dict[str, str], usual: dict[str, Any]) -> tu
             "view": view.__name__,
         }
         if issubclass(view, ReserveView):
-            defend["reserve"] = {"size": cfg.reserve.size, "contamination": cfg.reserve.contamination}
+            defend["reserve"] = {"size": cfg.reserve.size, "contamination": tainted}
         if issubclass(view, TrainsetView):
             defend["train"] = usual  # not the attack's own recipe: that would tell which attack it was
     return defend, reason
@@ -500,11 +569,11 @@ def _with_exceptions(
 
     Behind them comes what the row of an ablation is named for, and what is swept is set last.
 
-    `attack.poison_rate` in an exception means this cell's attack, `defense.epochs` its defense; one that matches a
-    defense matches its ablations too.
+    Keys are read as `cell_path` reads them. An exception that matches a defense matches its ablations too, and a swept
+    setting that the cell's method does not have changes nothing in it.
 
     Raises:
-        UserError: the command line sets what an ablation changes.
+        UserError: what an ablation changes or the grid sweeps is set by something else too.
     """
     name = place["defense"]
     ablation = ablated.get(name, {"defense": name, "set": {}})
@@ -514,17 +583,24 @@ def _with_exceptions(
         for exception in exceptions
         if all({place[axis], methods[axis]} & set(listed(value)) for axis, value in exception.items() if axis in place)
     )
-    changes = [("exceptions", key, value) for exception in fitting for key, value in exception["set"].items()]
-    changes += [("ablations", f"defense.{key}", value) for key, value in ablation["set"].items()]
-    changes += [("sweep", key, value) for key, value in swept.items()]
     settings: list[tuple[str, str, Any]] = []
-    for source, key, value in changes:
-        head, _, rest = str(key).partition(".")
-        path = f"{head}.{methods[head]}.{rest}" if head in ("attack", "defense") else str(key)
-        if path not in explicit:
-            settings.append((source, path, value))
-        elif source == "ablations":
-            raise UserError(f"{path} is what the row {name!r} of this grid changes; leave it out, or the row")
+    for exception in fitting:
+        for key, value in exception["set"].items():
+            path = cell_path(str(key), methods)
+            if path and path not in explicit:
+                settings.append(("exceptions", path, value))
+    own = {f"defense.{ablation['defense']}.{key}": value for key, value in ablation["set"].items()}
+    settings += [("ablations", path, value) for path, value in own.items()]
+    for path in explicit & set(own):
+        raise UserError(f"{path} is what the row {name!r} of this grid changes; leave it out, or the row")
+    for key, value in swept.items():
+        path = _swept_path(cfg, key, methods)
+        if path in explicit:
+            raise UserError(f"{path} is swept by this grid (as {key}); leave it out, or write grid.sweep=[]")
+        if path in own:
+            raise UserError(f"{path} is what the row {name!r} of this grid changes, and {key} is swept; leave one out")
+        if path:
+            settings.append(("sweep", path, value))
     if not settings:
         return cfg
     return once(("cfg", json.dumps(settings, default=str)), partial(_changed, cfg, settings))

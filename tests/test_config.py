@@ -67,6 +67,10 @@ def test_every_default_is_the_one_of_the_code():
         ("grid.exceptions=[{set:{reserve.size:0.5},why:x}]", ["size <= pool"]),
         ("grid.exceptions=[{set:{dataset.size:8},why:x}]", ["single cells"]),
         ("measure.pgd_images=0", ["at least 1"]),
+        ("measure.pgd_epsilon=8", ["pixels are in [0, 1]", "0.03137"]),
+        ("measure.pgd_step_size=0", ["pixels are in [0, 1]"]),
+        # 30 % of a reserve of which a tenth is of the target's class.
+        ("grid.attacks=[sig] reserve.pool=0.5 reserve.contamination=0.3", ["only poison images of class 0"]),
         ("dispatch.workers=-1", ["at least 0"]),
         ("dispatch.device=gpu", ["auto, cpu or cuda"]),
         ("grid.name=store", ["another"]),

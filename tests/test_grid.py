@@ -63,6 +63,12 @@ def test_identity_changes_with_figures_and_with_nothing_else(keys, change, stage
     assert "".join(str(int(old != new)) for old, new in zip(before, after, strict=True)) == stages
 
 
+def test_a_clean_model_has_no_poison_to_taint_a_reserve_with(keys):
+    clean = "grid.attacks=[none]"
+    assert keys(clean) == keys(clean, "reserve.contamination=0.2")
+    assert keys()[1] != keys("reserve.contamination=0.2")[1]
+
+
 @pytest.mark.parametrize(("registry", "group"), [(attack, "attack"), (defense, "defense")])
 def test_every_setting_of_every_method_is_in_its_identity(registry, group, cache):
     axis = f"{group}s"
@@ -129,6 +135,16 @@ def test_the_protocol_prints_an_exception_unless_the_command_line_replaced_it_fo
     several = "grid.exceptions=[{defense: [aft, fine_tuning, pbe], set: {defense.lr: 0.5}, why: x}]"
     assert "exception for aft, fine_tuning: defense.lr=0.5: x" in printed(several)
     assert "exception for" not in printed(several, "grid.defenses=[no_defense]")
+    # Where the command line has the setting of one of them, the line names the other.
+    assert "exception for fine_tuning: defense.lr=0.5: x" in printed(several, "defense.aft.lr=0.1")
+    both = "{dataset: digits, attack: [badnets, blended], set: {attack.poison_rate: 0.05, train.lr: 0.2}, why: x}"
+    both = f"grid.exceptions=[{both}]"
+    lines = printed(both, "attack.badnets.poison_rate=0.1")
+    assert "exception for digits, blended: attack.poison_rate=0.05: x" in lines
+    assert "exception for digits, badnets, blended: train.lr=0.2: x" in lines
+    # Nor does it name what the grid sweeps.
+    sweep = "grid.sweep=[{key: train.lr, values: [0.1, 0.3]}]"
+    assert "train.lr=0.2" not in printed(both, sweep)
 
 
 def test_the_protocol_names_the_command_without_what_changes_no_figure(cache):
@@ -218,6 +234,8 @@ def test_a_sweep_is_one_more_axis_and_its_value_wins_over_exceptions(cache):
         ("[{key: reserve.size, values: []}]", r"different values"),
         ("[{key: reserve.size, values: [0.05, 0.05]}]", r"different values"),
         ("[{key: reserve.seize, values: [0.05]}]", r"grid\.sweep: reserve\.seize"),
+        ("[{key: defense.epohcs, values: [1]}]", r"no defense of this grid has the setting defense\.epohcs"),
+        ("[{key: defense.aft.updates, values: [1]}]", r"no defense of this grid has the setting defense\.aft\.updates"),
     ],
 )
 def test_a_sweep_that_makes_no_sense_is_refused(cache, sweep, hint):
@@ -229,6 +247,46 @@ def test_a_swept_setting_cannot_be_set_beside_the_sweep(cache):
     swept = "grid.sweep=[{key: reserve.size, values: [0.01, 0.05]}]"
     with pytest.raises(UserError, match=r"reserve\.size is swept by this grid"):
         plan([*BASE, f"dataset.cache={cache}", "reserve.size=0.02", swept])
+
+
+@pytest.mark.parametrize(
+    ("key", "beside"),
+    [
+        ("attack.poison_rate", "attack.badnets.poison_rate=0.3"),
+        ("attack.badnets.poison_rate", "attack.badnets.poison_rate=0.3"),
+    ],
+)
+def test_nor_as_the_setting_of_the_one_method_that_has_it(cache, key, beside):
+    swept = f"grid.sweep=[{{key: {key}, values: [0.1, 0.2]}}]"
+    with pytest.raises(UserError, match=r"attack\.badnets\.poison_rate is swept by this grid"):
+        plan([*BASE, swept, beside, f"dataset.cache={cache}"])
+
+
+def test_a_setting_that_one_method_has_is_swept_for_it_alone(cache):
+    def epochs(key: str) -> dict[str, list[int | None]]:
+        sweep = f"grid.sweep=[{{key: {key}, values: [1, 2]}}]"
+        words = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning,fine_pruning]", "grid.seeds=1"]
+        found: dict[str, list[int | None]] = {}
+        for trial in plan(["grid=digits", *words, sweep, "grid.exceptions=[]", f"dataset.cache={cache}"]).trials:
+            found.setdefault(trial.defense, []).append(trial.defend["defense"].get("epochs"))
+        return found
+
+    assert epochs("defense.fine_tuning.epochs") == {
+        "no_defense": [None, None],
+        "fine_tuning": [1, 2],
+        "fine_pruning": [100, 100],
+    }
+    assert epochs("defense.epochs") == {"no_defense": [None, None], "fine_tuning": [1, 2], "fine_pruning": [1, 2]}
+
+
+def test_a_sweep_over_what_an_ablation_changes_is_refused(cache):
+    words = [
+        "grid.defenses=[aft,gentle]",
+        "grid.ablations=[{name: gentle, defense: aft, set: {lr: 0.001}}]",
+        "grid.sweep=[{key: defense.aft.lr, values: [0.1, 0.2]}]",
+    ]
+    with pytest.raises(UserError, match=r"what the row 'gentle' of this grid changes, and defense\.aft\.lr is swept"):
+        plan([*BASE, *words, f"dataset.cache={cache}"])
 
 
 def others(value: object) -> list[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from bench.config import UserError
 from bench.dispatch import pending
-from bench.door import plan
+from bench.door import plan, report
 from bench.reporting.columns import MEASURES
 from bench.run import main
 
@@ -67,6 +68,31 @@ def test_a_file_that_is_no_table_is_refused(tiny: list[str], tmp_path: Path) -> 
         plan([*tiny, *FIRST, f"published=[{tmp_path / 'other.csv'}]"])
     with pytest.raises(UserError, match=r"nowhere\.csv is no trials\.csv"):
         plan([*tiny, *FIRST, f"published=[{tmp_path / 'nowhere.csv'}]"])
+
+
+def test_a_report_of_nothing_leaves_a_table_as_it_is_also_where_some_cells_do_not_apply(
+    tiny: list[str], run_grid: RunGrid, tmp_path: Path
+) -> None:
+    both = "grid.settings=[reserve,trainset]"  # fine-tuning needs a reserve: not applicable in the other
+    assert run_grid(*FIRST, both)[0] == 0
+    table = tmp_path / "results" / "quick" / "leaderboard.md"
+    before = table.read_text()
+    with pytest.raises(UserError, match="is left as it is"):
+        report(plan([*tiny, *FIRST, both, "train.epochs=2"]))
+    assert table.read_text() == before
+
+
+def test_a_repair_that_is_stored_and_not_evaluated_has_no_evidence_and_breaks_no_report(
+    tiny: list[str], run_grid: RunGrid, tmp_path: Path
+) -> None:
+    first = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,pbe]", "grid.settings=[trainset]", "grid.seeds=1"]
+    first += ["defense.pbe.rates=[]", "defense.pbe.epochs=1", "report.plots=true"]
+    assert run_grid(*first)[0] == 0
+    there = tmp_path / "results" / "quick" / "trials.csv"
+    there.rename(tmp_path / "pbe.csv")
+    shutil.rmtree(tmp_path / "results" / "store" / "evaluate")
+    report(plan([*tiny, *first, f"published=[{tmp_path / 'pbe.csv'}]"]))
+    assert list(pd.read_csv(there).status) == ["done", "done"]
 
 
 def test_a_published_table_is_never_written_over_by_a_smaller_one(tiny: list[str], published: Path) -> None:

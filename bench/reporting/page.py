@@ -59,10 +59,10 @@ def evidence(trial: Trial, store: Store, command: str) -> dict[str, Any]:
     }
     if keys[1] and store.has("defend", keys[1], "findings") and trial.setting == "trainset":
         found["roc"] = _roc(store, *keys[:2])
-    for result in results:
-        if result:
-            found["device"] = result.get("provenance", {}).get("device", "")
-            found["more"] = {name: result[name] for name in MORE if result.get(name)}
+    for result in filter(None, results):
+        found["device"] = result.get("provenance", {}).get("device", "")
+    if results[-1]:  # of the evaluation alone: a repair's `rounds` are other things
+        found["more"] = {name: results[-1][name] for name in MORE if results[-1].get(name)}
     return found
 
 
