@@ -193,8 +193,9 @@ class ProgressiveUnifiedDefense(Progressive):
             rounds.append(Round("SPECTRE", trusted))
         chosen = drawn(len(data), self.initial_share, view, among=trusted)
         for step in range(len(self.epochs)):
-            if step and self.spectre_inner:
-                selected, chosen = chosen, self._filtered(view, data, chosen, votes, inner=True)
+            selected = chosen
+            if step and self.spectre_inner:  # what it removes is left out of this step alone
+                chosen = self._filtered(view, data, selected, votes, inner=True)
                 if (selected != chosen).any():
                     rounds.append(Round(f"selection {step}", selected))
             current, score = fine_tune(step)
@@ -217,11 +218,11 @@ class ProgressiveUnifiedDefense(Progressive):
             elif suspect is not None and self.guard == "drop_class" and step == 0:
                 model.load_state_dict(infected)
                 optimizer = make_optimizer(self.recipe(0), model)
-                chosen = drawn(len(data), self.initial_share, view, among=trusted & (data.labels != suspect))
+                selected = drawn(len(data), self.initial_share, view, among=trusted & (data.labels != suspect))
+                chosen = selected
                 score = fine_tune(0, again=True)[1]
                 best, tail = highest(score, self.rates[0], among=trusted), self._tail(score)
-            if self.selection:
-                chosen = best
+            chosen = best if self.selection else selected
 
         if self.unlearning:
             rounds.append(Round("tail", tail))

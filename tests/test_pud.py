@@ -418,6 +418,24 @@ def test_without_selection_all_steps_keep_the_first_set_and_the_tail_is_unlearne
     assert len(chosen(found, "tail")) == 3
 
 
+def test_what_spectre_removes_from_a_set_that_is_kept_is_left_out_of_one_step_alone(monkeypatch):
+    calls = []
+
+    def one_less(self, view, data, kept, votes, inner):
+        left = kept.clone()
+        if inner:  # another image each time
+            calls.append(int(kept.nonzero()[len(calls) % 3]))
+            left[calls[-1]] = False
+        return left
+
+    monkeypatch.setattr(pud.ProgressiveUnifiedDefense, "_filtered", one_less)
+    found = run(selection=False)
+    first = chosen(found, "step 0")
+    assert [chosen(found, f"step {number}") for number in range(1, 5)] == [first - {gone} for gone in calls]
+    assert [chosen(found, f"selection {number}") for number in range(1, 5)] == [first] * 4
+    assert chosen(found, "unlearning") == first - {calls[-1]}
+
+
 def test_without_adversarial_training_the_search_for_the_target_is_the_same(monkeypatch):
     asked = []
     monkeypatch.setattr(pud, "adversarial_target", lambda *_, epsilon, **__: asked.append(epsilon))
