@@ -117,7 +117,7 @@ def test_the_steps_of_each_attack_are_a_panel_while_there_is_room(monkeypatch):
     assert "means over attacks and seeds" in figure.get_suptitle()
 
 
-def test_a_step_that_one_seed_alone_has_moves_no_other_step():
+def test_a_step_that_one_seed_alone_has_moves_no_other_step_and_no_curve_runs_through_it():
     trials = trial_table([row("badnets", "pud", seed, 0.5) for seed in (0, 1)])
     names = [["step 0", "step 1", "tail"], ["SPECTRE", "step 0", "selection 1", "step 1", "tail"]]
     asr = {"SPECTRE": 0.8, "step 0": 0.4, "selection 1": 0.3, "step 1": 0.2, "tail": 0.1}
@@ -126,7 +126,27 @@ def test_a_step_that_one_seed_alone_has_moves_no_other_step():
         grid = plots._Grid(trials, cells(trials), behind[order].reset_index(drop=True), "x")
         (axis,) = plots._rounds(grid).axes
         assert [tick.get_text() for tick in axis.get_xticklabels()] == names[1]
-        assert list(axis.lines[0].get_ydata()) == pytest.approx([80, 40, 30, 20, 10])
+        curve, alone = axis.lines
+        assert (list(curve.get_xdata()), list(curve.get_ydata())) == ([1, 3], pytest.approx([40, 20]))
+        # The tail is what is unlearned: it is of all, and no step on the way.
+        assert (list(alone.get_xdata()), list(alone.get_ydata())) == ([0, 2, 4], pytest.approx([80, 30, 10]))
+        assert (curve.get_linestyle(), alone.get_linestyle()) == ("-", "None")
+        assert "Hollow" in axis.figure.get_suptitle()
+
+
+def test_the_scores_of_a_step_are_means_of_trials_that_have_all_steps_drawn():
+    trials = trial_table([row("badnets", "pud", seed, 0.5) for seed in (0, 1)])
+
+    def step(name: str, middle: float) -> dict:
+        return {"name": name, "suspicion": {kind: [0.0, 0.0, middle, 1.0, 1.0] for kind in ("clean", "poisoned")}}
+
+    steps = [
+        [step("step 0", 0.2), step("step 1", 0.4)],
+        [step("step 0", 0.4), step("step 0 again", 0.9), step("step 1", 0.6)],
+    ]
+    grid = plots._Grid(trials, cells(trials), pd.Series([{"more": {"rounds": own}} for own in steps]), "x")
+    (axis,) = plots._scores(grid).axes
+    assert list(axis.lines[0].get_ydata()) == pytest.approx([0.3, 0.5])
 
 
 def test_a_swept_mean_has_no_point_where_an_attack_is_wrecked(monkeypatch):

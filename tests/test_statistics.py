@@ -118,7 +118,8 @@ def test_a_ranking_marks_who_is_not_worse_and_says_when_nobody_can_be():
     few = statistics.rank(wins[:3], ["a", "b", "c"], 1.0)
     assert few.alike == {"a", "b", "c"}
     assert "no difference of two can be significant" in few.sentence()
-    assert "nothing is claimed" in statistics.rank(wins[:1], ["a", "b", "c"], 1.0).sentence()
+    assert "at least 3 defenses and 2 blocks" in statistics.rank(wins[:1], ["a", "b", "c"], 1.0).sentence()
+    assert "all of them tie" in statistics.rank(np.ones((3, 3)), ["a", "b", "c"], 1.0).sentence()
 
 
 def test_nemenyi_agrees_with_scikit_posthocs_on_demsars_data():

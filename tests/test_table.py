@@ -148,6 +148,15 @@ def test_a_defense_that_does_not_work_in_a_setting_has_no_row_there_and_stands_i
     assert board.notes[0] == "not applicable in the setting trainset: tuner"
 
 
+def test_a_note_stands_beneath_the_table_of_the_trial_that_it_is_about_alone():
+    trials = [row("aft", "sig", 0, 0.9, 0.1, dataset=data, commit=f"c{data}") for data in ("one", "two")]
+    trials[1]["warnings"] = "gradients are masked"
+    one, two = boards(trial_table(trials), [])
+    assert not any("masked" in note for note in one.notes)
+    assert "warning: aft against sig: gradients are masked" in two.notes
+    assert ("commit: cone" in one.notes, "commit: ctwo" in two.notes) == (True, True)
+
+
 def test_a_command_beneath_a_table_can_be_pasted_as_it_stands():
     line = "python -m bench.run 'grid.attacks=[badnets]' 'note=*a*_b_'"
     board = Board("a grid", ["defense"], notes=[f"command: {line}", "command: echo `id`", "rank: 1 * 2"])

@@ -613,13 +613,20 @@ def _rounds(grid: _Grid) -> Figure | None:
         figure, axes = _panels(plt, len(panels), WIDTH, 2.2)
         for axis, title, part in zip(axes, titles, panels, strict=True):
             for name, own in part.groupby("figure", sort=False):
-                curve, (color, marker) = own.groupby("step").value.mean(), looks[str(name)]
+                color, marker = looks[str(name)]
+                steps = own.groupby("step").value.agg(["mean", "size"])
+                apart = (steps["size"] < steps["size"].max()) | steps.index.isin(own.step[own["name"] == "tail"])
+                curve, alone = steps["mean"][~apart], steps["mean"][apart]
                 axis.plot(curve.index, curve, label=names[str(name)], color=color, marker=marker)
+                axis.plot(alone.index, alone, color=color, marker=marker, linestyle="", markerfacecolor="none")
             ticks = part.drop_duplicates("step").sort_values("step")
             axis.set_xticks(ticks.step, [_short(name, 14) for name in ticks.name], rotation=45, ha="right")
             axis.set(title=title, ylabel="%", ylim=(-3, 103))
         _legend(figure, axes)
-        return _titled(figure, grid.caption(f"Step by step, wrecked models too; {_averaged(panels)}.", place=common))
+        what = f"Step by step, wrecked models too; {_averaged(panels)}."
+        if any(line.get_markerfacecolor() == "none" and len(line.get_xdata()) for a in axes for line in a.lines):
+            what += " Hollow: a step that only some of these have, or the images that are unlearned."
+        return _titled(figure, grid.caption(what, place=common))
 
 
 def _scores(grid: _Grid) -> Figure | None:
@@ -640,7 +647,8 @@ def _scores(grid: _Grid) -> Figure | None:
         figure, axes = _panels(plt, len(panels), WIDTH, 2.2)
         for axis, title, part in zip(axes, titles, panels, strict=True):
             for (kind, own), color, marker in zip(part.groupby("kind"), ("C0", "C3"), "os", strict=True):
-                curve = own.groupby("step")[marks].mean()
+                held = own.groupby("step").step.transform("size")
+                curve = own[held == held.max()].groupby("step")[marks].mean()  # means of the same trials everywhere
                 axis.plot(curve.index, curve.middle, label=f"{kind}: median", color=color, marker=marker)
                 for low, high, strength in (("lowest", "highest", 0.12), ("low", "high", 0.25)):
                     axis.fill_between(curve.index, curve[low], curve[high], color=color, alpha=strength, linewidth=0)

@@ -179,8 +179,10 @@ class Ranking:
     def sentence(self) -> str:
         """What can be claimed, in one line."""
         count = f"{len(self.ranks)} defenses over {self.blocks} block{'' if self.blocks == 1 else 's'}"
-        if np.isnan(self.p):
+        if len(self.ranks) < 3 or self.blocks < 2:
             return f"ranks: {count}; Friedman's test needs at least 3 defenses and 2 blocks, so nothing is claimed"
+        if np.isnan(self.p):
+            return f"ranks: {count}; all of them tie in every block, so nothing is claimed"
         text = (
             f"ranks: {count}; Friedman χ² {self.statistic:.2f}, p {p_text(self.p)}; critical difference (Nemenyi, 5 %) "
             f"{self.difference:.2f}"

@@ -561,7 +561,8 @@ def _boards(trials: pd.DataFrame, table: pd.DataFrame, marked: Marks, protocol: 
             for (*where, setting), ranking in marked.rankings.items()
             if tuple(where) == place
         ]
-        board.notes = _notes(part[part.kind == "measured"], trials) + sources + rankings + list(RULES) + protocol
+        own = trials[(trials[BOARD].astype(str) == place).all(axis=1)]
+        board.notes = _notes(part[part.kind == "measured"], own) + sources + rankings + list(RULES) + protocol
         found.append(board)
     return found
 
@@ -653,6 +654,7 @@ def _foreign(cells: pd.DataFrame) -> pd.Series:
 
 
 def _notes(part: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
+    """What a board's reader must know, of its cells and of its trials."""
     notes = []
     for setting, cells in part[_foreign(part)].groupby("setting", sort=False):
         notes.append(f"not applicable in the setting {setting}: {', '.join(dict.fromkeys(cells.defense))}")
