@@ -13,7 +13,8 @@ by side, cell by cell with the differences in protocol that its column `protocol
 ignore=AXES (of dataset, model) sets cells side by side that differ there, and says so; rename=OURS:THEIRS reads one
 name as another.
 
-Exit status: 0 nothing is worse, 1 something is worse by more than the tolerance or no longer done, 2 a wrong argument.
+Exit status: 0 nothing is worse, 1 something is worse by more than the tolerance, or a cell of both is no longer done,
+2 a wrong argument. Cells that only one of them has are counted.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ def changes(one: pd.DataFrame, two: pd.DataFrame, figures: list[str]) -> tuple[l
     found, broken = [], []
     for place in common:
         a, b, title = before[place], after[place], "/".join(name for name in place if name)
-        lost = a.index[a.status == "done"].intersection(b.index[~b.status.isin(["done", "not applicable"])])
+        lost = a.index[a.status == "done"].intersection(b.index[b.status != "done"])
         if len(lost):
             states = ", ".join(dict.fromkeys(b.status[lost]))
             reason = next(iter(b.reason[lost]), "")
@@ -229,9 +230,9 @@ def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: li
     shared = [both[name].notna() & both[f"{name}_other"].notna() for name in known]
     both = both[np.any(shared, axis=0)] if shared else both[:0]
     # A repair that needs no image stands in each setting of ours; beside a cell that names none it is one.
-    both = both.drop_duplicates(
-        [*named, *(f"{axis}_other" for axis in [*ignored, "setting"]), "protocol_other", *known]
-    )
+    others = [f"{axis}_other" for axis in [*ignored, "setting", "protocol", *known]]
+    others += [name for name in ("provenance_other", "provenance") if name in both]
+    both = both.drop_duplicates([*named, *others, *known])
     if both.empty:
         raise UserError(f"{places[0]} and {places[1]} have no figure of a cell in common; names must be this project's")
     print(f"{len(both)} cells in both: {places[0]} | {places[1]} | difference, in points")
@@ -242,6 +243,8 @@ def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: li
             if not (math.isnan(x) or math.isnan(y)):
                 parts.append(f"{COLUMN[name].title} {100 * x:.1f} | {100 * y:.1f} | {100 * (y - x):+.1f}")
         other = [f"{axis} {row[f'{axis}_other']}" for axis in ignored if row[axis] != row[f"{axis}_other"]]
+        if row.get("done", 0) < row.get("seeds", 0):
+            other.append(f"{row.done:.0f} of {row.seeds:.0f} seeds done")
         protocols = "; ".join(text for text in (row.protocol, *other, row.protocol_other) if text)
         place = "/".join(name for name in row[AXES] if name)
         print(f"{place}: {', '.join(parts)}{f' [{protocols}]' if protocols else ''}")

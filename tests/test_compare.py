@@ -71,6 +71,12 @@ def test_a_trial_that_is_no_longer_done_is_a_regression(saved, capsys):
     assert "WORSE digits/net/reserve/badnets/a: done before, now failed: boom" in capsys.readouterr().out
 
 
+def test_nor_may_a_cell_cease_to_apply(saved, capsys):
+    new = [entry | {"status": "not applicable", "reason": "no such layer"} for entry in OLD]
+    assert compare.main([saved("one", OLD), saved("two", new)]) == 1
+    assert "a: done before, now not applicable: no such layer" in capsys.readouterr().out
+
+
 def test_different_seeds_are_compared_and_not_tested():
     other = [entry | {"seed": entry["seed"] + 10, "asr": 0.5} for entry in OLD]
     changes, _, _ = compare.changes(table.trial_table(OLD), table.trial_table(other), ["asr"])
@@ -101,6 +107,17 @@ def test_a_published_table_fits_every_setting_and_only_its_own_poison_rate(saved
     out = capsys.readouterr().out
     assert "1 cells in both" in out
     assert "digits/net/reserve/badnets/a: ACC 90.0 | 90.0 | +0.0, ASR 10.0 | 25.0 | +15.0 [one run]" in out
+
+
+def test_two_sources_of_one_cell_stand_beside_it_both_and_what_is_not_done_of_ours_is_said(saved, tmp_path, capsys):
+    theirs = tmp_path / "published.csv"
+    head = "provenance,dataset,model,attack,defense,setting,asr"
+    theirs.write_text(f"{head}\nPaper A,digits,net,badnets,a,,0.05\nPaper B,digits,net,badnets,a,,0.6")
+    ours = [row("a", 0, 0.9, 0.1), row("a", 1, 0.3, 0.0, status="wrecked", reason="60 points")]
+    assert compare.main([saved("one", ours), str(theirs)]) == 0
+    out = capsys.readouterr().out
+    assert "ASR 10.0 | 5.0 | -5.0 [1 of 2 seeds done]" in out
+    assert "ASR 10.0 | 60.0 | +50.0 [1 of 2 seeds done]" in out
 
 
 def test_another_network_and_another_name_of_the_data_can_be_set_side_by_side_and_are_named(saved, tmp_path, capsys):
