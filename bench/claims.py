@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CLAIMS = Path("results/claims.yaml")
 KEYS = {"figure", "of", "minus", "at_most", "at_least", "attacks"}
+ROWS = {"defense", "setting", "reserve"}  # what `of` and `minus` choose rows by
 
 
 @dataclass
@@ -37,6 +38,8 @@ class Answer:
 
 
 def main(arguments: list[str]) -> int:
+    from omegaconf import OmegaConf
+
     from bench.config import UserError
 
     claims = load(CLAIMS)
@@ -47,12 +50,16 @@ def main(arguments: list[str]) -> int:
             trials = pd.read_csv(arguments[0])
         except OSError as error:
             raise UserError(f"{arguments[0]} cannot be read: {error.strerror}") from error
+        settings = Path(arguments[0]).with_name("config.yaml")  # a report leaves it there
+        tainted = OmegaConf.load(settings).reserve.contamination if settings.exists() else 0.0
     else:
         from bench.door import plan
         from bench.reporting.table import of_trials
 
         opened = plan(arguments)
         trials = of_trials(opened.trials, opened.store, opened.published)
+        tainted = opened.cfg.reserve.contamination
+    trials["contamination"] = contamination(trials, tainted)
     answers = [answer(claim, trials) for claim in claims]
     print(markdown(answers))
     return int(any(found.verdict == "not reproduced" for found in answers))
@@ -73,15 +80,28 @@ def load(path: Path) -> list[dict[str, Any]]:
     claims: list[dict[str, Any]] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
     for claim in claims:
         for check in claim.get("checks", ()):
-            wrong = set(check) - KEYS
+            chosen = {"of": check.get("of") or {}, "minus": check.get("minus") or {}}
+            wrong = set(check) - KEYS | {f"{key}.{name}" for key in chosen for name in set(chosen[key]) - ROWS}
             if wrong or not {"figure", "of"} <= set(check) or not {"at_most", "at_least"} & set(check):
                 raise UserError(
                     f"{path}, {claim.get('id')}: a check needs figure, of, and at_most or at_least"
                     + (f", and has no {', '.join(sorted(wrong))}" if wrong else "")
                 )
+            for rows in chosen.values():
+                if rows.get("reserve", "clean") not in ("clean", "tainted"):
+                    raise UserError(
+                        f"{path}, {claim.get('id')}: reserve is {rows['reserve']!r}; write clean or tainted"
+                    )
         if not {"id", "source", "says", "checks"} <= set(claim):
             raise UserError(f"{path}, {claim.get('id', claim)}: a claim needs id, source, says and checks")
     return claims
+
+
+def contamination(trials: pd.DataFrame, usual: float) -> pd.Series:
+    """The poisoned share of each trial's reserve: its own where the table sweeps it, else the grid's."""
+    variants = trials["variant"].astype(object).fillna("") if "variant" in trials else trials.attack.map(lambda _: "")
+    own = variants.str.extract(r"(?:^|, )reserve\.contamination=([\d.e-]+)", expand=False)
+    return own.astype(float).fillna(usual)
 
 
 def answer(claim: dict[str, Any], trials: pd.DataFrame) -> Answer:
@@ -144,7 +164,7 @@ def _means(trials: pd.DataFrame, of: dict[str, str], figure: str) -> dict[tuple[
         return {}
     part = trials[trials.poison_rate > 0]
     for key, value in of.items():
-        part = part[part[key] == value]
+        part = part[(part.contamination > 0) == (value == "tainted") if key == "reserve" else part[key] == value]
     part = part[~part.status.isin(["missing", "not applicable"])]
     found = {}
     # A table published before there were sweeps has no variant; one read as CSV has no number for an empty one.

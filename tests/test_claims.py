@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bench.claims import answer, judge, load, main
+from bench.claims import ROWS, answer, contamination, judge, load, main
 from bench.config import UserError
 
 LOW = {"figure": "asr", "of": {"defense": "pbe", "setting": "trainset"}, "at_most": 0.1}
@@ -70,6 +70,20 @@ def test_a_table_without_a_sweep_says_the_same_from_a_file(tmp_path):
     assert judge(LOW, rows)[0] is False
 
 
+def test_a_claim_on_a_clean_reserve_is_not_judged_by_a_tainted_one_nor_the_other_way_round():
+    swept = ["reserve.contamination=0.0", "reserve.contamination=0.2", "train.lr=0.1, reserve.contamination=0.1"]
+    rows = table(("aft", "sig", 0.0), ("aft", "sig", 0.9), ("aft", "sig", 0.8)).assign(variant=swept)
+    rows["contamination"] = contamination(rows, 0.0)
+    assert list(rows.contamination) == [0.0, 0.2, 0.1]
+    clean = {"figure": "asr", "of": {"defense": "aft", "reserve": "clean"}, "at_most": 0.1}
+    tainted = clean | {"of": {"defense": "aft", "reserve": "tainted"}}
+    assert judge(clean, rows)[0] is True
+    assert judge(tainted, rows)[0] is False
+    assert judge(tainted, rows[:1])[0] is None
+    # Where nothing is swept the grid's own share is that of every row.
+    assert list(contamination(rows.drop(columns="variant"), 0.3)) == [0.3] * 3
+
+
 def test_the_clean_model_is_no_attack():
     rows = table(("pbe", "none", float("nan")), ("pbe", "sig", 0.0))
     rows.loc[0, "poison_rate"] = 0.0
@@ -90,7 +104,7 @@ def test_the_shipped_claims_are_well_formed_and_name_registered_methods():
     for claim in load(Path("results/claims.yaml")):
         for check in claim["checks"]:
             for rows in (check["of"], check.get("minus", {})):
-                assert set(rows) <= {"defense", "setting"}
+                assert set(rows) <= ROWS
                 assert not rows or (rows["defense"] in defense and rows["setting"] in SETTINGS), rows
 
 
@@ -106,4 +120,7 @@ def test_a_claim_with_a_wrong_key_is_refused_by_name(tmp_path):
     path = tmp_path / "claims.yaml"
     path.write_text("- {id: x, source: s, says: t, checks: [{figure: asr, of: {defense: pbe}, at_mots: 0.1}]}")
     with pytest.raises(UserError, match="x: a check needs figure, of, and at_most or at_least, and has no at_mots"):
+        load(path)
+    path.write_text("- {id: x, source: s, says: t, checks: [{figure: asr, of: {reserve: dirty}, at_most: 0.1}]}")
+    with pytest.raises(UserError, match="x: reserve is 'dirty'; write clean or tainted"):
         load(path)
