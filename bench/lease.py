@@ -3,8 +3,8 @@
 `flock` is honoured by some NFS servers and ignored by others, so nothing here asks a kernel for a lock. A claim is a
 file with a number for a name, made by `link`, which fails everywhere if the name is taken; the highest number counts.
 Its owner touches it now and then. A claim that nobody touches, or whose process is known to be dead, is taken over by
-making the next number. No number is used twice while the stage is unfinished, so that a process that fell asleep
-between looking and taking can never take a living claim away.
+making the next number. A process that fell asleep between looking and taking may make a number below one that was made
+meanwhile: it looks again behind making it, and then has nothing.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 BEAT_S = 10.0  # between touches
+LOOKS = 10  # at a claim that changes hands while we look
 STALE_S = 90.0  # untouched for so long: the owner is dead, or cut off. NFS may show an mtime a minute late.
 
 
@@ -96,7 +97,12 @@ def take(folder: Path) -> Path | None:
     finally:
         with suppress(OSError):
             beside.unlink()
-    for old in _numbers(folder):
+    numbers = _numbers(folder)
+    if any(number > int(path.name) for number in numbers):
+        with suppress(OSError):
+            path.unlink()
+        return None
+    for old in numbers:
         if old < int(path.name):
             with suppress(OSError):
                 (folder / str(old)).unlink()
@@ -116,15 +122,21 @@ def release(path: Path, forget: bool) -> None:
 
 def read(folder: Path) -> Claim | None:
     """The newest claim, and whether its owner lives; None if there never was one."""
-    numbers = _numbers(folder)
-    if not numbers:
-        return None
-    path = folder / str(max(numbers))
-    try:
-        with path.open() as file:  # opening asks the server: a bare stat may be answered from a cache
-            touched = os.fstat(file.fileno()).st_mtime
-            text = file.read()
-    except OSError:
+    for _ in range(LOOKS):
+        numbers = _numbers(folder)
+        if not numbers:
+            return None
+        path = folder / str(max(numbers))
+        try:
+            with path.open() as file:  # opening asks the server: a bare stat may be answered from a cache
+                touched = os.fstat(file.fileno()).st_mtime
+                text = file.read()
+            break
+        except FileNotFoundError:  # taken over, or given back, since we listed them
+            continue
+        except OSError:
+            return None
+    else:
         return None
     try:
         owner = Owner(**json.loads(text))

@@ -103,6 +103,41 @@ def test_who_slept_between_looking_and_taking_does_not_take_a_living_claim(tmp_p
     lease.release(second, forget=False)
 
 
+def test_who_slept_while_claims_came_and_went_has_nothing_though_its_number_is_free(tmp_path, monkeypatch):
+    folder = tmp_path / "implant-k"
+    first = lease.take(folder)
+    assert first
+    lease.release(first, forget=False)
+    looked = lease.read(folder)
+    second = lease.take(folder)
+    assert second
+    lease.release(second, forget=False)
+    third = lease.take(folder)  # alive; 1 and 2 are gone
+    assert third
+    with monkeypatch.context() as patch:
+        patch.setattr(lease, "read", lambda _: looked)  # the sleeper saw 1, given back
+        assert lease.take(folder) is None
+    assert lease._numbers(folder) == [3]
+    lease.release(third, forget=False)
+
+
+def test_a_claim_that_changes_hands_while_it_is_read_is_not_taken_for_none(tmp_path, monkeypatch):
+    folder = tmp_path / "implant-k"
+    first = lease.take(folder)
+    assert first
+    lease.release(first, forget=False)
+    listed = lease._numbers(folder)
+    second = lease.take(folder)
+    assert second
+    answers = [listed]  # the listing is from before, and 1 is gone when it is opened
+    numbers = lease._numbers
+    monkeypatch.setattr(lease, "_numbers", lambda place: answers.pop() if answers else numbers(place))
+    found = lease.read(folder)
+    assert found
+    assert (found.number, found.alive) == (2, True)
+    lease.release(second, forget=False)
+
+
 def test_a_request_that_nfs_repeated_is_not_taken_for_somebody_elses(tmp_path, monkeypatch):
     link = os.link
 
