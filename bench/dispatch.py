@@ -6,6 +6,7 @@ A worker that dies costs its trial and nothing else; a driver that dies leaves i
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -38,8 +39,13 @@ class Task:
 
     @property
     def place(self) -> tuple[str, str]:
-        """Its last stage and that one's key: the task is done when this is finished."""
+        """Its last stage and that one's key: no two tasks have the same."""
         return self.stages[-1], self.trial.keys()[STAGES.index(self.stages[-1])]
+
+    def is_finished(self, store: Store) -> bool:
+        """Are all of its stages there? An earlier one can be gone: folders of the store may be deleted."""
+        keys = zip(STAGES, self.trial.keys(), strict=True)
+        return all(store.is_finished(stage, key) for stage, key in keys if stage in self.stages)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -76,22 +82,28 @@ def pending(trials: list[Trial], store: Store, max_tries: int | None = None) -> 
     repairs: dict[str, Task] = {}
     lost: set[str] = set()
 
+    @functools.cache
+    def there(implant: str) -> bool:
+        return store.is_finished("implant", implant)
+
     def hopeless(stage: str, key: str) -> bool:
         return max_tries is not None and store.tries(stage, key) >= max_tries
 
     for trial in trials:
         _, defend, evaluate = trial.keys()
-        if not evaluate or evaluate in repairs or store.is_finished("evaluate", evaluate):
+        repair = Task(trial, REPAIR)
+        if not evaluate or evaluate in repairs:
+            continue
+        if repair.is_finished(store) and there(trial.keys()[0]):
             continue
         needed = trial.implants()
         for index, key in enumerate(needed):
             if key not in implants:
-                there = store.is_finished("implant", key)
-                implants[key] = None if there else Task(trial.twin() if index else trial, IMPLANT)
-                if not there and hopeless("implant", key):
+                implants[key] = None if there(key) else Task(trial.twin() if index else trial, IMPLANT)
+                if not there(key) and hopeless("implant", key):
                     lost.add(key)
         if lost.isdisjoint(needed) and not hopeless("defend", defend) and not hopeless("evaluate", evaluate):
-            repairs[evaluate] = Task(trial, REPAIR)
+            repairs[evaluate] = repair
     wanted = {key for task in repairs.values() for key in task.needs}
     return [*(task for key, task in implants.items() if task and key in wanted), *repairs.values()]
 

@@ -77,13 +77,13 @@ def _read(options: dict[str, str]) -> tuple[int | None, float, dict[str, float]]
 
 def summary(opened: Plan, tasks: list[Task]) -> None:
     """What there is, and what is to be computed, in a few lines."""
-    from bench.dispatch import IMPLANT
+    from bench.dispatch import IMPLANT, Task
+    from bench.store import STAGES
 
     trials = opened.trials
     applicable = [trial for trial in trials if trial.defend]
     there = sum(
-        trial.keys()[2] in opened.published or opened.store.is_finished("evaluate", trial.keys()[2])
-        for trial in applicable
+        trial.keys()[2] in opened.published or Task(trial, STAGES).is_finished(opened.store) for trial in applicable
     )
     print(opened.title)
     print(f"trials: {len(trials)}, of them {there} finished, {len(trials) - len(applicable)} not applicable")

@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,19 @@ class Store:
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
+
+    @property
+    def name(self) -> str:
+        """Which store this is, also beside another machine's at the same path; made at the first asking."""
+        path = self.root / "name"
+        if not path.exists():
+            self.root.mkdir(parents=True, exist_ok=True)
+            beside = self.root / f"name.{uuid.uuid4().hex}"
+            beside.write_text(uuid.uuid4().hex)
+            with suppress(FileExistsError):
+                os.link(beside, path)
+            beside.unlink()
+        return f"{path.read_text()} {self.root.resolve()}"  # a copy has the same file, and lies elsewhere
 
     def folder(self, stage: str, key: str) -> Path:
         return self.root / stage / key[:2] / key
@@ -86,11 +99,11 @@ class Store:
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
             for name, named in (tensors or {}).items():
-                from safetensors.torch import save_file
+                from bench.engine.files import save_tensors
 
                 # Channels-last weights are the same numbers in another order; the format wants one order.
                 kept = {k: v.detach().cpu().contiguous().clone() for k, v in named.items()}
-                save_file(kept, beside / f"{name}.safetensors")
+                save_tensors(kept, beside / f"{name}.safetensors")
             _write(beside / "config.json", identity)
             _write(beside / "result.json", result)
             if self.result(stage, key) is None and final.exists():
@@ -125,8 +138,9 @@ class Store:
     def sweep(self) -> None:
         """Remove what killed processes left half-written, a day and more ago."""
         for path in (self.root / "unfinished").glob("*"):
-            if time.time() - path.stat().st_mtime > 86_400:
-                shutil.rmtree(path, ignore_errors=True)
+            with suppress(FileNotFoundError):  # published in this moment
+                if time.time() - path.stat().st_mtime > 86_400:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def work(self, stage: str, key: str) -> Path:
         """Where a running stage keeps its checkpoints."""

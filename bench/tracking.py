@@ -78,11 +78,12 @@ def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
                 client.delete_run(run.info.run_id)
     fresh: list[Trial] = []
     for trial in trials:
-        key = trial.keys()[2]
+        keys = trial.keys()
+        name = (keys[2], trial.variant)
         # A state that can still change is not sent: a run in MLflow is final.
-        if key and (key, trial.variant) not in there and store.is_finished("evaluate", key):
+        if all(keys) and name not in there and all(map(store.is_finished, STAGES, keys)):
             fresh.append(trial)
-            there.add((key, trial.variant))
+            there.add(name)
     parents = _parents(client, place, fresh, store)
     # A file has one writer; a server has several workers.
     with ThreadPoolExecutor(4 if str(client.tracking_uri).startswith("http") else 1) as pool:
@@ -335,7 +336,7 @@ def _tag(text: str) -> str:
 
 def _of(store: Store) -> str:
     """The tag of what was sent from this store."""
-    return _tag(str(store.root.resolve()))
+    return _tag(store.name)
 
 
 def _flat(value: Any, name: str) -> list[tuple[str, Any]]:

@@ -35,7 +35,7 @@ class Pack:
             raise RuntimeError("the job has no GPU that torch can use; dispatch.device=cpu, or ask for another node")
         load_methods(settings["plugins"])
         store = Store(settings["store"])
-        tasks = [task for task in batch.packs[0] if not store.is_finished(*task.place)]
+        tasks = [task for task in batch.packs[0] if not task.is_finished(store)]
         coming = {task.trial.keys()[0] for task in tasks if task.stages == dispatch.IMPLANT}
         ready = []
         for task in tasks:

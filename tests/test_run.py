@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from bench import list as listing
 from bench import report, status
 from bench.door import plan
 from bench.pipeline import Bench
+from bench.reporting.table import of_trials
 
 FIRST = ["grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"]
 
@@ -352,6 +354,22 @@ def test_a_failed_cell_is_tried_again_by_the_next_run(run_grid, plugin, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", ["implant", "defend", "evaluate"])
+def test_a_stage_whose_folder_was_deleted_is_computed_again_and_its_neighbours_are_not(run_grid, tmp_path, tiny, stage):
+    words = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"]
+    _, before = run_grid(*words)
+    shutil.rmtree(tmp_path / "results" / "store" / stage)
+    lines = len(history(tmp_path / "results"))
+    opened = plan([*tiny, *words])
+    assert (of_trials(opened.trials, opened.store).status == "missing").all()
+    status, after = run_grid(*words)
+    assert status == 0
+    computed = [line.split()[1] for line in history(tmp_path / "results")[lines:]]
+    assert set(computed) == {stage}
+    assert len(computed) == (1 if stage == "implant" else 2)
+    pd.testing.assert_series_equal(after.asr, before.asr)
+
+
 def test_two_workers_give_the_figures_of_one(run_grid, tmp_path):
     _, alone = run_grid(*FIRST)
     _, pooled = run_grid(*FIRST, "dispatch.workers=2", f"results={tmp_path / 'pooled'}")

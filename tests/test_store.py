@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -42,6 +43,51 @@ def test_a_store_lists_the_keys_and_identities_of_what_is_finished(tmp_path):
     store.finish("defend", IDENTITY, {"status": "done"})
     assert store.keys("implant") == {key_of(identity) for identity in identities}
     assert dict(store.identities("implant")) == {key_of(identity): identity for identity in identities}
+
+
+def test_weights_and_figures_are_readable_to_whom_the_umask_lets_in(tmp_path):
+    before = os.umask(0o027)
+    try:
+        store = Store(tmp_path)
+        store.finish("implant", IDENTITY, {"status": "done"}, {"model": {"weight": torch.zeros(3)}})
+    finally:
+        os.umask(before)
+    files = store.folder("implant", key_of(IDENTITY)).iterdir()
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {
+        "config.json": 0o640,
+        "result.json": 0o640,
+        "model.safetensors": 0o640,
+    }
+
+
+def test_weights_are_on_the_disk_before_the_stage_has_its_name(tmp_path, monkeypatch):
+    synced, named = [], []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (named.append(list(synced)), rename(a, b)))
+    Store(tmp_path).finish("implant", IDENTITY, {"status": "done"}, {"model": {"weight": torch.zeros(3)}})
+    assert {Path(path).name for path in named[-1]} == {"config.json", "result.json", "model.safetensors"}
+
+
+def test_what_another_process_publishes_while_old_halves_are_swept_is_no_error(tmp_path, monkeypatch):
+    (tmp_path / "unfinished" / "half").mkdir(parents=True)
+    glob = Path.glob
+
+    def and_published(self, pattern):
+        for path in glob(self, pattern):
+            path.rmdir()
+            yield path
+
+    monkeypatch.setattr(Path, "glob", and_published)
+    Store(tmp_path).sweep()
+
+
+def test_a_store_keeps_its_name_and_a_copy_has_another(tmp_path):
+    store = Store(tmp_path / "one")
+    assert store.name == store.name == Store(tmp_path / "one").name
+    assert Store(tmp_path / "two").name.split()[0] != store.name.split()[0]
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    assert Store(tmp_path / "copy").name != store.name
 
 
 def test_a_half_written_stage_is_no_stage(tmp_path, monkeypatch):

@@ -16,10 +16,10 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .data import Augmentation, ImageSet, equal_batches, generator
+from .files import save_tensors
 from .models import Classifier
 
 Tensors = dict[str, Tensor]
@@ -308,7 +308,7 @@ def _save(
     kept |= {"seconds": str(journal.seconds), "passes": str(journal.passes)}
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(f".{os.getpid()}")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, beside, kept)
+    save_tensors({name: value.contiguous() for name, value in tensors.items()}, beside, kept)
     os.replace(beside, path)
 
 
