@@ -1,6 +1,8 @@
 """End the Slurm jobs of a grid, running and waiting; what is finished stays, and bench.run goes on from there.
 
 python -m bench.cancel [grid=NAME] [key=value ...]     the same settings as bench.run
+
+A bench.run that is at work on the grid submits no more of it, and ends.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ def main(arguments: list[str]) -> int:
     if shutil.which("scancel") is None or not root.is_dir():
         raise UserError(f"no Slurm job was submitted from {opened.cfg.results}/; a local run is stopped by Ctrl-C")
     try:
+        # First: a driver that sees its jobs ended has more to submit.
+        jobs.call_off(root, {key for trial in opened.trials for _, key in trial.places()})
         found = jobs.of_grid(root, opened.trials)
         jobs.cancel(element.job for element in found)
     except jobs.QueueError as error:

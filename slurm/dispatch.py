@@ -189,6 +189,7 @@ class _Driver:
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.silent = False
         self.buried = False
+        self.earlier = frozenset(jobs.called_off(root))
 
     def drive(self) -> None:
         while True:
@@ -225,6 +226,10 @@ class _Driver:
             for element in self.ended:
                 self._judge(element)
             self.ended = []
+            for keys in jobs.called_off(self.root, self.earlier).values():
+                for task in [task for place, task in self.left.items() if place[1] in keys]:
+                    if task.place in self.left and task.place not in self.holder:
+                        self._failed(task)
             self._submit([task for place, task in self.left.items() if place not in self.holder])
 
     def _pack(self, element: Element) -> list[Task]:
@@ -240,14 +245,14 @@ class _Driver:
             if element.state == "PENDING":
                 continue
             for task in self._pack(element):
-                if task.place in self.left and self.store.is_finished(*task.place):
+                if task.place in self.left and task.is_finished(self.store):
                     self._done(task)
         # Done without a job: by a local run on the same store, or by one that came and went between two looks.
         # Thousands may be left, and a file server lists folders much faster than it answers for each.
         there = {stage: self.store.keys(stage) for stage in (STAGES[0], STAGES[-1])}
         for place, task in list(self.left.items()):
             listed = place[1] in there[place[0]] and place not in self.holder
-            if listed and self.store.is_finished(*place):
+            if listed and task.is_finished(self.store):
                 self._done(task)
 
     def _done(self, task: Task) -> None:

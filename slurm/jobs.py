@@ -175,6 +175,28 @@ def of_grid(root: Path, trials: Iterable[Trial]) -> list[Element]:
     return found
 
 
+def call_off(root: Path, keys: Iterable[str]) -> None:
+    """Tell every driver that is at work now to submit none of these stages any more."""
+    folder = root / "cancelled"
+    folder.mkdir(exist_ok=True)
+    for old in folder.iterdir():
+        if time.time() - old.stat().st_mtime > 86_400:
+            old.unlink(missing_ok=True)
+    beside = folder / f"{uuid.uuid4().hex}.new"
+    beside.write_text(json.dumps(sorted(keys)))
+    os.replace(beside, beside.with_suffix(".json"))
+
+
+def called_off(root: Path, before: Iterable[str] = ()) -> dict[str, set[str]]:
+    """The keys of what was called off, by the name of the message.
+
+    Args:
+        before: messages that came before the driver did: what is asked for again is wanted again.
+    """
+    fresh = [path for path in (root / "cancelled").glob("*.json") if path.name not in set(before)]
+    return {path.name: set(json.loads(path.read_text())) for path in fresh}
+
+
 def ended_as(job: str) -> str:
     """How a job ended that the queue has forgotten, by the accounting; UNKNOWN if there is none."""
     try:

@@ -516,6 +516,34 @@ def test_a_batch_comes_back_from_its_file_as_it_was(tiny, tmp_path):
         assert [task.place for task in alone.packs[0]] == [task.place for task in pack]
 
 
+def test_a_driver_submits_nothing_of_what_was_called_off_after_it_began(tiny, tmp_path, monkeypatch):
+    from bench.dispatch import pending
+    from slurm import dispatch
+
+    opened = plan([*tiny, "grid.attacks=[none,badnets]"])
+    root, submitted = tmp_path / "slurm", []
+    monkeypatch.setattr(jobs, "queue", lambda _: [])
+    monkeypatch.setattr(dispatch._Driver, "_submit", lambda self, tasks: submitted.append([t.place for t in tasks]))
+    root.mkdir()
+
+    def driver() -> dispatch._Driver:
+        tasks, settings = pending(opened.trials, opened.store), opened.cfg.dispatch
+        return dispatch._Driver(
+            tasks, opened.store, opened.infos, opened.device, settings, [], root, lambda progress: None
+        )
+
+    first = driver()
+    first._look()
+    badnets = {key for trial in opened.trials if trial.attack == "badnets" for _, key in trial.places()}
+    jobs.call_off(root, badnets)
+    first._look()
+    # Asked for again behind it: wanted again.
+    driver()._look()
+    assert submitted[0] == submitted[2]
+    assert [place for place in submitted[0] if place[1] not in badnets] == submitted[1]
+    assert first.progress.failed == len(submitted[0]) - len(submitted[1]) > 0
+
+
 def test_what_failed_too_often_is_left_alone_and_with_an_infected_model_all_that_needs_it(tiny):
     from bench.dispatch import IMPLANT, pending
 
