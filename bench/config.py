@@ -23,6 +23,11 @@ GROUPS = ("grid", "dispatch", "tracking")
 FREE = ("dispatch.slurm.submitit.", "dispatch.slurm.additional.")
 
 
+def said(error: Exception) -> str:
+    """What an error says, without its type or number; a KeyError would put it in quotes."""
+    return str(error.args[0]) if len(error.args) == 1 else str(error)
+
+
 class UserError(Exception):
     """A mistake of the user's: the front door prints its one line and exits with 2."""
 

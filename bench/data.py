@@ -13,7 +13,7 @@ from bench.door import enter
 
 
 def main(arguments: list[str]) -> int:
-    from bench.config import UserError, load
+    from bench.config import UserError, load, said
     from bench.engine.datasets import dataset, prepare
 
     wanted = [argument for argument in arguments if "=" not in argument]
@@ -23,13 +23,13 @@ def main(arguments: list[str]) -> int:
     for name in wanted:
         try:
             info = prepare(name, Path(cfg.root), Path(cfg.cache), cfg.size)
-        except LookupError as error:
-            raise UserError(str(error.args[0])) from error
         except FileNotFoundError:
             try:
                 info = prepare(name, Path(cfg.root), Path(cfg.cache), cfg.size, download=True)
-            except (FileNotFoundError, OSError, RuntimeError) as error:
-                raise UserError(str(error.args[0] if error.args else error)) from error
+            except (OSError, RuntimeError) as error:
+                raise UserError(said(error)) from error
+        except (LookupError, OSError) as error:
+            raise UserError(said(error)) from error
         print(
             f"{info.title}: {sum(info.train_counts)} + {sum(info.test_counts)} images of {info.num_classes} classes, "
             f"{'x'.join(map(str, info.shape))}, digest {info.digest}, in {info.folder}"

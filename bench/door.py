@@ -68,7 +68,7 @@ def plan(arguments: list[str]) -> Plan:
     Raises:
         UserError: something is wrong with the command line, the grid or the data.
     """
-    from bench.config import UserError, load
+    from bench.config import UserError, load, said
     from bench.grid import check, expand, names
     from bench.store import Store
 
@@ -83,8 +83,8 @@ def plan(arguments: list[str]) -> Plan:
             name: prepare(name, Path(dataset.root), Path(dataset.cache), dataset.size)
             for name in names(cfg)["datasets"]
         }
-    except (LookupError, FileNotFoundError) as error:
-        raise UserError(str(error.args[0])) from error
+    except (LookupError, OSError) as error:
+        raise UserError(said(error)) from error
     try:
         device = _device(cfg, pick_device)
     except ValueError as error:
@@ -259,9 +259,9 @@ def report(opened: Plan, again: bool = True) -> Any:
     from bench.config import UserError
     from bench.reporting import page, plots, table
 
-    reported = table.read_reported(Path(opened.cfg.report.reported)) if opened.cfg.report.reported else None
     store = table.Snapshot(opened.store)
     trials = table.of_trials(opened.trials, store, opened.published)
+    reported = table.reported_of(Path(opened.cfg.report.reported), trials) if opened.cfg.report.reported else None
     if _nothing_is_there(trials) and (opened.folder / "leaderboard.md").exists():
         raise UserError(
             f"nothing of this grid is stored with these settings, and {opened.folder}/leaderboard.md is left as it is; "

@@ -287,6 +287,11 @@ def test_jpeg_cifar_is_an_image_folder_with_a_title(tmp_path):
 # Published layouts ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def few_signs(monkeypatch):
+    monkeypatch.setattr(datasets.Gtsrb, "images", (6, 4))
+
+
 def signs(folder: Path) -> tuple[list[np.ndarray], np.ndarray]:
     """GTSRB as published: training folders by class, test images in one folder with a list."""
     rng = np.random.default_rng(0)
@@ -310,8 +315,12 @@ def signs(folder: Path) -> tuple[list[np.ndarray], np.ndarray]:
     return train, np.stack([pixels for _, _, pixels in test])
 
 
-def test_traffic_signs_are_read_as_published_and_scaled(tmp_path):
+@pytest.mark.parametrize("place", ["Training", "Final_Training/Images"])
+def test_traffic_signs_are_read_as_published_and_scaled(tmp_path, few_signs, place):
     train, test = signs(tmp_path)
+    where = tmp_path / "gtsrb" / "GTSRB" / place
+    where.parent.mkdir(exist_ok=True)
+    (tmp_path / "gtsrb" / "GTSRB" / "Training").rename(where)
     info = prepare("gtsrb", tmp_path, tmp_path / "cache")
     assert info.train_counts == (2, 2, 2)
     assert info.load("test").labels.tolist() == [2, 0, 1, 1]
@@ -321,12 +330,46 @@ def test_traffic_signs_are_read_as_published_and_scaled(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gtsrb.tar.gz", "gtsrb32.tar.gz"])
-def test_traffic_signs_are_read_from_an_archive(tmp_path, name):
+def test_traffic_signs_are_read_from_an_archive(tmp_path, few_signs, name):
     signs(tmp_path / "plain")
     expected = prepare("gtsrb", tmp_path / "plain", tmp_path / "cache_a")
     (tmp_path / "packed").mkdir()
     pack(tmp_path / "plain", tmp_path / "packed" / name, "w:gz")
     assert prepare("gtsrb", tmp_path / "packed", tmp_path / "cache_b").digest == expected.digest
+
+
+def test_traffic_signs_that_are_not_all_there_are_refused(tmp_path):
+    signs(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds 6 \+ 4 images; the whole set has 39209 \+ 12630"):
+        prepare("gtsrb", tmp_path, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_traffic_signs_are_fetched_whole(tmp_path, few_signs, monkeypatch):
+    import torchvision.datasets.utils
+
+    fetched = []
+
+    def fetch(url, root, md5):
+        if not fetched:
+            signs(tmp_path)
+            (tmp_path / "gtsrb" / "GTSRB" / "Final_Training").mkdir()
+            (tmp_path / "gtsrb" / "GTSRB" / "Training").rename(Path(root) / "GTSRB" / "Final_Training" / "Images")
+        fetched.append((url.rpartition("/")[2], len(md5)))
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", fetch)
+    assert prepare("gtsrb", tmp_path, tmp_path / "cache", download=True).train_counts == (2, 2, 2)
+    # The competition's training set, which torchvision fetches, is a part of the published one.
+    assert fetched[0] == ("GTSRB_Final_Training_Images.zip", 32)
+    assert len(fetched) == 3
+
+
+def test_a_note_that_macos_leaves_beside_an_image_is_no_image(tmp_path):
+    animals(tmp_path / "zoo")
+    before = prepare("folder:zoo", tmp_path, tmp_path / "one")
+    image = next((tmp_path / "zoo" / "train").glob("*/*.*"))
+    image.with_name(f"._{image.name}").write_bytes(b"Mac OS X")
+    assert prepare("folder:zoo", tmp_path, tmp_path / "two").digest == before.digest
 
 
 def test_an_archive_of_32_pixels_is_not_used_for_64(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .data import Augmentation, ImageSet
+from .files import share
 from .registry import Registry
 
 dataset = Registry("data set")
@@ -173,10 +175,7 @@ def _store(folder: Path, splits: Splits, size: int) -> None:
             facts |= {"shape": list(images.shape[1:]), "mean": mean.round(6).tolist()}
             # A constant channel would divide by zero.
             facts["std"] = np.sqrt(np.maximum(square / count - mean**2, 1e-6)).round(6).tolist()
-    # A temporary folder is its owner's alone; a cache is for everybody whom the umask lets in.
-    mask = os.umask(0)
-    os.umask(mask)
-    beside.chmod(0o777 & ~mask)
+    share(beside, 0o777)  # a temporary folder is its owner's alone; a cache is for everybody
     facts["digest"] = digest.hexdigest()[:16]
     (beside / "meta.json").write_text(json.dumps(facts))
     try:
@@ -323,28 +322,50 @@ def _idx(path: Path) -> Array:
 
 @dataset("gtsrb")
 class Gtsrb(DataSource):
-    """51,839 German traffic signs of 43 classes, scaled to 32x32."""
+    """51,839 German traffic signs of 43 classes, scaled to 32x32.
+
+    Read as published or as torchvision lays it out. Its download is not torchvision's, which is the competition's
+    training set: 26,640 of the 39,209 images.
+    """
 
     title = "GTSRB"
+    images: ClassVar[tuple[int, int]] = (39_209, 12_630)
+    url = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370"
+    archives: ClassVar[dict[str, str]] = {
+        "GTSRB_Final_Training_Images.zip": "f33fd80ac59bff73c82d25ab499e03a3",
+        "GTSRB_Final_Test_Images.zip": "c7e4e6327067d32654124b0fe9e82185",
+        "GTSRB_Final_Test_GT.zip": "fe31e9c9270bbcd7b84b7f21a9d9d9e5",
+    }
     augmentation = Augmentation(crop=1 / 16, rotation=10)  # a mirrored sign is another sign
 
     def read(self, root: Path, size: int, download: bool) -> Splits:
-        def both(folder: Path, fetch: bool = False) -> Splits:
-            from torchvision.datasets import GTSRB
-
+        def both(folder: Path) -> Splits:
+            folder = folder / "gtsrb"
+            train = folder / "GTSRB" / "Final_Training" / "Images"
+            if not train.is_dir():
+                train = folder / "GTSRB" / "Training"
+            files = [[(path, int(path.parent.name)) for path in sorted(train.glob("[0-9]*/*.ppm"))], []]
+            with (folder / "GT-final_test.csv").open(newline="") as rows:
+                for row in csv.DictReader(rows, delimiter=";"):
+                    files[1].append((folder / "GTSRB" / "Final_Test" / "Images" / row["Filename"], int(row["ClassId"])))
+            counts = (len(files[0]), len(files[1]))
+            if counts != self.images:
+                raise FileNotFoundError(
+                    f"{folder} holds {counts[0]} + {counts[1]} images; the whole set has {self.images[0]} + "
+                    f"{self.images[1]}, with GTSRB_Final_Training_Images.zip (26640: the competition's, as torchvision "
+                    "fetches it)"
+                )
             found: list[Any] = []
-            for split in ("train", "test"):
-                # Its list of (path, label); the images are decoded here, all cores at once.
-                samples = GTSRB(str(folder), split=split, download=fetch)._samples
-                found += [
-                    _decode([Path(path) for path, _ in samples], size),
-                    np.array([label for _, label in samples]),
-                ]
+            for split in files:
+                found += [_decode([path for path, _ in split], size), np.array([label for _, label in split])]
             return Splits(*found)
 
         if download:
-            return both(root, fetch=True)
-        if (root / "gtsrb").is_dir():  # torchvision looks for its own folder `gtsrb` in the root
+            from torchvision.datasets.utils import download_and_extract_archive
+
+            for name, md5 in self.archives.items():
+                download_and_extract_archive(f"{self.url}/{name}", str(root / "gtsrb"), md5=md5)
+        if (root / "gtsrb").is_dir():
             return both(root)
         return _unpacked(root, f"gtsrb{size}" if list(root.glob(f"gtsrb{size}.tar.*")) else "gtsrb", both)
 
@@ -390,7 +411,11 @@ class ImageFolder(DataSource):
 def _files(folder: Path) -> list[Path]:
     """The images of one class, in the order of their names; Tiny-ImageNet has a folder more."""
     inner = folder / "images"
-    return sorted(path for path in (inner if inner.is_dir() else folder).iterdir() if path.suffix.lower() in _SUFFIXES)
+    return sorted(path for path in (inner if inner.is_dir() else folder).iterdir() if _is_image(path))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")  # `._a.png` is a note that macOS leaves
 
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".webp"}
