@@ -250,6 +250,21 @@ def test_figures_reported_by_others_are_marked_and_never_ranked(tmp_path):
         table.read_reported(source)
 
 
+def test_of_reported_figures_only_those_at_the_poison_rate_of_the_table_stand_beside_it(tmp_path):
+    from bench.config import UserError
+
+    head, source = "dataset,model,setting,attack,defense,provenance,poison_rate,asr", tmp_path / "reported.csv"
+    cells = [("badnets", 0.1, 0.3), ("badnets", 0.01, 0.9), ("ssba", 0.1, 0.4), ("ssba", 0.05, 0.8), ("sig", "", 0.5)]
+    lines = [f"digits,net,reserve,{attack},closed,Paper,{rate},{asr}" for attack, rate, asr in cells]
+    source.write_text("\n".join([head, *lines]))
+    trials = trials_of(["none", "badnets"], ["ours"])
+    found = table.reported_of(source, trials)
+    assert list(zip(found.attack, found.asr_mean, strict=True)) == [("badnets", 0.3), ("ssba", 0.4), ("sig", 0.5)]
+    source.write_text("\n".join([head, lines[0], lines[0]]))
+    with pytest.raises(UserError, match=r"has digits/net/reserve/badnets/closed more than once"):
+        table.reported_of(source, trials)
+
+
 def test_latex_of_hostile_names_holds_no_sign_that_latex_would_read(tmp_path):
     write(hostile(), tmp_path)
     text = (tmp_path / "leaderboard.tex").read_text()

@@ -57,7 +57,7 @@ def evidence(trial: Trial, store: Store, command: str) -> dict[str, Any]:
         "curves": curves,
         "command": command,
     }
-    if keys[1] and store.has("defend", keys[1], "findings") and trial.setting == "trainset":
+    if trial.setting == "trainset" and all(results) and store.has("defend", keys[1], "findings"):
         found["roc"] = _roc(store, *keys[:2])
     for result in filter(None, results):
         found["device"] = result.get("provenance", {}).get("device", "")

@@ -608,6 +608,7 @@ def _rounds(grid: _Grid) -> Figure | None:
         return None
     import seaborn as sns
 
+    hollow = False
     looks = dict(zip(names, zip(sns.color_palette("colorblind"), _MARKERS, strict=False), strict=False))
     with _paper() as plt:
         figure, axes = _panels(plt, len(panels), WIDTH, 2.2)
@@ -617,6 +618,7 @@ def _rounds(grid: _Grid) -> Figure | None:
                 steps = own.groupby("step").value.agg(["mean", "size"])
                 apart = (steps["size"] < steps["size"].max()) | steps.index.isin(own.step[own["name"] == "tail"])
                 curve, alone = steps["mean"][~apart], steps["mean"][apart]
+                hollow = hollow or not alone.empty
                 axis.plot(curve.index, curve, label=names[str(name)], color=color, marker=marker)
                 axis.plot(alone.index, alone, color=color, marker=marker, linestyle="", markerfacecolor="none")
             ticks = part.drop_duplicates("step").sort_values("step")
@@ -624,7 +626,7 @@ def _rounds(grid: _Grid) -> Figure | None:
             axis.set(title=title, ylabel="%", ylim=(-3, 103))
         _legend(figure, axes)
         what = f"Step by step, wrecked models too; {_averaged(panels)}."
-        if any(line.get_markerfacecolor() == "none" and len(line.get_xdata()) for a in axes for line in a.lines):
+        if hollow:
             what += " Hollow: a step that only some of these have, or the images that are unlearned."
         return _titled(figure, grid.caption(what, place=common))
 

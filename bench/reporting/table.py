@@ -307,6 +307,31 @@ def read_reported(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
     return found
 
 
+def reported_of(path: Path, trials: pd.DataFrame) -> pd.DataFrame:
+    """What somebody else reports, without the poison rates that this table does not have.
+
+    Raises:
+        UserError: as `read_reported`, or a cell is reported twice.
+    """
+    from bench.config import UserError
+
+    found = read_reported(path)
+    poisoned = trials[trials.poison_rate > 0]
+    own = {attack: part.poison_rate.unique() for attack, part in poisoned.groupby("attack")}
+    usual = poisoned.poison_rate.mode()  # for an attack that this table does not have
+    found = found[
+        [
+            np.isnan(rate) or bool(np.isclose(rate, own.get(attack, usual)).any())
+            for attack, rate in zip(found.attack, found.poison_rate, strict=True)
+        ]
+    ]
+    twice = found[found.duplicated(AXES)]
+    if not twice.empty:
+        cell = "/".join(text for text in twice.iloc[0][AXES] if text)
+        raise UserError(f"report.reported: {path} has {cell} more than once; leave one row of each cell")
+    return found.reset_index(drop=True)
+
+
 def with_reported(table: pd.DataFrame, reported: pd.DataFrame | None) -> pd.DataFrame:
     """Measured cells with reported ones beneath; every count of the latter is zero."""
     if reported is None or reported.empty:
