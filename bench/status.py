@@ -1,7 +1,8 @@
 """How far a grid is: trials by state, what runs and where, what failed and why, and the time that is left.
 
 python -m bench.status [grid=NAME] [key=value ...]     the same settings as bench.run
-python -m bench.status ... --watch                     again every ten seconds, until nothing is left to do
+python -m bench.status ... --watch                     again every ten seconds, until nothing is left to do or a
+                                                       minute has passed in which nothing ran or waited
 """
 
 from __future__ import annotations
@@ -19,18 +20,24 @@ if TYPE_CHECKING:
     from slurm.jobs import Element
 
 WATCH_S = 10.0
+STILL = 6  # looks at which nothing runs: between two stages, or when a job has begun and says nothing yet
 
 
 def main(arguments: list[str]) -> int:
     opened = plan([argument for argument in arguments if argument != "--watch"])
-    while _show(opened) and "--watch" in arguments:
+    still = 0
+    while True:
+        left, active = _show(opened)
+        still = 0 if active else still + 1
+        if not left or still > STILL or "--watch" not in arguments:
+            break
         time.sleep(WATCH_S)
         print(f"\n{time.strftime('%H:%M:%S')}")
     return 0
 
 
-def _show(opened: Plan) -> bool:
-    """Print one report; is anything left to do?"""
+def _show(opened: Plan) -> tuple[bool, bool]:
+    """Print one report; is anything left to do, and does anything run or wait for it?"""
     from bench.plan import estimated
     from bench.reporting.table import STATES, Snapshot, of_trials
     from slurm import jobs
@@ -45,7 +52,8 @@ def _show(opened: Plan) -> bool:
             titles.setdefault(place, _title(trial, *place))
     claims = {place: claim for place, claim in store.claims().items() if place in titles}
     running = {place: claim for place, claim in claims.items() if claim.alive}
-    queued = _queued(opened, root)
+    alive = _jobs(opened, root)
+    queued = [element for element in alive if element.state == "PENDING"]
 
     print(opened.title)
     states = [f"{counts[state]} {state}" for state in STATES if counts[state]]
@@ -67,6 +75,8 @@ def _show(opened: Plan) -> bool:
             print(f"    {line}")
     for place in claims.keys() - running.keys():
         owner = claims[place].owner
+        if owner and owner.job in {element.job for element in alive}:
+            continue  # requeued: it goes on by itself
         print(f"lost: {titles[place]}: {place[0]}, {_job(owner.job) if owner else ''}its process died; run it again")
     for place, title in titles.items():
         record = None if store.is_finished(*place) else store.failure_record(*place)
@@ -81,25 +91,24 @@ def _show(opened: Plan) -> bool:
         lost = table[table.status == state]
         for reason, count in Counter(lost.reason).most_common(10):
             print(f"{state} ({count} trials): {reason}")
-    return counts["missing"] + counts["failed"] > 0 and bool(running or queued)
+    return counts["missing"] + counts["failed"] > 0, bool(running or alive)
 
 
 def _job(job: str) -> str:
     return f"job {job}, " if job else ""
 
 
-def _queued(opened: Plan, root: Path) -> list[Element]:
-    """Jobs of this grid that wait."""
+def _jobs(opened: Plan, root: Path) -> list[Element]:
+    """Jobs of this grid that wait or run."""
     from slurm import jobs
 
     if shutil.which("squeue") is None or not root.is_dir():
         return []
     try:
-        found = jobs.of_grid(root, opened.trials)
+        return jobs.of_grid(root, opened.trials)
     except jobs.QueueError as error:
         print(f"warning: Slurm does not answer: {error}")
         return []
-    return [element for element in found if element.state == "PENDING"]
 
 
 def _title(trial: Trial, stage: str, key: str) -> str:

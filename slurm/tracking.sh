@@ -15,7 +15,7 @@ home=$(realpath -m "${TRACKING:-results/tracking}")
 host=${TRACKING_HOST:-127.0.0.1}
 port=${TRACKING_PORT:-5000}
 python=${PYTHON:-python}
-pg=$(ls -d /usr/lib/postgresql/*/bin 2>/dev/null | sort -V | tail -1)
+pg=$(ls -d /usr/lib/postgresql/*/bin 2>/dev/null | sort -V | tail -1 || true)
 pg=${pg:-$(dirname "$(command -v initdb || echo /nowhere/initdb)")}
 
 check() {
@@ -29,8 +29,16 @@ as_owner() {
   if [ "$(id -u)" = 0 ]; then runuser -u postgres -- "$@"; else "$@"; fi
 }
 
+answers() {
+  "$python" -c "import urllib.request as u; u.urlopen('http://$host:$port/health', timeout=5)" 2>/dev/null
+}
+
 up() {
   check
+  if [ -f "$home/mlflow.pid" ] && kill -0 "$(cat "$home/mlflow.pid")" 2>/dev/null && answers; then
+    echo "tracking: http://$host:$port"
+    return 0
+  fi
   mkdir -p "$home"
   if [ ! -d "$home/db" ]; then
     (
@@ -56,8 +64,7 @@ up() {
     --uvicorn-opts "--timeout-worker-healthcheck 120" >"$home/mlflow.log" 2>&1 </dev/null &
   echo $! >"$home/mlflow.pid"
   for _ in $(seq 600); do
-    ! "$python" -c "import urllib.request as u; u.urlopen('http://$host:$port/health', timeout=5)" 2>/dev/null ||
-      { echo "tracking: http://$host:$port"; return 0; }
+    ! answers || { echo "tracking: http://$host:$port"; return 0; }
     kill -0 "$(cat "$home/mlflow.pid")" 2>/dev/null || break
     sleep 0.5
   done
