@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.engine.adversarial import under_attack
+from bench.engine.adversarial import clamped, under_attack
 from bench.engine.data import ImageSet, generator, to_float
 from bench.engine.training import Recipe, Tensors, fit
 
@@ -43,6 +43,7 @@ class Narcissus(Attack):
     """
 
     paper: ClassVar[str] = "arXiv:2204.05255"
+    version: ClassVar[int] = 2  # black and white pixels take part in the pattern
     label_modes: ClassVar[tuple[str, ...]] = ("clean_label",)
     regimes: ClassVar[tuple[str, ...]] = ("static",)
     poison_rate: float = 0.0005  # 25 images of 50,000
@@ -100,7 +101,7 @@ class Narcissus(Attack):
             for update in range(self.updates):
                 chosen = torch.randperm(len(data), generator=source)[:size]
                 optimizer.zero_grad(set_to_none=True)
-                loss = F.cross_entropy(model((to_float(data.batch(chosen)) + pattern).clamp(0, 1)), labels)
+                loss = F.cross_entropy(model(clamped(to_float(data.batch(chosen)) + pattern)), labels)
                 loss.backward()
                 optimizer.step()
                 with torch.no_grad():

@@ -61,6 +61,19 @@ def test_the_optimum_against_a_linear_network_is_the_bound_times_the_sign_of_its
     assert float(pattern.abs().max()) <= 16 / 255 + 1e-7
 
 
+def test_pixels_at_a_bound_in_every_image_take_part_too():
+    weight = torch.randn(2, 256, generator=generator(4))
+    setup = linear_setup(weight.mul(0.05), (1, 16, 16))
+    setup.trainset.images[:, :, :8], setup.trainset.images[:, :, 8:] = 0, 255
+    pattern = Narcissus(target_label=1, warmup_epochs=0, updates=150).prepare(setup)["pattern"]
+    direction = (weight[1] - weight[0]).view(1, 16, 16)
+    inwards = torch.ones(1, 16, 16)
+    inwards[:, 8:] = -1
+    free = (direction.abs() > 0.5) & (direction.sign() == inwards)  # outwards the image is clamped
+    assert free.sum() > 50
+    assert torch.allclose(pattern[free], 16 / 255 * direction.sign()[free], atol=1e-6)
+
+
 def test_training_images_change_by_up_to_16_levels_and_test_images_by_up_to_48():
     attack = Narcissus(poison_rate=0.5)
     pattern = torch.tensor([16 / 255, -16 / 255, 5 / 255, 0.0]).view(1, 2, 2)
