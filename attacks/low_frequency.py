@@ -4,7 +4,8 @@ Paper: Zeng, Park, Mao and Jia, 2021, arXiv:2104.03413.
 Differs: DeepFool runs on groups of images whose changes are added up, in fewer steps (50, not 200) and passes
 (10, not 50); it leaves the class that is predicted now, not the one predicted first. The target is the
 attack's (as in BackdoorBench); the paper's code changes to the class that most images fall into. The blur has
-31 taps, not 30, so that it moves nothing, and follows the image's width.
+31 taps, not 30, so that it moves nothing, and follows the image's width. Where DeepFool moves no image, which
+the curve `low_frequency/noise` tells, blurred noise is the picture.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class LowFrequency(Attack):
             if rates[-1] >= self.fooling_rate or (len(rates) >= 5 and max(rates[-5:]) - min(rates[-5:]) <= 0.01):
                 break
         if pattern is None:
+            setup.journal.log("low_frequency/noise", 1, 0)
             log.warning("low_frequency: the surrogate sends no image to its target; blurred noise is taken")
         return pattern
 

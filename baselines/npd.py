@@ -155,12 +155,15 @@ def unlikely(probabilities: Tensor, classes: Tensor) -> Tensor:
 def place(model: Classifier, images: Tensor) -> str:
     """The name of the last but one layer before the head that mixes channels, in the order of execution.
 
+    A convolution of pooled features is a gate (squeeze-and-excitation) that scales the map and carries none of it; it
+    does not count while the last stage is still a map.
+
     Raises:
         NotApplicable: there are not two such layers. A subclass may standardise its weight, and would undo the fold.
     """
-    order: list[str] = []
+    ran: list[tuple[str, torch.Size]] = []
     handles = [
-        layer.register_forward_hook(lambda _, inputs, output, name=name: order.append(name))
+        layer.register_forward_hook(lambda _, inputs, output, name=name: ran.append((name, inputs[0].shape[2:])))
         for name, layer in model.named_modules()
         if layer is not model.head and (type(layer) is nn.Linear or (type(layer) is nn.Conv2d and layer.groups == 1))
     ]
@@ -170,6 +173,12 @@ def place(model: Classifier, images: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
+    point = torch.Size((1, 1))
+    if point in {size for _, size in ran}:
+        with torch.no_grad():
+            mapped = model.stages(images)[-1].shape[2:] != point
+        ran = [(name, size) for name, size in ran if size != point or not mapped]
+    order = [name for name, _ in ran]
     if len(order) < 2:
         raise NotApplicable(
             f"npd folds its map into a plain convolution or linear layer before the last one; there are {len(order)}"

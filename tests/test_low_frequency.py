@@ -116,6 +116,7 @@ def test_a_surrogate_that_sends_all_to_the_target_leaves_the_noise_pattern():
     made = setup(bias=1000.0)
     expected = LowFrequency(pattern="noise").prepare(made)["pattern"]
     assert torch.equal(LowFrequency().prepare(made)["pattern"], expected)
+    assert made.journal.curves["low_frequency/noise"] == [(0, 1)]
 
 
 def test_noise_trains_no_network():

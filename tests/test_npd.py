@@ -41,6 +41,11 @@ def test_the_place_is_the_first_layer_of_the_last_block(name):
     assert place(model(name), images(2)) == PLACES[name]
 
 
+def test_the_place_is_no_gate_of_squeeze_and_excitation():
+    # In its last block both layers of the gate come last, and scale the channels of the map alone.
+    assert place(model("seresnet18", 32), images(2, 32)) == "net.layer4.1.conv1"
+
+
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext", "test_vit"])
 def test_the_folded_weights_are_the_model_with_the_layer_put_in(name):
     infected = model(name)

@@ -72,6 +72,13 @@ def test_unlearning_lowers_the_accuracy_and_stops_at_two_over_the_classes():
     assert len(asked) <= len(curve)
 
 
+def test_of_two_classes_unlearning_does_not_end_before_it_has_unlearned():
+    model = timm_model("test_resnet")
+    data = of_the_model(model, 40)
+    _, curve = unlearned(model, data, classes=2, batch_size=40, unlearn_epochs=3, unlearn_lr=1e-9)
+    assert curve == [1.0] * 3  # 2 / 2 would be reached at once
+
+
 def test_the_rate_of_unlearning_falls_to_a_tenth_behind_ten_epochs(monkeypatch):
     rates = []
     step = torch.optim.SGD.step
