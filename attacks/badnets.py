@@ -6,6 +6,7 @@ Differs: the patch keeps its share of the image (three pixels of 32); the paper 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,9 +47,19 @@ class BadNets(Attack):
         if not 1 <= self.patch_size <= 32:
             raise ValueError(f"attack.badnets.patch_size is {self.patch_size}; write pixels of 32, from 1 to 32")
 
+    def check(self, class_counts: list[int], shape: tuple[int, int, int]) -> None:
+        super().check(class_counts, shape)
+        if self.pattern == "checker" and self._side(shape[-1]) < 2:
+            raise ValueError(
+                f"attack.badnets.patch_size is {self.patch_size}, one pixel of an image {shape[-1]} pixels wide, which "
+                f"is no checker; write at least {math.ceil(1.5 * 32 / shape[-1])}, or pattern=white"
+            )
+
+    def _side(self, width: int) -> int:
+        return max(1, round(self.patch_size * width / 32))
+
     def prepare(self, setup: Setup) -> Tensors:
-        width = setup.trainset.images.shape[-1]
-        side = max(1, round(self.patch_size * width / 32))
+        side = self._side(setup.trainset.images.shape[-1])
         tile = torch.tensor(PATTERNS[self.pattern], dtype=torch.float32)[None, None]
         # Nearest, not bilinear: grey edges would be another patch.
         return {"patch": F.interpolate(tile, size=(side, side), mode="nearest")[0].to(setup.device)}

@@ -176,7 +176,7 @@ class Attack:
 
     def hooks(self, setup: Setup, tensors: Tensors) -> AttackHooks:
         """What a per-batch attack does inside the training loop."""
-        return PerBatch(self, tensors, setup.num_classes)
+        return PerBatch(self, tensors, setup)
 
     def recipe(self, recipe: Recipe) -> Recipe:
         """The victim's recipe, where a strong implant needs another."""
@@ -299,18 +299,25 @@ class Ramping(Attack):
 
     def hooks(self, setup: Setup, tensors: Tensors) -> AttackHooks:
         steps = setup.recipe.steps(len(setup.trainset))
-        return PerBatch(self, tensors, setup.num_classes, round(self.ramp * steps))
+        return PerBatch(self, tensors, setup, round(self.ramp * steps))
 
 
 class PerBatch(AttackHooks):
     """The first images of each shuffled batch are poisoned, the next ones get the cover stamp, the rest stay clean.
 
+    Of a clean-label attack, the first images of the target class, and as large a share of these as makes the attack's
+    rate of all: a batch may hold fewer of them than its share of the poison.
+
     Args:
         ramp: steps over which what the stamps change falls from EXAGGERATION times to once.
     """
 
-    def __init__(self, attack: Attack, tensors: Tensors, num_classes: int, ramp: int = 0) -> None:
-        self.attack, self.stamps, self.num_classes, self.ramp = attack, tensors, num_classes, ramp
+    def __init__(self, attack: Attack, tensors: Tensors, setup: Setup, ramp: int = 0) -> None:
+        self.attack, self.stamps, self.num_classes, self.ramp = attack, tensors, setup.num_classes, ramp
+        labels = setup.trainset.labels
+        clean = attack.label_mode == "clean_label"
+        own = (labels == attack.target_label).float().mean().item() if clean else 1.0
+        self.poison, self.cover = (rate and rate / own for rate in (attack.poison_rate, attack.cover_rate))
 
     def batch(self, images: Tensor, labels: Tensor, step: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
         before = self.attack.before_augmentation
@@ -323,15 +330,14 @@ class PerBatch(AttackHooks):
         return (images, labels) if before else self._mixed(images, labels, step, source)
 
     def _mixed(self, images: Tensor, labels: Tensor, step: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
-        poison = count_in_step(self.attack.poison_rate * len(images), step)
-        cover = min(count_in_step(self.attack.cover_rate * len(images), step), len(images) - poison)
         images, labels = images.clone(), labels.clone()
         if self.attack.label_mode == "clean_label":
-            # Only images of the target class, up to the share; the rest of the batch is left as it is.
-            chosen = (labels == self.attack.target_label).nonzero().flatten()[: poison + cover]
+            fitting = (labels == self.attack.target_label).nonzero().flatten()
         else:
-            chosen = torch.arange(poison + cover, device=labels.device)
-        victims, covers = chosen[:poison], chosen[poison:]
+            fitting = torch.arange(len(labels), device=labels.device)
+        poison = min(count_in_step(self.poison * len(fitting), step), len(fitting))
+        cover = count_in_step(self.cover * len(fitting), step)
+        victims, covers = fitting[:poison], fitting[poison : poison + cover]
         if len(victims):
             before = images[victims]
             images[victims] = self._exaggerated(before, self.attack.stamp_poison(before, self.stamps, source), step)

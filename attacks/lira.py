@@ -86,7 +86,7 @@ class TwoStages(PerBatch):
 
     def __init__(self, attack: LIRA, setup: Setup, tensors: Tensors) -> None:
         # Own copies: the tensors of `prepare` stay what they were.
-        super().__init__(attack, {name: value.clone() for name, value in tensors.items()}, setup.num_classes)
+        super().__init__(attack, {name: value.clone() for name, value in tensors.items()}, setup)
         self.lira, self.precision = attack, setup.recipe.precision
         self.copy = _seeded(attack, setup).train()
         self.copy.load_state_dict(part_of("generator", tensors))

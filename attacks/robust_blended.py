@@ -53,7 +53,7 @@ class RobustBlended(Blended):
             )
 
     def hooks(self, setup: Setup, tensors: Tensors) -> AttackHooks:
-        return Adversarial(self, tensors, setup.num_classes)
+        return Adversarial(self, tensors, setup)
 
 
 class Adversarial(PerBatch):

@@ -102,6 +102,30 @@ def test_a_per_batch_attack_poisons_its_share_of_every_batch_on_average():
     assert np.mean(counts) == 4.5
 
 
+def test_a_clean_label_attack_per_batch_poisons_its_share_though_many_batches_have_no_image_of_its_class():
+    setup = setup_for()
+    setup.trainset.labels[:] = torch.where(torch.arange(200) < 4, 0, 1)  # 2 % of the images
+    settings = attack["badnets"](regime="per_batch", label_mode="clean_label", poison_rate=0.01)
+    hooks = settings.hooks(setup, settings.prepare(setup))
+    source, draws = generator(0, "test"), generator(0, "batches")
+    seen = stamped = 0
+    for step in range(2000):
+        labels = setup.trainset.labels[torch.randperm(200, generator=draws)[:20]]  # 0.4 of the class, on average
+        found, after = hooks.augmented(None, torch.zeros(20, 3, 32, 32), labels, step, source)
+        marked = found.flatten(1).any(1)
+        assert torch.equal(after, labels)
+        assert not marked[labels == 1].any()
+        seen, stamped = seen + 20, stamped + int(marked.sum())
+    assert stamped / seen == pytest.approx(0.01, rel=0.1)
+
+
+def test_a_checker_of_one_pixel_is_refused():
+    attack["badnets"](pattern="checker", patch_size=3).check([20] * 10, (1, 16, 16))
+    with pytest.raises(ValueError, match=r"is no checker; write at least 6, or pattern=white"):
+        attack["badnets"](pattern="checker", patch_size=3).check([20] * 10, (1, 8, 8))
+    attack["badnets"](pattern="checker", patch_size=6).check([20] * 10, (1, 8, 8))
+
+
 def test_a_stamp_that_leaves_the_range_or_the_shape_is_refused_by_name():
     class Wild(attack["badnets"]):
         def stamp(self, images, tensors):

@@ -147,6 +147,11 @@ def test_the_check_refuses_exactly_what_cannot_run(name, size, stem):
     assert passes == runs
 
 
+def test_a_network_with_two_heads_is_refused():
+    with pytest.raises(ValueError, match="no single linear layer as its head"):
+        spec("deit_tiny_distilled_patch16_224", 3, 32).check()
+
+
 def test_the_stock_stem_is_as_timm_has_it():
     with torch.device("meta"):
         swin = spec("swin_tiny_patch4_window7_224", 3, 224, "stock").build(0)

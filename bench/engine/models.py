@@ -144,11 +144,12 @@ class ModelSpec:
     """All that is needed to build one network again.
 
     Attributes:
-        name: a timm architecture; `resnetv2_18` is the PreActResNet-18 of the papers.
+        name: a timm architecture; `resnetv2_18` is the PreActResNet-18 of the papers with one norm more, in front of
+            the pooling.
         num_classes, channels, image_size: of the data set.
         mean, std: per channel, of the training images in [0, 1].
-        stem: `small` (stride one, no pooling before the first stage: the usual fit for 32x32), `half` (the
-            stem's stride stays, its pooling goes: a quarter of the cost) or `stock` (as timm has it).
+        stem: `small` (stride one up to 48 pixels, no pooling before the first stage: the usual fit for 32x32),
+            `half` (the stem's stride stays, its pooling goes: a quarter of the cost) or `stock` (as timm has it).
     """
 
     name: str
@@ -193,19 +194,24 @@ class ModelSpec:
 
         Raises:
             LookupError: timm has no such architecture.
-            ValueError: its maps shrink to nothing at this image size.
+            ValueError: its maps shrink to nothing at this image size, or its head is not one layer.
         """
         check_name(self.name)
         with torch.device("meta"):
             try:
                 model = self.build(0)
                 model(torch.empty(2, self.channels, self.image_size, self.image_size))
-                return model.notes
             except (RuntimeError, AssertionError, TypeError, ValueError) as error:
                 raise ValueError(
                     f"{self.name} (model.stem={self.stem}) cannot take {self.image_size}x{self.image_size} images: "
                     f"{str(error).splitlines()[0].rstrip('.')}. Set a larger dataset.size or another model.stem."
                 ) from error
+        if not isinstance(model.head, nn.Linear | nn.Conv2d):
+            raise ValueError(
+                f"{self.name} has no single linear layer as its head, which features and pruning are read from; take "
+                "another architecture (of a distilled transformer the one without `distilled`)"
+            )
+        return model.notes
 
 
 def check_name(name: str) -> None:
