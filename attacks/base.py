@@ -96,7 +96,7 @@ class Attack:
     """
 
     name: ClassVar[str]
-    paper: ClassVar[str]
+    paper: ClassVar[str] = "none"
     version: ClassVar[int] = 1  # goes up when a change of code can change a figure
     label_modes: ClassVar[tuple[str, ...]] = LABEL_MODES
     regimes: ClassVar[tuple[str, ...]] = REGIMES

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from attacks.base import Attack, attack
 from bench.engine.registry import Registry, load_folders, load_plugins
-from bench.engine.training import Recipe
+from bench.engine.training import Recipe, check_numbers
 from defenses.base import Defense, defense
 
 GROUPS = ("grid", "dispatch", "tracking")
@@ -36,13 +36,14 @@ class UserError(Exception):
 class GridConfig:
     """What is crossed with what."""
 
-    name: str = "custom"
-    purpose: str = ""
-    datasets: list[str] = field(default_factory=lambda: ["digits"])
-    models: list[str] = field(default_factory=lambda: ["test_resnet"])
-    attacks: list[str] = field(default_factory=lambda: ["none", "badnets", "blended"])
+    name: str = "custom"  # of its folder under results/, and of its experiment in MLflow
+    purpose: str = ""  # one line, printed above the table
+    datasets: list[str] = field(default_factory=lambda: ["digits"])  # python -m bench.list names them
+    models: list[str] = field(default_factory=lambda: ["test_resnet"])  # any of timm's
+    attacks: list[str] = field(default_factory=lambda: ["none", "badnets", "blended"])  # `none` is the clean model
+    # Registered ones, and the names of `ablations`; `no_defense` is the infected model as it is.
     defenses: list[str] = field(default_factory=lambda: ["no_defense", "fine_tuning"])
-    settings: list[str] = field(default_factory=lambda: ["reserve"])
+    settings: list[str] = field(default_factory=lambda: ["reserve"])  # what the defender owns: reserve, trainset
     seeds: Any = 3  # a number n (seeds 0 to n - 1) or a list
     sweep: list[Any] = field(default_factory=list)  # {key: reserve.size, values: [0.01, 0.05]}: one more axis each
     # {name: fixed, defense: pbe, set: {selection: false}}: a defense with other settings as a row of its own
@@ -54,8 +55,8 @@ class GridConfig:
 class DatasetConfig:
     """Where data sets lie, and how large their images are made."""
 
-    root: str = field(default_factory=lambda: os.environ.get("BENCH_DATA", "data"))
-    cache: str = "data/cache"
+    root: str = field(default_factory=lambda: os.environ.get("BENCH_DATA", "data"))  # $BENCH_DATA, or data/
+    cache: str = "data/cache"  # where decoded images are kept
     size: int | None = None  # pixels a side; null is the data set's own
 
 
@@ -63,7 +64,7 @@ class DatasetConfig:
 class ModelConfig:
     """How an architecture is fitted to small images."""
 
-    stem: str = "small"  # small | half | stock, see bench/engine/models.py
+    stem: str = "small"  # small (stride one up to 48 pixels) | half (no pooling) | stock (as timm has it)
 
 
 @dataclass
@@ -79,9 +80,9 @@ class ReserveConfig:
 class MeasureConfig:
     """What is measured of each repaired model. All that is off costs a multiple of the rest, and says so here."""
 
-    pgd_epsilon: float = 8 / 255
-    pgd_step_size: float = 2 / 255
-    pgd_steps: int = 20
+    pgd_epsilon: float = 8 / 255  # of the accuracy under PGD: the L-infinity ball ...
+    pgd_step_size: float = 2 / 255  # ... the steps in it ...
+    pgd_steps: int = 20  # ... and how many
     pgd_images: int | None = None  # a fixed random part of the test set; null is all of it
     # AutoAttack and checks for masked gradients on that many fixed test images; 0 is none. An image that survives
     # everything costs about 10,000 passes for each of seven radii: far more than all the rest.
@@ -99,7 +100,7 @@ class MeasureConfig:
 class SlurmConfig:
     """What each Slurm job asks for; a profile (bench/conf/dispatch/*.yaml) sets these for one cluster."""
 
-    partition: str | None = None
+    partition: str | None = None  # this and the next three as sbatch has them
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
@@ -138,7 +139,7 @@ class TrackingConfig:
     """Where MLflow keeps its view of the results."""
 
     uri: str | None = None  # null: a sqlite file under results/; any MLflow URI
-    enabled: bool = True
+    enabled: bool = True  # false keeps none; bench.sync sends later what is stored
 
 
 @dataclass
@@ -164,10 +165,10 @@ class Config:
     report: ReportConfig = field(default_factory=ReportConfig)
     attack: dict[str, Any] = field(default_factory=dict)
     defense: dict[str, Any] = field(default_factory=dict)
-    plugins: list[str] = field(default_factory=list)
+    plugins: list[str] = field(default_factory=list)  # modules with methods of yours
     published: list[str] = field(default_factory=list)  # trials.csv files; what stands there is not computed again
-    results: str = "results"
-    dry_run: bool = False
+    results: str = "results"  # the folder of the store and of every table
+    dry_run: bool = False  # print the plan and end
 
 
 def load_methods(plugins: list[str]) -> None:
@@ -240,9 +241,17 @@ def _one_line(error: Exception, arguments: list[str], schema: DictConfig) -> str
             if part not in node:
                 near = get_close_matches(part, list(node), n=1)
                 hint = f" Did you mean {near[0]!r}?" if near else ""
-                return f"{path}: there is no setting {part!r}.{hint} Known: {', '.join(sorted(map(str, node)))}."
+                if path.count(".") == 1 and path.startswith(("attack.", "defense.")):
+                    group, _, name = path.partition(".")
+                    hint = hint or f" Write {group}.NAME.{name} for the setting of a method."
+                known = ", ".join(sorted(map(str, node))) or "none (is its class a dataclass, and are they annotated?)"
+                return f"{path}: there is no setting {part!r}.{hint} Known: {known}."
             node = node[part]
     text = " ".join(str(error.__cause__ or error).split())
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if "is not a ListConfig, list or tuple" in text and f": {key} " in f"{text} ".replace("full_key", ""):
+            return f"{key} is a list; write '{key}=[{value}]'"
     for group in GROUPS:
         chosen = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{group}=")]
         if chosen and f"Could not find '{group}/" in text:
@@ -277,7 +286,9 @@ def defense_of(cfg: DictConfig, name: str) -> Defense:
 def _method(cfg: DictConfig, group: str, registry: Registry, name: str) -> Any:
     try:
         cls = registry[name]  # first: an unknown name gets the list of known ones
-        return OmegaConf.to_object(cfg[group][name])
+        found = OmegaConf.to_object(cfg[group][name])
+        check_numbers(f"{group}.{name}.", vars(found))
+        return found
     except FrozenInstanceError as error:  # a key was added with +, which typed nodes accept
         raise UserError(f"{group}.{name}: {error}: {cls.__name__} has no such setting") from error
     except (LookupError, ValueError, OmegaConfBaseException) as error:

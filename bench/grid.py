@@ -131,9 +131,9 @@ def _distinct(values: Iterable[Any], key: str, known: Iterable[str] | None = Non
         raise UserError(f"{key} is {found}; write at least one name, each once")
     for name in found:
         if known is not None and name not in list(known):
-            raise UserError(
-                f"{key}: no {key.rsplit('.', 1)[-1].rstrip('s')} is named {name!r}.{near(name, list(known))}"
-            )
+            kind = key.rsplit(".", 1)[-1].rstrip("s")
+            own = " A method of your own needs 'plugins=[its_module]'." if kind in METHODS else ""
+            raise UserError(f"{key}: no {kind} is named {name!r}.{near(name, list(known))}{own}")
     return found
 
 
@@ -196,7 +196,7 @@ def _check_ablations(cfg: DictConfig) -> None:
     for name, entry in ablations(cfg).items():
         if name in defense:
             raise UserError(f"grid.ablations: {name!r} is a defense already; write another name")
-        _distinct([entry["defense"]], f"grid.ablations.{name}.defenses", defense)
+        _distinct([entry["defense"]], f"grid.ablations.{name}.defense", defense)
         for key in entry["set"]:
             if key not in cfg.defense[entry["defense"]]:
                 known = list(cfg.defense[entry["defense"]])
@@ -249,13 +249,17 @@ def _check_exceptions(cfg: DictConfig) -> None:
                 _distinct(listed(exception[axis]), f"grid.exceptions.{axis}s", names_)
         for key in exception["set"]:
             if str(key).partition(".")[0] not in PER_CELL:
-                raise UserError(f"grid.exceptions: {key!r} cannot be set for single cells")
+                raise UserError(
+                    f"grid.exceptions: {key!r} cannot be set for single cells; keys begin with {', '.join(PER_CELL)}, "
+                    "e.g. attack.poison_rate"
+                )
 
 
 def cell_path(key: str, methods: dict[str, str]) -> str | None:
     """Where a key of an exception or a sweep lies among the settings of a cell; None: it is another method's.
 
-    `defense.epochs` is that of the cell's own defense, `defense.aft.epochs` AFT's and nobody else's.
+    `defense.epochs` is that of the cell's own defense, `defense.aft.epochs` AFT's and nobody else's. The clean model
+    has no rate.
 
     Args:
         methods: the registered attack and defense of the cell, by `attack` and `defense`.
@@ -266,6 +270,8 @@ def cell_path(key: str, methods: dict[str, str]) -> str | None:
     name, _, setting = rest.partition(".")
     if setting and name in METHODS[head]:
         return key if name == methods[head] else None
+    if head == "attack" and methods[head] == "none" and rest in ("poison_rate", "cover_rate"):
+        return None
     return f"{head}.{methods[head]}.{rest}"
 
 
@@ -276,30 +282,46 @@ def applies(cfg: DictConfig, exception: Any, explicit: frozenset[str]) -> dict[t
     setting the command line has; none at all: every cell. Empty where nothing of it is left.
     """
     axes = {axis: list(cfg.grid[f"{axis}s"]) for axis in ("dataset", "model", "attack", "defense", "setting")}
-    there = {**axes, "defense": [*axes["defense"], *(method_of(cfg, name) for name in axes["defense"])]}
-    matched = {
-        axis: [name for name in listed(exception[axis]) if name in there[axis]] for axis in axes if axis in exception
-    }
-    swept = {str(entry["key"]) for entry in cfg.grid.sweep}
+    ablated = ablations(cfg)
+
+    def told(axis: str, row: str) -> str | None:
+        """The name by which the exception matches a row; that of its method, where the row is an ablation."""
+        if axis not in exception:
+            return row
+        names_ = (row, method_of(cfg, row) if axis == "defense" else row)
+        return next((name for name in names_ if name in listed(exception[axis])), None)
+
+    rows = {axis: [row for row in axes[axis] if told(axis, row)] for axis in axes}
     found: dict[tuple[str, ...], dict[str, Any]] = {}
-    if not all(matched.values()):
+    if not all(rows.values()):
         return found
     for key, value in exception["set"].items():
-        head, where = str(key).partition(".")[0], dict(matched)
+        head, where = str(key).partition(".")[0], {axis: rows[axis] for axis in axes if axis in exception}
         if head in METHODS:
-            names_ = matched.get(head, axes[head])
-            paths = {name: cell_path(str(key), {head: method_of(cfg, name)}) for name in names_}
-            left = [name for name, path in paths.items() if path and path not in explicit]
+            left = [row for row in rows[head] if not _fixed(cfg, str(key), head, row, ablated, explicit)]
             if not left:
                 continue
-            if len(left) < len(names_):
+            if len(left) < len(rows[head]):
                 where[head] = left
-        elif key in explicit:
+        elif key in explicit or key in {str(entry["key"]) for entry in cfg.grid.sweep}:
             continue
-        if key not in swept:
-            place = tuple(name for axis in axes for name in where.get(axis, ()))
-            found.setdefault(place, {})[str(key)] = value
+        place: list[str] = []
+        for axis, left in where.items():
+            names_ = {told(axis, row) for row in left}
+            place += [name for name in (listed(exception[axis]) if axis in exception else axes[axis]) if name in names_]
+        found.setdefault(tuple(place), {})[str(key)] = value
     return found
+
+
+def _fixed(
+    cfg: DictConfig, key: str, head: str, row: str, ablated: dict[str, dict[str, Any]], explicit: frozenset[str]
+) -> bool:
+    """Does something that goes before an exception set this key of a row's method, or is it another method's?"""
+    method = {head: method_of(cfg, row)}
+    path = cell_path(key, method)
+    own = {f"defense.{method[head]}.{name}" for name in ablated.get(row, {"set": {}})["set"]}
+    swept = {cell_path(str(entry["key"]), method) for entry in cfg.grid.sweep if str(entry["key"]).startswith(head)}
+    return path is None or path in explicit | own | swept
 
 
 def listed(value: Any) -> list[Any]:
@@ -378,7 +400,10 @@ def _variants(cfg: DictConfig, explicit: frozenset[str]) -> list[dict[str, Any]]
         if key in explicit:
             raise UserError(f"{key} is swept by this grid; leave it out, or write grid.sweep=[]")
         if not any(_swept_path(cfg, key, {"attack": a, "defense": method_of(cfg, d)}) for a, d in cells):
-            raise UserError(f"grid.sweep: no {key.partition('.')[0]} of this grid has the setting {key}")
+            group, _, rest = key.partition(".")
+            of = {"attack": list(cfg.grid.attacks), "defense": [method_of(cfg, name) for name in cfg.grid.defenses]}
+            settings = sorted({str(setting) for name in of[group] for setting in cfg[group][name]})
+            raise UserError(f"grid.sweep: no {group} of this grid has the setting {key}.{near(rest, settings)}")
         axes[key] = values
     return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
 
@@ -612,7 +637,10 @@ def _changed(cfg: DictConfig, settings: list[tuple[str, str, Any]]) -> DictConfi
         try:
             OmegaConf.update(cfg, path, value, force_add=False)
         except OmegaConfBaseException as error:
-            raise UserError(f"grid.{source}: {path}={value!r}: {' '.join(str(error).split())}") from error
+            group, _, name = path.rpartition(".")
+            known = [str(key) for key in OmegaConf.select(cfg, group) or ()]
+            why = " ".join(str(error).split()) if name in known else f"there is no such setting.{near(name, known)}"
+            raise UserError(f"grid.{source}: {path}={value!r}: {why}") from error
     check(cfg)
     return cfg
 

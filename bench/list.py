@@ -12,10 +12,12 @@ from bench.door import enter
 
 def main(arguments: list[str]) -> int:
     from attacks.base import attack
-    from bench.config import grids, load_methods, plugins_in
+    from bench.config import UserError, grids, load_methods, plugins_in
     from bench.engine.datasets import dataset
     from defenses.base import SETTINGS, defense, offered
 
+    if odd := [argument for argument in arguments if not argument.startswith("plugins=")]:
+        raise UserError(f"{odd[0]!r} is no word of bench.list; it takes plugins=[...] and nothing else")
     load_methods(plugins_in(arguments))
     print("attacks")
     for name, cls in sorted(attack.items()):

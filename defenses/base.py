@@ -128,7 +128,7 @@ class Defense:
     """
 
     name: ClassVar[str]
-    paper: ClassVar[str]
+    paper: ClassVar[str] = "none"
     version: ClassVar[int] = 1  # goes up when a change of code can change a figure
 
     def defend(self, view: Any) -> Verdict:

@@ -145,6 +145,15 @@ def test_the_protocol_prints_an_exception_unless_the_command_line_replaced_it_fo
     # Nor does it name what the grid sweeps.
     sweep = "grid.sweep=[{key: train.lr, values: [0.1, 0.3]}]"
     assert "train.lr=0.2" not in printed(both, sweep)
+    # However it is spelt, and whether a sweep or the row of an ablation has it.
+    assert "defense.epsilon=0.1" not in printed("grid.sweep=[{key: defense.aft.epsilon, values: [0.05, 0.2]}]")
+    row = [
+        "grid.ablations=[{name: aft_long, defense: aft, set: {updates: 300}}]",
+        "grid.exceptions=[{defense: aft, set: {defense.epsilon: 0.1, defense.updates: 260}, why: x}]",
+    ]
+    assert "exception for aft: defense.epsilon=0.1: x" in printed(*row, "grid.defenses=[no_defense,aft_long]")
+    whole = "exception for aft: defense.epsilon=0.1, defense.updates=260: x"
+    assert whole in printed(*row, "grid.defenses=[no_defense,aft,aft_long]")
 
 
 def test_the_protocol_names_the_command_without_what_changes_no_figure(cache):
@@ -277,6 +286,15 @@ def test_a_setting_that_one_method_has_is_swept_for_it_alone(cache):
         "fine_pruning": [100, 100],
     }
     assert epochs("defense.epochs") == {"no_defense": [None, None], "fine_tuning": [1, 2], "fine_pruning": [1, 2]}
+
+
+def test_a_swept_poison_rate_passes_the_clean_model_by(cache):
+    words = ["grid.attacks=[none,badnets]", "grid.defenses=[no_defense]", "grid.seeds=1"]
+    sweep = "grid.sweep=[{key: attack.poison_rate, values: [0.01, 0.05]}]"
+    trials = plan([*words, sweep, f"dataset.cache={cache}"]).trials
+    rates = [(trial.attack, trial.implant["attack"]["poison_rate"]) for trial in trials]
+    assert rates == [("none", 0.0), ("none", 0.0), ("badnets", 0.01), ("badnets", 0.05)]
+    assert trials[0].keys() == trials[1].keys()
 
 
 def test_a_sweep_over_what_an_ablation_changes_is_refused(cache):

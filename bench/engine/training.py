@@ -30,6 +30,37 @@ class Diverged(ArithmeticError):
     """The loss is no longer a number."""
 
 
+# The least value of a number by its name, and what it must stay below.
+_BOUNDS = {
+    "epochs": (0, math.inf),
+    "updates": (0, math.inf),
+    "batch_size": (1, math.inf),
+    "lr": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "momentum": (0, 1),
+    "warmup": (0, 1),
+    "label_smoothing": (0, 1),
+}
+
+
+def check_numbers(place: str, settings: Mapping[str, object]) -> None:
+    """Refuse numbers that no training can have.
+
+    Args:
+        place: what goes before a name in the message, e.g. `defense.aft.`.
+        settings: those of a recipe, or of a method that names its own alike; others are left alone.
+
+    Raises:
+        ValueError: one lies outside its range.
+    """
+    for name, (least, end) in _BOUNDS.items():
+        value = settings.get(name)
+        if isinstance(value, int | float) and not least <= value < end:
+            raise ValueError(
+                f"{place}{name} is {value:g}; write {least} or more" + (f", below {end}" if end < math.inf else "")
+            )
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a network is trained.
@@ -69,10 +100,7 @@ class Recipe:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; write one of {', '.join(allowed)}")
-        if self.batch_size < 1 or self.epochs < 0 or self.updates < 0:
-            raise ValueError("batch_size must be at least 1, epochs and updates at least 0")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is {self.warmup}; it is a share of the steps in [0, 1)")
+        check_numbers("", vars(self))
 
     def steps(self, count: int) -> int:
         """Optimizer steps of a training on so many images."""
