@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +123,9 @@ def _published(cfg: DictConfig, trials: list[Trial]) -> dict[str, dict[str, Any]
         rows = ended[ended.trial.isin(wanted)]
         if rows.empty:
             raise UserError(
-                f"published: {path} has no trial of this grid with these settings and versions of its methods; give "
-                "the settings that stand beneath its table, or leave the file out"
+                f"published: {path} has no trial of this grid with these settings, data and versions of its methods; "
+                "give the settings that stand beneath its table (what a CPU computed needs train.precision=float32 on "
+                "a GPU) and the same data, or leave the file out"
             )
         written = Path(cfg.results) / str(cfg.grid.name) / "trials.csv"
         if len(rows) < len(ended) and written.resolve() == Path(path).resolve():
@@ -272,6 +275,7 @@ def report(opened: Plan, again: bool = True) -> Any:
     if not again and _is_written(stamp, made_of):
         return table.boards(trials, lines, reported), trials
     stamp.unlink(missing_ok=True)
+    _keep_lost(opened, trials)
     boards = table.write(trials, lines, opened.folder, opened.title, reported)
     _keep_settings(opened)
     evidence = [page.evidence(trial, store, command(opened, trial)) for trial in opened.trials]
@@ -290,6 +294,32 @@ def report(opened: Plan, again: bool = True) -> Any:
 def _nothing_is_there(trials: pd.DataFrame) -> bool:
     """Is nothing computed of what could be? A cell that does not apply has its row without any computation."""
     return bool((trials.status == "missing").any() and trials.status.isin(["missing", "not applicable"]).all())
+
+
+def _keep_lost(opened: Plan, trials: pd.DataFrame) -> None:
+    """Keep a table that is about to be written over, if this store could not bring all of it back."""
+    from bench.config import UserError
+    from bench.reporting.table import OUTCOMES, read_trials
+
+    path = opened.folder / "trials.csv"
+    try:
+        there = read_trials(path)
+    except UserError:  # none, or none of ours
+        return
+    kept = set(trials.trial[trials.status.isin(OUTCOMES)])
+    lost = [
+        key
+        for key in there.trial[there.status.isin(OUTCOMES)]
+        if key not in kept and not opened.store.is_finished("evaluate", key)
+    ]
+    if lost:
+        beside = path.with_name(f"trials.{time.strftime('%Y%m%d-%H%M%S')}.csv")
+        os.replace(path, beside)
+        print(
+            f"warning: {len(lost)} trials of the table in {opened.folder}/ are not in this store, and are kept in "
+            f"{beside}: 'published=[{beside}]' takes them up again, and grid.name=mine leaves a table as it is",
+            file=sys.stderr,
+        )
 
 
 def _keep_settings(opened: Plan) -> None:

@@ -82,6 +82,24 @@ def test_a_report_of_nothing_leaves_a_table_as_it_is_also_where_some_cells_do_no
     assert table.read_text() == before
 
 
+def test_a_table_that_this_store_cannot_bring_back_is_kept_and_one_that_it_can_is_not(
+    tiny: list[str], published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "results" / "quick"
+    folder.mkdir(parents=True)
+    before = published.read_text()
+    (folder / "trials.csv").write_text(before)
+    capsys.readouterr()
+    assert main([*tiny, "grid.attacks=[none]", FIRST[1]]) == 0
+    (kept,) = folder.glob("trials.*.csv")
+    assert kept.read_text() == before
+    assert "2 trials of the table in" in capsys.readouterr().err  # those of the clean model are computed again
+    assert main([*tiny, "grid.attacks=[none]", "grid.defenses=[no_defense]"]) == 0  # a smaller one, all of it stored
+    assert list(folder.glob("trials.*.csv")) == [kept]
+    assert main([*tiny, *FIRST, f"published=[{kept}]"]) == 0
+    assert len(pd.read_csv(folder / "trials.csv")) == 4
+
+
 def test_a_repair_that_is_stored_and_not_evaluated_has_no_evidence_and_breaks_no_report(
     tiny: list[str], run_grid: RunGrid, tmp_path: Path
 ) -> None:
