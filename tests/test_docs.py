@@ -21,7 +21,7 @@ PAGES = sorted(docs.HERE.glob("*.md"))
 METHODS = [cls for cls in (*attack.values(), *defense.values()) if cls.__module__.partition(".")[0] in docs.OURS]
 
 
-@pytest.mark.parametrize("name", ["columns.md", "methods.md"])
+@pytest.mark.parametrize("name", ["columns.md", "methods.md", "settings.md"])
 def test_a_page_that_is_written_from_the_code_is_what_the_code_says_now(name):
     assert (docs.HERE / name).read_text() == docs.pages()[name], "run python -m bench.docs"
 

@@ -1,10 +1,10 @@
-"""Pages that are written from the code: what every column means, and every method with its settings."""
+"""Pages that are written from the code: what every column means, and every setting, of methods and of the harness."""
 
 from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,20 @@ Any setting is `attack.NAME.SETTING=VALUE` or `defense.NAME.SETTING=VALUE` on th
 `grid.sweep`. Defaults are the paper's unless *Differs* says otherwise."""
 
 
+_SETTINGS = f"""# Settings that are no method's
+{NOTE}
+
+Any of them is `NAME=VALUE` on the command line, or stands in a grid's YAML. Those of attacks and defenses are in
+[methods.md](methods.md). Of these only `train`, `reserve` and `measure` may differ from cell to cell: be swept, or set
+by an exception."""
+
+
 def pages() -> dict[str, str]:
     """File name -> text of every page that is written from the code."""
     from bench.config import load_methods
 
     load_methods([])
-    return {"columns.md": _columns(), "methods.md": _methods()}
+    return {"columns.md": _columns(), "methods.md": _methods(), "settings.md": _harness()}
 
 
 # Columns -------------------------------------------------------------------------------------------------------------
@@ -136,7 +144,7 @@ def _methods() -> str:
         "",
         "## Attacks",
         "",
-        "![clean image, triggered image and difference, for thirteen attacks](../../results/readme/gallery.png)",
+        "![clean image, triggered image and difference, for sixteen attacks](../../results/readme/gallery.png)",
         "",
         *_all(attack, Attack, "labels", label),
         "## Defenses",
@@ -170,6 +178,48 @@ def _all(registry: dict[str, type], base: type, fact: str, of: Any) -> list[str]
         if rows:
             lines += [*_table(["setting", "default", "meaning"], rows), ""]
     return lines
+
+
+def _harness() -> str:
+    """Every group of the configuration but those of the methods."""
+    from bench.config import Config
+    from bench.engine.training import Recipe
+
+    lines = _SETTINGS.splitlines()
+
+    def group(place: str, cls: type) -> None:
+        about = _about(cls) if cls is Recipe else _comments(cls)
+        inner = {f.name: f.default_factory for f in fields(cls) if is_dataclass(f.default_factory)}
+        rows = [
+            # The default of dataset.root is this machine's $BENCH_DATA.
+            [f"`{place}{f.name}`", f"`{'data' if f.name == 'root' else _default(f)}`", about.get(f.name, "")]
+            for f in fields(cls)
+            if f.name not in inner and f.name not in ("attack", "defense")
+        ]
+        first = _plain((cls.__doc__ or "").partition("Attributes:")[0])
+        lines.extend(["", f"## {place.rstrip('.') or 'All else'}", "", *([first, ""] if place else [])])
+        lines.extend(_table(["setting", "default", "meaning"], rows))
+        for name, own in inner.items():
+            group(f"{place}{name}.", own)  # type: ignore[arg-type]
+
+    group("", Config)
+    return "\n".join(lines) + "\n"
+
+
+def _comments(cls: type) -> dict[str, str]:
+    """Setting -> the comment behind it, or in the lines above it."""
+    found: dict[str, str] = {}
+    above: list[str] = []
+    for line in inspect.getsource(cls).splitlines():
+        field_, _, comment = line.partition("  # ")
+        if line.strip().startswith("# "):
+            above.append(line.strip()[2:])
+        elif named := re.match(r"    (\w+): ", field_):
+            found[named[1]] = comment.strip() or " ".join(above)
+            above = []
+        else:
+            above = []
+    return found
 
 
 def _place(named: tuple[str, type]) -> tuple[Any, ...]:

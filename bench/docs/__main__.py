@@ -1,4 +1,4 @@
-"""Write the pages of bench/docs that come from the code: columns.md and methods.md.
+"""Write the pages of bench/docs that come from the code: columns.md, methods.md and settings.md.
 
 python -m bench.docs
 """
