@@ -304,13 +304,13 @@ def test_a_curve_with_a_gap_and_an_odd_name_costs_nothing(run_grid, plugin):
 
 
 def test_a_stage_that_cannot_be_written_is_a_failure_with_a_reason(run_grid, monkeypatch, tmp_path):
-    import safetensors.torch
+    from bench.engine import files
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", full)
+        patch.setattr(files, "save_file", full)
         code, trials = run_grid(*FIRST)
     assert code == 1
     assert set(trials.status) == {"failed"}
