@@ -184,10 +184,10 @@ def test_no_step_is_lost_to_a_rate_of_zero_and_none_is_above_the_highest(schedul
         ({"optimizer": "sgdd"}, "optimizer is 'sgdd'; write one of sgd, sgd_plain, adam, adamw"),
         ({"schedule": "step"}, "schedule is 'step'; write one of cosine, one_cycle, constant"),
         ({"precision": "half"}, "precision is 'half'; write one of auto, float32, bfloat16"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"epochs": -1}, "epochs and updates at least 0"),
-        ({"updates": -1}, "epochs and updates at least 0"),
-        ({"warmup": 1.0}, "warmup is 1.0; it is a share"),
+        ({"batch_size": 0}, "batch_size is 0; write 1 or more"),
+        ({"epochs": -1}, "epochs is -1; write 0 or more"),
+        ({"updates": -1}, "updates is -1; write 0 or more"),
+        ({"warmup": 1.0}, "warmup is 1; write 0 or more, below 1"),
     ],
 )
 def test_a_wrong_recipe_says_what_to_write(setting, message):
@@ -514,9 +514,9 @@ def test_what_a_killed_writer_left_beside_the_checkpoint_is_not_read(tmp_path):
 def test_a_writer_killed_in_the_middle_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     data, recipe = noise(20, size=8), Recipe(epochs=4, batch_size=5)
     expected = fit(dropped(), data, recipe, seed=0)
-    from bench.engine import training
+    from bench.engine import files
 
-    save, written = training.save_file, []
+    save, written = files.save_file, []
 
     def die_in_the_second(tensors, path, metadata):
         if len(written) == 1:
@@ -526,7 +526,7 @@ def test_a_writer_killed_in_the_middle_leaves_the_checkpoint_before(tmp_path, mo
         save(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_file", die_in_the_second)
+        patch.setattr(files, "save_file", die_in_the_second)
         with pytest.raises(Killed):
             fit(dropped(), data, recipe, seed=0, journal=Journal(tmp_path, every_s=0))
     with safe_open(tmp_path / "train.safetensors", "pt") as file:
