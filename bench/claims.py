@@ -99,9 +99,20 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 def contamination(trials: pd.DataFrame, usual: float) -> pd.Series:
     """The poisoned share of each trial's reserve: its own where the table sweeps it, else the grid's."""
-    variants = trials["variant"].astype(object).fillna("") if "variant" in trials else trials.attack.map(lambda _: "")
-    own = variants.str.extract(r"(?:^|, )reserve\.contamination=([\d.e-]+)", expand=False)
+    own = _variants(trials).str.extract(r"(?:^|, )reserve\.contamination=([\d.e-]+)", expand=False)
     return own.astype(float).fillna(usual)
+
+
+def _variants(trials: pd.DataFrame) -> pd.Series:
+    """What is swept in each trial; empty where nothing is.
+
+    A table published before there were sweeps has no such column; one read as CSV has no number for an empty one.
+    """
+    import pandas as pd
+
+    if "variant" not in trials:
+        return pd.Series("", index=trials.index, dtype=object)
+    return trials["variant"].astype(object).fillna("")
 
 
 def answer(claim: dict[str, Any], trials: pd.DataFrame) -> Answer:
@@ -167,8 +178,7 @@ def _means(trials: pd.DataFrame, of: dict[str, str], figure: str) -> dict[tuple[
         part = part[(part.contamination > 0) == (value == "tainted") if key == "reserve" else part[key] == value]
     part = part[~part.status.isin(["missing", "not applicable"])]
     found = {}
-    # A table published before there were sweeps has no variant; one read as CSV has no number for an empty one.
-    part = part.assign(variant=part["variant"].astype(object).fillna("") if "variant" in part else "")
+    part = part.assign(variant=_variants(part))
     for place, group in part.groupby(["dataset", "model", "variant", "attack"], sort=False):
         whole = (group.status == "done").all()
         if whole and group[figure].isna().all():

@@ -250,7 +250,7 @@ def _one_line(error: Exception, arguments: list[str], schema: DictConfig) -> str
     text = " ".join(str(error.__cause__ or error).split())
     for argument in arguments:
         key, _, value = argument.partition("=")
-        if "is not a ListConfig, list or tuple" in text and f": {key} " in f"{text} ".replace("full_key", ""):
+        if "is not a ListConfig, list or tuple" in text and f"full_key: {key} " in f"{text} ":
             return f"{key} is a list; write '{key}=[{value}]'"
     for group in GROUPS:
         chosen = [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{group}=")]

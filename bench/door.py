@@ -149,11 +149,11 @@ def _device(cfg: DictConfig, pick: Callable[[str], torch.device]) -> torch.devic
 
 def protocol(opened: Plan) -> list[str]:
     """The lines printed beneath every table: what the numbers mean, and every setting that is not a default."""
-    from bench.grid import ablations, applies, seeds_of, written
+    from bench.grid import ablations, applies, seeds_of, swept_keys, written
 
     cfg, infos = opened.cfg, opened.infos
     measure, reserve = cfg.measure, cfg.reserve
-    swept = {str(entry["key"]) for entry in cfg.grid.sweep}
+    swept = swept_keys(cfg)
     size = "a share (swept)" if "reserve.size" in swept else f"{reserve.size:.1%}"
     tainted = f"; {reserve.contamination:.1%} of it poisoned" if reserve.contamination else ""
     if "reserve.contamination" in swept:

@@ -275,6 +275,11 @@ def cell_path(key: str, methods: dict[str, str]) -> str | None:
     return f"{head}.{methods[head]}.{rest}"
 
 
+def swept_keys(cfg: DictConfig) -> set[str]:
+    """The settings that the grid sweeps, as its sweep names them."""
+    return {str(entry["key"]) for entry in cfg.grid.sweep}
+
+
 def applies(cfg: DictConfig, exception: Any, explicit: frozenset[str]) -> dict[tuple[str, ...], dict[str, Any]]:
     """What an exception still sets beside the command line and the sweep: its settings by the names they hold for.
 
@@ -282,7 +287,7 @@ def applies(cfg: DictConfig, exception: Any, explicit: frozenset[str]) -> dict[t
     setting the command line has; none at all: every cell. Empty where nothing of it is left.
     """
     axes = {axis: list(cfg.grid[f"{axis}s"]) for axis in ("dataset", "model", "attack", "defense", "setting")}
-    ablated = ablations(cfg)
+    ablated, swept = ablations(cfg), swept_keys(cfg)
 
     def told(axis: str, row: str) -> str | None:
         """The name by which the exception matches a row; that of its method, where the row is an ablation."""
@@ -291,6 +296,14 @@ def applies(cfg: DictConfig, exception: Any, explicit: frozenset[str]) -> dict[t
         names_ = (row, method_of(cfg, row) if axis == "defense" else row)
         return next((name for name in names_ if name in listed(exception[axis])), None)
 
+    def is_left(key: str, head: str, row: str) -> bool:
+        """Does what goes before an exception leave this key of a row's method to it?"""
+        method = {head: method_of(cfg, row)}
+        path = cell_path(key, method)
+        own = {f"defense.{method[head]}.{name}" for name in ablated.get(row, {"set": {}})["set"]}
+        taken = {cell_path(other, method) for other in swept if other.startswith(f"{head}.")}
+        return path is not None and path not in explicit | own | taken
+
     rows = {axis: [row for row in axes[axis] if told(axis, row)] for axis in axes}
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     if not all(rows.values()):
@@ -298,12 +311,12 @@ def applies(cfg: DictConfig, exception: Any, explicit: frozenset[str]) -> dict[t
     for key, value in exception["set"].items():
         head, where = str(key).partition(".")[0], {axis: rows[axis] for axis in axes if axis in exception}
         if head in METHODS:
-            left = [row for row in rows[head] if not _fixed(cfg, str(key), head, row, ablated, explicit)]
+            left = [row for row in rows[head] if is_left(str(key), head, row)]
             if not left:
                 continue
             if len(left) < len(rows[head]):
                 where[head] = left
-        elif key in explicit or key in {str(entry["key"]) for entry in cfg.grid.sweep}:
+        elif key in explicit | swept:
             continue
         place: list[str] = []
         for axis, left in where.items():
@@ -311,17 +324,6 @@ def applies(cfg: DictConfig, exception: Any, explicit: frozenset[str]) -> dict[t
             place += [name for name in (listed(exception[axis]) if axis in exception else axes[axis]) if name in names_]
         found.setdefault(tuple(place), {})[str(key)] = value
     return found
-
-
-def _fixed(
-    cfg: DictConfig, key: str, head: str, row: str, ablated: dict[str, dict[str, Any]], explicit: frozenset[str]
-) -> bool:
-    """Does something that goes before an exception set this key of a row's method, or is it another method's?"""
-    method = {head: method_of(cfg, row)}
-    path = cell_path(key, method)
-    own = {f"defense.{method[head]}.{name}" for name in ablated.get(row, {"set": {}})["set"]}
-    swept = {cell_path(str(entry["key"]), method) for entry in cfg.grid.sweep if str(entry["key"]).startswith(head)}
-    return path is None or path in explicit | own | swept
 
 
 def listed(value: Any) -> list[Any]:
@@ -386,7 +388,6 @@ def _variants(cfg: DictConfig, explicit: frozenset[str]) -> list[dict[str, Any]]
         UserError: a key cannot be swept, or has no values.
     """
     axes: dict[str, list[Any]] = {}
-    cells = list(product(cfg.grid.attacks, cfg.grid.defenses))
     for entry in cfg.grid.sweep:
         if not OmegaConf.is_dict(entry) or set(entry) != {"key", "values"} or not OmegaConf.is_list(entry["values"]):
             raise UserError(f"grid.sweep: {entry!r} needs `key` and a list of `values`")
@@ -399,10 +400,10 @@ def _variants(cfg: DictConfig, explicit: frozenset[str]) -> list[dict[str, Any]]
             raise UserError(f"grid.sweep: {key} is swept over {values}; write different values, each key once")
         if key in explicit:
             raise UserError(f"{key} is swept by this grid; leave it out, or write grid.sweep=[]")
-        if not any(_swept_path(cfg, key, {"attack": a, "defense": method_of(cfg, d)}) for a, d in cells):
-            group, _, rest = key.partition(".")
-            of = {"attack": list(cfg.grid.attacks), "defense": [method_of(cfg, name) for name in cfg.grid.defenses]}
-            settings = sorted({str(setting) for name in of[group] for setting in cfg[group][name]})
+        group, _, rest = key.partition(".")
+        rows = {"attack": list(cfg.grid.attacks), "defense": [method_of(cfg, name) for name in cfg.grid.defenses]}
+        if group in METHODS and not any(_swept_path(cfg, key, {group: method}) for method in rows[group]):
+            settings = sorted({str(setting) for method in rows[group] for setting in cfg[group][method]})
             raise UserError(f"grid.sweep: no {group} of this grid has the setting {key}.{near(rest, settings)}")
         axes[key] = values
     return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]

@@ -53,6 +53,7 @@ def _show(opened: Plan) -> tuple[bool, bool]:
     claims = {place: claim for place, claim in store.claims().items() if place in titles}
     running = {place: claim for place, claim in claims.items() if claim.alive}
     alive = _jobs(opened, root)
+    going = {element.job for element in alive}
     queued = [element for element in alive if element.state == "PENDING"]
 
     print(opened.title)
@@ -75,7 +76,7 @@ def _show(opened: Plan) -> tuple[bool, bool]:
             print(f"    {line}")
     for place in claims.keys() - running.keys():
         owner = claims[place].owner
-        if owner and owner.job in {element.job for element in alive}:
+        if owner and owner.job in going:
             continue  # requeued: it goes on by itself
         print(f"lost: {titles[place]}: {place[0]}, {_job(owner.job) if owner else ''}its process died; run it again")
     for place, title in titles.items():

@@ -83,6 +83,14 @@ def test_the_clock_of_this_host_decides_nothing(tmp_path, elsewhere, monkeypatch
         assert Store(tmp_path).is_running("implant", "k")
 
 
+def a_sleeper_gets_nothing(folder: Path, looked: lease.Claim | None, left: list[int], monkeypatch) -> None:
+    """Who goes by what it saw, `looked`, takes no claim, and leaves those that are there."""
+    with monkeypatch.context() as patch:
+        patch.setattr(lease, "read", lambda _: looked)
+        assert lease.take(folder) is None
+    assert lease._numbers(folder) == left
+
+
 def test_who_slept_between_looking_and_taking_does_not_take_a_living_claim(tmp_path, monkeypatch):
     folder = tmp_path / "implant-k"
     dead = lease.take(folder)
@@ -96,10 +104,7 @@ def test_who_slept_between_looking_and_taking_does_not_take_a_living_claim(tmp_p
     second = lease.take(folder)  # another was faster
     assert second
     assert second.name == "2"
-    with monkeypatch.context() as patch:
-        patch.setattr(lease, "read", lambda _: looked)  # the sleeper goes by what it saw
-        assert lease.take(folder) is None
-    assert lease._numbers(folder) == [2]
+    a_sleeper_gets_nothing(folder, looked, [2], monkeypatch)
     lease.release(second, forget=False)
 
 
@@ -114,10 +119,7 @@ def test_who_slept_while_claims_came_and_went_has_nothing_though_its_number_is_f
     lease.release(second, forget=False)
     third = lease.take(folder)  # alive; 1 and 2 are gone
     assert third
-    with monkeypatch.context() as patch:
-        patch.setattr(lease, "read", lambda _: looked)  # the sleeper saw 1, given back
-        assert lease.take(folder) is None
-    assert lease._numbers(folder) == [3]
+    a_sleeper_gets_nothing(folder, looked, [3], monkeypatch)  # it saw 1, given back
     lease.release(third, forget=False)
 
 
