@@ -9,7 +9,8 @@ figures=...     which figures count; all that tell better from worse by default
 significant=true  only a difference at 5 % (paired t-test over seeds, Holm over all) is a regression
 
 Either may be a CSV of reported figures (with a column `provenance`, as for report.reported): then the two are set side
-by side, cell by cell with the differences in protocol that its column `protocol` names, and with rank correlations.
+by side, cell by cell with the differences in protocol that its column `protocol` names, and with rank correlations over
+all pairs and over those of repairs.
 ignore=AXES (of dataset, model) sets cells side by side that differ there, and says so; rename=OURS:THEIRS reads one
 name as another.
 
@@ -211,11 +212,10 @@ def changes(one: pd.DataFrame, two: pd.DataFrame, figures: list[str]) -> tuple[l
 def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: list[str], ignored: list[str]) -> int:
     """Print cells that both have side by side, and how alike the two order them."""
     import numpy as np
-    from scipy import stats
 
     from bench.config import UserError
     from bench.reporting.columns import COLUMN
-    from bench.reporting.table import AXES, cells
+    from bench.reporting.table import AXES, BASELINE, cells
 
     tables = [table if "kind" in table else cells(table) for table in (one, two)]
     a, b = (table.assign(protocol=table.get("protocol", "")) for table in tables)
@@ -235,7 +235,8 @@ def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: li
     both = both.drop_duplicates([*named, *others, *known])
     if both.empty:
         raise UserError(f"{places[0]} and {places[1]} have no figure of a cell in common; names must be this project's")
-    print(f"{len(both)} cells in both: {places[0]} | {places[1]} | difference, in points")
+    own = len(both[AXES].drop_duplicates())
+    print(f"{len(both)} pairs of {own} cells: {places[0]} | {places[1]} | difference, in points")
     for _, row in both.iterrows():
         parts = []
         for name in figures:
@@ -248,19 +249,34 @@ def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: li
         protocols = "; ".join(text for text in (row.protocol, *other, row.protocol_other) if text)
         place = "/".join(name for name in row[AXES] if name)
         print(f"{place}: {', '.join(parts)}{f' [{protocols}]' if protocols else ''}")
+    # Undefended models have high figures everywhere, which makes any two tables look alike: repairs count alone too.
+    repairs = both[both.defense != BASELINE]
+    chosen = {"pairs": both} | ({"pairs of repairs": repairs} if len(repairs) < len(both) else {})
     for name in figures:
-        if f"{name}_mean" not in both or f"{name}_mean_other" not in both:
-            continue
-        pair = both[[f"{name}_mean", f"{name}_mean_other"]].dropna()
-        if len(pair) < 3 or (pair.nunique() < 2).any():
-            continue
-        spearman, kendall = stats.spearmanr(*pair.T.to_numpy()), stats.kendalltau(*pair.T.to_numpy())
-        gap = 100 * (pair.iloc[:, 1] - pair.iloc[:, 0]).mean()
-        print(
-            f"{COLUMN[name].title}, rank correlation over {len(pair)} cells: Spearman {spearman.statistic:.2f}, "
-            f"Kendall {kendall.statistic:.2f}; mean difference {gap:+.1f} points"
-        )
+        for what, rows in chosen.items():
+            if line := _agreement(rows, name, what):
+                print(line)
     return 0
+
+
+def _agreement(both: pd.DataFrame, name: str, what: str) -> str:
+    """How alike two tables order a figure; empty if there is too little to order."""
+    from scipy import stats
+
+    from bench.reporting.columns import COLUMN
+
+    figures = [f"{name}_mean", f"{name}_mean_other"]
+    if not set(figures) <= set(both):
+        return ""
+    pair = both[figures].dropna()
+    if len(pair) < 3 or (pair.nunique() < 2).any():
+        return ""
+    spearman, kendall = stats.spearmanr(*pair.T.to_numpy()), stats.kendalltau(*pair.T.to_numpy())
+    gap = 100 * (pair.iloc[:, 1] - pair.iloc[:, 0]).mean()
+    return (
+        f"{COLUMN[name].title}, rank correlation over {len(pair)} {what}: Spearman {spearman.statistic:.2f}, "
+        f"Kendall {kendall.statistic:.2f}; mean difference {gap:+.1f} points"
+    )
 
 
 if __name__ == "__main__":

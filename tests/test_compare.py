@@ -96,6 +96,24 @@ def test_published_figures_stand_beside_ours_with_the_rank_correlation(saved, tm
     assert "digits/net/reserve/badnets/c: ASR 30.0 | 4.0 | -26.0 [100 epochs]" in out
     # One pair of six in the other order: Kendall 1 - 2/6, Spearman 1 - 6 * 2 / 60.
     assert "Spearman 0.80, Kendall 0.67" in out
+    assert "pairs of repairs" not in out, "the same pairs again"
+
+
+def test_repairs_alone_are_compared_too_beside_undefended_models(saved, tmp_path, capsys):
+    ours = [row("no_defense", 0, 0.9, 0.9)] + [
+        row(name, 0, 0.9, asr) for name, asr in (("a", 0.1), ("b", 0.2), ("c", 0.3))
+    ]
+    theirs = tmp_path / "theirs.csv"
+    lines = [
+        f"digits,net,reserve,badnets,{name},{asr},{source}"
+        for source in ("One", "Two")
+        for name, asr in (("no_defense", 0.99), ("a", 0.3), ("b", 0.2), ("c", 0.1))
+    ]
+    theirs.write_text("\n".join(["dataset,model,setting,attack,defense,asr,provenance", *lines]))
+    assert compare.main([saved("one", ours), str(theirs)]) == 0
+    out = capsys.readouterr().out
+    assert "8 pairs of 4 cells" in out
+    assert "ASR, rank correlation over 6 pairs of repairs: Spearman -1.00" in out
 
 
 def test_a_published_table_fits_every_setting_and_only_its_own_poison_rate(saved, tmp_path, capsys):
@@ -105,7 +123,7 @@ def test_a_published_table_fits_every_setting_and_only_its_own_poison_rate(saved
     theirs.write_text("\n".join([head, *lines]))
     assert compare.main([saved("one", [row("a", 0, 0.9, 0.1)]), str(theirs)]) == 0
     out = capsys.readouterr().out
-    assert "1 cells in both" in out
+    assert "1 pairs of 1 cells" in out
     assert "digits/net/reserve/badnets/a: ACC 90.0 | 90.0 | +0.0, ASR 10.0 | 25.0 | +15.0 [one run]" in out
 
 
@@ -137,7 +155,7 @@ def test_a_cell_without_a_figure_in_common_is_left_out_and_one_of_two_settings_c
     theirs.write_text(f"{head}\nBoard,digits,net,badnets,a,,0.9,0.25\nBoard,digits,net,badnets,b,,,")
     same = [row("a", 0, 0.9, 0.1), row("a", 0, 0.9, 0.1, setting="trainset"), row("b", 0, 0.9, 0.1)]
     assert compare.main([saved("one", same), str(theirs)]) == 0
-    assert "1 cells in both" in capsys.readouterr().out
+    assert "1 pairs of 1 cells" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*.csv")), ids=lambda path: path.name)
