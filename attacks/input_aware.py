@@ -1,7 +1,7 @@
 """Input-aware: a generator draws another pattern for each image; the pattern of another image must not work.
 
 Paper: Nguyen and Tran, NeurIPS 2020, arXiv:2010.08138.
-Differs: the gradients of the pattern generator are cleared behind every step (the authors' code lets them pile
+Differs: the gradients of the pattern generator are cleared after every step (the authors' code lets them pile
 up over the whole run). The second images are those of the same batch, moved by one, not a second draw. Poisoned
 and cross images go through the pattern generator together, so that batch norm sees both. The generators read
 images in [0, 1]; distances are taken behind the data set's normalisation, as in the paper. The mask generator

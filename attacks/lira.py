@@ -6,7 +6,7 @@ Differs: `poison_rate` is the share of each batch that is used poisoned, which i
 alpha at one half. Epsilon is in [0, 1] pixel space, and of four levels: the paper's 0.01 of normalised images
 is 0.6 of a level, which rounding to 8 bits takes away. The generator's copy learns against the classifier in
 eval mode and is taken over 50 times in equal parts of the first stage, which is half of the steps (the paper:
-behind each of the first 50 of 300 epochs). The U-Net has half of the widths of the authors' code, with which
+after each of the first 50 of 300 epochs). The U-Net has half of the widths of the authors' code, with which
 it costs more than a ResNet-18.
 """
 

@@ -40,7 +40,7 @@ class AdversarialWeightMasking(Defense):
         gamma: weight of the masks' L1 norm.
         budget: largest mean absolute value of the perturbation, in pixel units.
         perturbation_lr: of its plain gradient ascent.
-        lr, lr_decay: of Adam on the masks; the rate is multiplied by the second behind each round.
+        lr, lr_decay: of Adam on the masks; the rate is multiplied by the second after each round.
         batch_size: images a step.
     """
 

@@ -91,7 +91,7 @@ class FinePruning(Defense):
 
 
 class KeepPruned(Hooks):
-    """Fine-tuning may wake a pruned unit: it is put to sleep again behind each step."""
+    """Fine-tuning may wake a pruned unit: it is put to sleep again after each step."""
 
     def __init__(self, pruned: Tensor) -> None:
         self.pruned = pruned

@@ -3,7 +3,7 @@
 Paper: Min, Qin, Shen and Cheng, NeurIPS 2023, arXiv:2310.01875.
 Differs: the released code tunes 2 % of the training set and lowers the rate once an epoch; here the reserve is what the
 view holds and the cosine falls with each step. As in the code, the head's weight is scaled back to its first norm
-behind each step in all modes, and the head that is drawn anew has no norm of its own before the first step.
+after each step in all modes, and the head that is drawn anew has no norm of its own before the first step.
 """
 
 from __future__ import annotations

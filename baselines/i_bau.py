@@ -39,7 +39,7 @@ class ImplicitBackdoorAdversarialUnlearning(Defense):
     Attributes:
         rounds: each is one pass for the perturbation and one for the weights.
         inner_lr: rate of the gradient steps on the perturbation, one for each batch, from zero.
-        radius: largest L2 length of the perturbation behind the pass, in pixel units; 0 sets none.
+        radius: largest L2 length of the perturbation after the pass, in pixel units; 0 sets none.
         patched: share of a batch that carries the perturbation, in (0, 1]; at least one image does.
         fixed_point_steps: K of the hypergradient; 0 leaves only the direct gradient.
         fixed_point_rate: the step size of the inner problem that the fixed point unrolls.

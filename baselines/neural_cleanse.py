@@ -34,13 +34,13 @@ class NeuralCleanse(Defense):
     """Reverse a trigger for each class, flag classes whose mask is an outlier, fine-tune on stamped images.
 
     Attributes:
-        steps: most steps of the reversal; the weight of the norm is judged behind each.
+        steps: most steps of the reversal; the weight of the norm is judged after each.
         batches, batch_size: mini-batches a step, and images of each; no more than one pass over the reserve.
         reversal_lr: of Adam with betas 0.5 and 0.9.
         success: share of images, in (0, 1], that a stamp must lead to its class.
         cost: first weight of the mask's L1 norm, set once stamps succeed without it.
-        multiplier: the weight is multiplied by it behind `patience` successes, and divided by it to the power 1.5
-            behind as many failures.
+        multiplier: the weight is multiplied by it after `patience` successes, and divided by it to the power 1.5
+            after as many failures.
         patience: steps in a row.
         early_stop_patience: steps without a smaller mask that end a class whose weight has gone both ways.
         threshold: anomaly index above which a class is flagged.
@@ -190,7 +190,7 @@ class CostSchedule:
 
         Args:
             success: (K,) share of the step's images that went to the class.
-            norms: (K,) of the masks behind the step.
+            norms: (K,) of the masks after the step.
 
         Returns:
             (K,) bool, whose mask is the best so far.

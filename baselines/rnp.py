@@ -32,7 +32,7 @@ class ReconstructiveNeuronPruning(Defense):
 
     Attributes:
         images: how many of the reserve are unlearned and recovered; the paper's 500. 0 takes all.
-        unlearn_epochs: the most; the rate falls to a tenth behind every ten.
+        unlearn_epochs: the most; the rate falls to a tenth after every ten.
         unlearn_lr, weight_decay: of the ascent, SGD on all weights.
         clip: largest norm of the ascent's gradient.
         stop_accuracy: unlearning ends at this training accuracy; 0 is two over the number of classes.

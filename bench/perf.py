@@ -509,7 +509,7 @@ def _pairs(bench: Workbench) -> Iterator[Timed]:
             end(process)
 
     try:
-        in_turn()  # behind their start
+        in_turn()  # after their start
         yield Timed("two trainings side by side, against in turn", together, in_turn)
     finally:
         for process in pair:

@@ -508,7 +508,7 @@ def _global_sources_untouched(name: str) -> Iterator[None]:
     """Refuse a method that draws from, or seeds, a global random source: what runs beside it would change its figures.
 
     Raises:
-        ValueError: behind the method, naming the source.
+        ValueError: after the method, naming the source.
     """
 
     def states() -> dict[str, bytes]:

@@ -86,8 +86,8 @@ class Round:
     Attributes:
         name: what the step is called, e.g. `step 0`.
         selected: (N,) bool, which of the view's images the step trained on; None if it chose none.
-        suspicion: (N,) scores behind the step, higher = more suspicious; None if it gave none.
-        weights: the model's state behind the step; take it with `weights_of`.
+        suspicion: (N,) scores after the step, higher = more suspicious; None if it gave none.
+        weights: the model's state after the step; take it with `weights_of`.
     """
 
     name: str

@@ -9,7 +9,7 @@ usual for the data set. The target label is not known: detectors name it (`elect
 is left out. Its features are what the head reads (`last_stage`: all maps of the last stage, where the released code
 takes its first block), its budgets follow the class (at most a third of it) instead of fixed numbers. The anchor of
 unlearning is the weights on entering the stage, its ascent is bounded, and clean and poisoned images pass in one batch,
-30 passes over the clean ones. The teacher follows behind each optimizer step, running statistics of batch norm
+30 passes over the clean ones. The teacher follows after each optimizer step, running statistics of batch norm
 included. A step makes at least `min_updates` updates, as in PBE; on 50,000 images without SPECTRE every count of the
 steps is the released code's. `guard` is ours, as in PBE. The released rates have a fifth, 0.9, whose set nothing trains
 on.
@@ -54,7 +54,7 @@ class ProgressiveUnifiedDefense(Progressive):
         adversarial_epochs: of each step, from its first; a step whose epochs are all adversarial is so to its end.
         epsilons: radius of each step as a share of epsilon; the last of 4/255 beside 6/255.
         step_sizes: of the attack in each step, as a share of its radius. `step_size` is that of the teacher stage.
-        lr_drops: where the rate falls tenfold, as a share of all steps' epochs: behind 30 and 60 of 70.
+        lr_drops: where the rate falls tenfold, as a share of all steps' epochs: after 30 and 60 of 70.
         disagreement: subtracted from the score of an image whose predicted class changed; 0 is PBE's score.
         spectre: remove what SPECTRE flags in the target class before the first step.
         spectre_inner: drop what it flags there in E_1, E_2, ... by the features of that moment, for one step each.

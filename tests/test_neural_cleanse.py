@@ -120,7 +120,7 @@ def test_equal_norms_have_no_outlier():
 
 
 def one_class(successes: list[float], norms: list[float]) -> tuple[list[float], int, float]:
-    """The rule for one class, step by step: costs behind each step, how many steps it ran, the best norm."""
+    """The rule for one class, step by step: costs after each step, how many steps it ran, the best norm."""
     cost, best, stalled, up, down, went_up, went_down, costs = 0.0, math.inf, 0, 0, 0, False, False, []
     for step, (success, norm) in enumerate(zip(successes, norms, strict=True)):
         works = success >= 0.99

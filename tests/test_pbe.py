@@ -298,7 +298,7 @@ def test_the_guard_fires_on_a_class_that_gathers_without_changing_and_on_no_othe
 
 @pytest.fixture
 def firing(monkeypatch):
-    """The guard fires on class 2 behind every step."""
+    """The guard fires on class 2 after every step."""
     monkeypatch.setattr(pbe, "suspect_class", lambda lift, flip: 2)
 
 

@@ -449,7 +449,7 @@ def test_without_adversarial_training_the_search_for_the_target_is_the_same(monk
 
 @pytest.fixture
 def firing(monkeypatch):
-    """The guard fires on class 2 behind every step."""
+    """The guard fires on class 2 after every step."""
     monkeypatch.setattr(pbe, "suspect_class", lambda lift, flip: 2)
 
 

@@ -48,7 +48,7 @@ def steady(view, epochs, pause):
 @defense("steady")
 @dataclass(frozen=True)
 class Steady(Defense):
-    """Train for a while, with a checkpoint behind each epoch."""
+    """Train for a while, with a checkpoint after each epoch."""
     paper: ClassVar[str] = "none"
     epochs: int = 8
     pause: float = 1.0

@@ -413,7 +413,7 @@ class Outcome:
 
     Attributes:
         robust: (N,) bool, the images that no attack could fool.
-        behind: the share that was robust behind each attack, in order; `clean` comes first.
+        behind: the share that was robust after each attack, in order; `clean` comes first.
     """
 
     robust: Tensor

@@ -2,7 +2,7 @@
 
 Papers: Mu et al., CVPR 2023, arXiv:2202.06312, and Niu et al., 2024, arXiv:2405.17929, whose finding this measures.
 Differs: neither abstract gives a protocol; this one is ours, and reads every figure beside a clean twin and
-random noise. A repaired model is measured as it is shipped, not behind each epoch of its repair.
+random noise. A repaired model is measured as it is shipped, not after each epoch of its repair.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def reactivate(
         epsilon: bound on each pixel of the perturbation.
 
     Returns:
-        (1, C, H, W) in [-epsilon, epsilon]. Add it behind the trigger, and clamp to [0, 1].
+        (1, C, H, W) in [-epsilon, epsilon]. Add it after the trigger, and clamp to [0, 1].
 
     Raises:
         ValueError: there is no image.

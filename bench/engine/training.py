@@ -169,7 +169,7 @@ class Hooks:
     """What a method may change about training; the default changes nothing.
 
     Override what you need. The loop calls, for each step: `batch` before augmentation, `augmented` behind it,
-    `loss`, and `after_step` behind the optimizer step.
+    `loss`, and `after_step` after the optimizer step.
     """
 
     def batch(self, images: Tensor, labels: Tensor, step: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -187,7 +187,7 @@ class Hooks:
         return F.cross_entropy(model(images), labels, label_smoothing=smoothing)
 
     def after_step(self, model: nn.Module, step: int, steps: int) -> None:
-        """Called behind each optimizer step."""
+        """Called after each optimizer step."""
 
     def tensors(self) -> Tensors:
         """What a checkpoint must hold beside model and optimizer, for `restore`."""
@@ -292,7 +292,7 @@ def fit(
         order = torch.randperm(len(data), generator=source, device=device)
         total = torch.zeros((), device=device)
         this_epoch = min(per_epoch, steps - epoch * per_epoch)
-        # Dropout and stochastic depth draw from the global source: seeded here, and put back behind the epoch.
+        # Dropout and stochastic depth draw from the global source: seeded here, and put back after the epoch.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(int(generator(seed, part, epoch, "model").initial_seed()))
             model.train()

@@ -90,7 +90,7 @@ def rank_correlation(trials: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     """Does a defense remove those backdoors that show in the adversarial examples? A line for each.
 
     Spearman's correlation over attacks and seeds of the infected model's concentration at the largest radius and the
-    ASR behind the defense; said where there are at least five infected models.
+    ASR after the defense; said where there are at least five infected models.
     """
     from scipy import stats
 
@@ -123,7 +123,7 @@ NOTES = (
 
 
 def boards(table: pd.DataFrame) -> list[Board]:
-    """The finding at the largest radius, before and behind each defense: a table for each data set and architecture."""
+    """The finding at the largest radius, before and after each defense: a table for each data set and architecture."""
     found = []
     means = over_seeds(largest(table))
     header = ["model", "images", "fooled", "to the target", "lift", "top", "similarity", "overlap"]

@@ -355,7 +355,7 @@ def _relearn(grid: _Grid) -> Figure | None:
         grid.attacked,
         names,
         "ASR (%)",
-        "Does it hold? ASR behind the defense, after fine-tuning on a few "
+        "Does it hold? ASR after the defense, and after fine-tuning on a few "
         "poisoned images (relearn) and under an optimised trigger (reactivate); control: a model without "
         "backdoor. Mean over attacks (its figure at the right); dots: one of them.",
     )
@@ -747,7 +747,7 @@ def _with_interval(axis: Axes, own: pd.DataFrame, name: str, kind: str) -> None:
 
 
 def _connection_repaired(grid: _Grid) -> Figure | None:
-    """The share to the target at the largest radius, behind each defense, between infected model and clean twin."""
+    """The share to the target at the largest radius, after each defense, between infected model and clean twin."""
     import seaborn as sns
 
     table = over_seeds(largest(grid.connections))
@@ -792,7 +792,7 @@ def _connection_repaired(grid: _Grid) -> Figure | None:
             axis.set_axisbelow(True)
         _legend(figure, axes)
         what = (
-            f"Adversarial examples at {255 * table.epsilon.max():g}/255 behind each defense: share given the "
+            f"Adversarial examples at {255 * table.epsilon.max():g}/255 after each defense: share given the "
             "attacker's class, of those that fool it; bars and bands: widest 95 % interval over images of any seed."
         )
         return _titled(figure, grid.caption(what, place=common))
