@@ -9,7 +9,8 @@ it selects after its last step; nothing is selected there. Images are augmented 
 is ours.
 Limits: the method needs its first step, on images a share of which is poisoned, to lower the attack success rate.
 Where it does not (small patches that epsilon cannot imitate), triggered images are those whose logits move least, the
-score ranks them first, and the selection concentrates poison. The guard looks for this and often misses it; no reaction to it is known to help.
+score ranks them first, and the selection concentrates poison. The guard looks for this and often misses it; no
+reaction to it is known to help.
 """
 
 from __future__ import annotations

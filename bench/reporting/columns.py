@@ -71,7 +71,7 @@ MEASURES = (
         "%",
         "higher",
         False,
-        "defense effectiveness rating; blind to collapse: a model destroyed from ACC 94 to 10 gets 58, a useless defense 50",
+        "defense effectiveness rating; blind to collapse: an ACC of 94 ruined to 10 gets 58, a useless defense 50",
     ),
     Column("asr_all_images", "ASR, all images", "%", "lower", False, "ASR with images of the target class counted"),
     Column("false_target_rate", "false target", "%", "lower", False, "the target's share of predictions, no trigger"),
