@@ -148,9 +148,11 @@ class Attack:
             )
         stamped = round(self.poison_rate * total) + round(self.cover_rate * total)
         if self.label_mode == "clean_label" and stamped > own:
+            covers = f" and cover_rate {self.cover_rate:g}" if self.cover_rate else ""
             raise ValueError(
-                f"attack.{self.name}.poison_rate is {self.poison_rate:g}, but a clean-label attack poisons only "
+                f"attack.{self.name}.poison_rate is {self.poison_rate:g}{covers}, but a clean-label attack stamps only "
                 f"class {self.target_label}, {own} of {total} images; write at most {own / total:.4f}"
+                f"{' in all' if covers else ''}"
             )
 
     # What a subclass writes -----------------------------------------------------------------------------------

@@ -40,8 +40,12 @@ class Blended(Attack):
         super().__post_init__()
         if self.picture not in ("noise", "shapes"):
             raise ValueError(f"attack.blended.picture is {self.picture!r}; write noise or shapes")
-        if not 0 <= self.alpha <= 1 or self.alpha_train > 1:
+        if not 0 <= self.alpha <= 1:
             raise ValueError(f"attack.blended.alpha is {self.alpha:g}; an opacity is in [0, 1]")
+        if self.alpha_train > 1:
+            raise ValueError(
+                f"attack.blended.alpha_train is {self.alpha_train:g}; an opacity is in [0, 1], and below 0 takes alpha"
+            )
 
     def prepare(self, setup: Setup) -> Tensors:
         shape = setup.trainset.images.shape[1:]

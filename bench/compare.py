@@ -148,7 +148,7 @@ def _regressions(one: pd.DataFrame, two: pd.DataFrame, tolerance: float, figures
     print(counts)
     failed = 0
     for change in sorted(changed, key=lambda change: -change.worse):
-        # Rounded: 0.95 - 0.93 is a little more than 0.02.
+        # Rounded: 0.1 - 0.08 is a little more than 0.02.
         worse = round(change.worse, 9) > tolerance and (not significant or change.p < ALPHA)
         failed += worse
         test = "one seed, no test" if math.isnan(change.p) else f"p {p_text(change.p)}"

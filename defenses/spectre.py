@@ -225,9 +225,13 @@ def principal(features: Tensor, components: int) -> Tensor:
 def scores_of(
     points: Tensor, budget: int, *, alpha: float = 4.0, tail: float = 0.1, center: str = "overall", fast: bool = True
 ) -> Tensor:
-    """(n,) scores from (n, k) centred points: w^T M w with w whitened robustly and M the quantum entropy matrix."""
+    """(n,) scores from (n, k) centred points: w^T M w with w whitened robustly and M the quantum entropy matrix.
+
+    On one component, as in the released code, nothing is trimmed; the mean is 1 there too, for classes to compare.
+    """
     if points.shape[1] == 1:
-        return points[:, 0].square()
+        squares = points[:, 0].square()
+        return squares / squares.mean().clamp(min=torch.finfo(squares.dtype).tiny)
     kept = points[robust_rows(points, budget, tail=tail, fast=fast)]
     shift = kept.mean(dim=0) if center == "robust" else torch.zeros_like(kept[0])
     white = (points - shift) @ inverse_root(covariance(kept, 0))

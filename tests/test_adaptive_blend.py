@@ -109,3 +109,11 @@ def test_settings_that_cannot_be_meant_are_refused(settings, words):
 def test_more_pieces_than_pixels_are_refused_before_training():
     with pytest.raises(ValueError, match="write at most 8"):
         AdaptiveBlend(pieces_per_side=9).check([500, 500], (1, 8, 8))
+
+
+def test_another_seed_of_the_poisoned_set_gives_its_images_other_masks():
+    data, attack = setup(count=20).trainset, AdaptiveBlend(poison_rate=1.0, cover_rate=0.0)
+    tensors = attack.prepare(setup())
+    one, again, other = (attack.poison(data, tensors, 4, seed=seed)[0].images for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)

@@ -207,3 +207,13 @@ def test_the_slope_of_the_clamp_is_one_on_the_bounds_and_none_beyond():
     assert torch.equal(kept, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
     kept.sum().backward()
     assert torch.equal(points.grad, torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0]))
+
+
+def test_a_random_start_on_black_and_white_pixels_is_an_image():
+    images = torch.tensor([0.0, 1.0]).repeat(24).view(1, 3, 4, 4)
+    found = pgd(
+        Linear(), images, torch.tensor([0]), epsilon=0.1, step_size=0.1, steps=0, random_start=generator(0, "start")
+    )
+    assert found.min() == 0
+    assert found.max() == 1
+    assert (found != images).float().mean() > 0.2  # about half of them moved inwards

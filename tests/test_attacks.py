@@ -20,7 +20,7 @@ DRAWN = ["none", "badnets", "blended", *sorted({"sig", "ftrojan", "wanet", "bpp"
 def setup_for(size: int = 32, channels: int = 3, seed: int = 0) -> Setup:
     images = torch.randint(0, 256, (200, channels, size, size), dtype=torch.uint8, generator=generator(9, "images"))
     spec = ModelSpec("test_resnet", 10, channels, size, (0.5,) * channels, (0.25,) * channels)
-    return Setup(ImageSet(images, LABELS), 10, seed, spec.build, Recipe(epochs=1), Augmentation(), Journal())
+    return Setup(ImageSet(images, LABELS.clone()), 10, seed, spec.build, Recipe(epochs=1), Augmentation(), Journal())
 
 
 def triggered(settings: Attack, setup: Setup) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,3 +181,82 @@ def test_triggered_test_images_are_rounded_as_a_file_would_be():
     images, stamped = triggered(attack["blended"](), setup_for())
     assert torch.equal((stamped * 255).round() / 255, stamped)
     assert not torch.equal(stamped, images)
+
+
+def test_a_tainted_set_gets_its_share_of_poison_and_no_cover_or_is_refused():
+    setup, settings = setup_for(), attack["badnets"](poison_rate=0.15, cover_rate=0.05)
+    _, roles = settings.poison(setup.trainset, settings.prepare(setup), 10, seed=0, rate=0.1)
+    assert [int((roles == role).sum()) for role in (CLEAN, POISON, COVER)] == [180, 20, 0]
+    settings = attack["badnets"](label_mode="clean_label", poison_rate=0.05)
+    with pytest.raises(ValueError, match=r"30 images were to be poisoned and only 20 can be; lower its poison_rate"):
+        settings.poison(setup.trainset, settings.prepare(setup), 10, seed=0, rate=0.15)
+
+
+def test_the_poisoned_set_carries_the_trigger_of_training_and_not_that_of_the_test():
+    setup = setup_for()
+    settings = attack["blended"](alpha=0.2, alpha_train=0.1)
+    tensors = settings.prepare(setup)
+    poisoned, roles = settings.poison(setup.trainset, tensors, 10, seed=0)
+    before, after = (images[roles == POISON].float() for images in (setup.trainset.images, poisoned.images))
+    expected = (0.9 * before + 0.1 * 255 * tensors["picture"]).round()
+    assert (after - expected).abs().max() <= 1  # a half may be rounded to either side
+    assert (after == expected).float().mean() > 0.99
+
+
+def test_what_is_checked_before_any_compute_has_its_bounds_where_they_are_said_to_be():
+    shape, clean = (3, 32, 32), {"label_mode": "clean_label"}
+    attack["badnets"](**clean, poison_rate=0.1).check([20] * 10, shape)  # the whole class
+    attack["badnets"](target_label=9).check([20] * 10, shape)
+    with pytest.raises(ValueError, match="target_label is 10; the classes are 0 to 9"):
+        attack["badnets"](target_label=10).check([20] * 10, shape)
+    attack["badnets"](poison_rate=0.005).check([20] * 10, shape)  # one image
+    with pytest.raises(ValueError, match=r"less than one of 200 images; write at least 0\.005"):
+        attack["badnets"](poison_rate=0.002).check([20] * 10, shape)
+    attack["badnets"](poison_rate=0.5, cover_rate=0.5)
+    with pytest.raises(ValueError, match="more than all images; lower one"):
+        attack["badnets"](poison_rate=0.6, cover_rate=0.5)
+
+
+def test_the_surrogate_is_the_victims_architecture_from_other_weights():
+    from dataclasses import replace
+
+    asked, setup = [], setup_for(16)
+    build = setup.fresh_model
+    setup = replace(setup, recipe=Recipe(epochs=1, lr=0.0), fresh_model=lambda seed: asked.append(seed) or build(seed))
+    surrogate, victim = setup.surrogate(), build(setup.seed)
+    assert len(asked) == 1
+    assert asked[0] != setup.seed
+    assert not torch.equal(surrogate.head.weight, victim.head.weight)
+    assert not surrogate.training
+
+
+def test_a_checker_twice_as_large_has_cells_of_two_pixels_and_no_grey():
+    patch = attack["badnets"](pattern="checker").prepare(setup_for(64))["patch"]
+    cells = torch.tensor([[0.0, 0, 1], [0, 1, 0], [1, 0, 1]])
+    assert torch.equal(patch[0], cells.repeat_interleave(2, 0).repeat_interleave(2, 1))
+
+
+def test_an_opacity_of_zero_in_training_is_one():
+    setup, settings, images = setup_for(), attack["blended"](alpha_train=0.0), torch.rand(2, 3, 32, 32)
+    assert torch.equal(settings.stamp_poison(images, settings.prepare(setup), generator(0)), images)
+
+
+@pytest.mark.parametrize("picture", ["noise", "shapes"])
+def test_another_seed_blends_another_picture_in(picture):
+    pictures = [attack["blended"](picture=picture).prepare(setup_for(seed=seed))["picture"] for seed in (0, 0, 1)]
+    assert torch.equal(pictures[0], pictures[1])
+    assert (pictures[0] - pictures[2]).abs().mean() > 0.1
+
+
+def test_the_picture_of_shapes_has_hard_colours_and_soft_edges():
+    picture = attack["blended"](picture="shapes").prepare(setup_for())["picture"]
+    assert (picture.min(), picture.max()) == (0, 1)
+    assert ((picture == 0) | (picture == 1)).float().mean() > 0.2
+    assert picture.std() > 0.3  # uniform noise has 0.29, the coarse picture half as much
+    assert (picture[..., 1:] - picture[..., :-1]).abs().mean() < 0.1  # of uniform noise 1 / 3
+
+
+@pytest.mark.parametrize("settings", [{"alpha": 1.1}, {"alpha": -0.1}, {"alpha_train": 1.1}])
+def test_an_opacity_above_one_is_refused(settings):
+    with pytest.raises(ValueError, match=r"an opacity is in \[0, 1\]"):
+        attack["blended"](**settings)

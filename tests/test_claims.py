@@ -124,3 +124,39 @@ def test_a_claim_with_a_wrong_key_is_refused_by_name(tmp_path):
     path.write_text("- {id: x, source: s, says: t, checks: [{figure: asr, of: {reserve: dirty}, at_most: 0.1}]}")
     with pytest.raises(UserError, match="x: reserve is 'dirty'; write clean or tainted"):
         load(path)
+
+
+def test_a_claim_on_accuracy_is_not_judged_by_the_clean_model():
+    rows = table(("pbe", "none", 0.0), ("pbe", "sig", 0.0)).assign(clean_accuracy=[0.2, 0.9])
+    rows.loc[0, "poison_rate"] = 0.0
+    check = {"figure": "clean_accuracy", "of": {"defense": "pbe"}, "at_least": 0.5}
+    assert judge(check, rows)[0] is True
+
+
+def test_a_claim_must_hold_on_each_data_set_by_itself():
+    check = LOW | {"attacks": 2}
+    good = table(("pbe", "a", 0.0), ("pbe", "b", 0.0), ("pbe", "c", 1.0))
+    bad = table(("pbe", "a", 1.0), ("pbe", "b", 1.0), ("pbe", "c", 1.0)).assign(dataset="e")
+    few = table(("pbe", "a", 0.0), ("pbe", "b", 1.0)).assign(dataset="f")
+    assert judge(check, pd.concat([good, bad], ignore_index=True))[0] is False
+    assert judge(check, pd.concat([good, few], ignore_index=True))[0] is None
+    assert judge(check, pd.concat([few, bad], ignore_index=True))[0] is False
+
+
+def test_both_bounds_belong_to_what_holds():
+    rows = table(("pbe", "sig", 0.5))
+    assert judge(LOW | {"at_most": 0.5, "at_least": 0.5}, rows)[0] is True
+    assert judge(LOW | {"at_most": 0.6, "at_least": 0.51}, rows)[0] is False
+
+
+def test_a_cell_that_does_not_apply_is_no_evidence_and_a_diverged_one_without_a_figure_does_not_hold():
+    rows = table(("pbe", "sig", float("nan")), ("pbe", "wanet", 0.0))
+    for status, verdict in (("not applicable", True), ("diverged", False), ("failed", False), ("wrecked", False)):
+        rows.loc[0, "status"] = status
+        assert judge(LOW, rows)[0] is verdict
+
+
+def test_a_claim_that_is_not_tested_is_no_failure(tmp_path, capsys):
+    table(("ours", "sig", 0.0)).to_csv(tmp_path / "trials.csv", index=False)
+    assert main([str(tmp_path / "trials.csv")]) == 0
+    assert "**not tested**" in capsys.readouterr().out

@@ -198,3 +198,45 @@ def test_two_commits_are_compared_through_git(saved, tmp_path, monkeypatch):
 def test_a_wrong_argument_is_one_line(arguments, words):
     with pytest.raises(UserError, match=words):
         compare.main(arguments)
+
+
+def test_p_values_are_adjusted_over_all_figures_that_differ():
+    gaps = (0.01, 0.02, 0.03)  # t = 0.02 / (0.01 / sqrt(3)) = 3.46 of two degrees of freedom: p = 0.074
+    new = [
+        entry | {"asr": entry["asr"] + gap, "clean_accuracy": entry["clean_accuracy"] - gap}
+        for entry, gap in zip(OLD, gaps, strict=True)
+    ]
+    before, after = table.trial_table(OLD), table.trial_table(new)
+    (alone,), _, _ = compare.changes(before, after, ["asr"])
+    both, _, _ = compare.changes(before, after, ["asr", "clean_accuracy"])
+    assert alone.p == pytest.approx(0.0742, abs=1e-4)
+    assert [change.p for change in both] == pytest.approx([2 * 0.0742] * 2, abs=2e-4)
+
+
+def test_a_wrecked_seed_has_no_part_in_what_is_compared():
+    new = [OLD[0] | {"asr": 0.9, "status": "wrecked", "reason": "60 points"}, *OLD[1:]]
+    found, broken, _ = compare.changes(table.trial_table(OLD), table.trial_table(new), ["asr"])
+    assert found == []
+    assert broken == ["digits/net/reserve/badnets/a: done before, now wrecked: 60 points"]
+
+
+def test_where_fewer_than_two_seeds_are_shared_the_means_of_all_are_compared():
+    one = table.trial_table([row("a", seed, 0.9, asr) for seed, asr in ((0, 0.1), (1, 0.3))])
+    two = table.trial_table([row("a", seed, 0.9, asr) for seed, asr in ((1, 0.3), (2, 0.5))])
+    ((change,), _, _) = compare.changes(one, two, ["asr"])
+    assert change.worse == pytest.approx(0.2)
+    assert math.isnan(change.p)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_of_three_cells_or_more_are_compared_and_the_mean_difference_is_theirs_minus_ours(
+    saved, tmp_path, capsys, count
+):
+    theirs = tmp_path / "theirs.csv"
+    names = "abc"[:count]
+    lines = [f"digits,net,reserve,badnets,{name},{0.1 * index + 0.05},Paper" for index, name in enumerate(names)]
+    theirs.write_text("\n".join(["dataset,model,setting,attack,defense,asr,provenance", *lines]))
+    ours = [row(name, 0, 0.9, 0.1 * index) for index, name in enumerate(names)]
+    assert compare.main([saved("one", ours), str(theirs)]) == 0
+    line = "ASR, rank correlation over 3 pairs: Spearman 1.00, Kendall 1.00; mean difference +5.0 points"
+    assert [text for text in capsys.readouterr().out.splitlines() if "rank correlation" in text] == [line][: count - 2]

@@ -19,6 +19,7 @@ from bench.door import plan
 from bench.engine import robustness
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.metrics import detection
+from bench.engine.reactivation import Relearned
 from bench.engine.training import Diverged
 from bench.evaluation import Case, measured
 from bench.pipeline import Bench
@@ -145,7 +146,7 @@ def test_an_attack_with_a_wrong_trigger_gets_the_accuracy_under_it():
     assert evaluation._under_wrong_trigger(Grader(), case) == 0.5
 
 
-def test_what_is_added_behind_the_trigger_counts():
+def test_what_is_added_after_the_trigger_counts():
     case = case_of(Corner(), Reader(target=1))
     assert case.success(Reader(target=1), case.test) == 1.0
     assert case.success(Reader(target=1), case.test, -0.1) == 0.0  # the corner is no longer white
@@ -335,7 +336,7 @@ def test_all_repairs_of_an_implant_are_shown_the_same_triggered_images(quantise,
     assert sum(bool((part == torch.tensor(shade)).all()) for part in seen) == 2
 
 
-def test_the_asr_behind_each_step_stamps_no_test_image_again():
+def test_the_asr_after_each_step_stamps_no_test_image_again():
     stamped_counts.clear()
     case = case_of(Dim(), Reader())
     model, test = Reader(), case.test
@@ -358,3 +359,121 @@ def test_images_of_the_target_class_have_no_part_in_the_asr_of_the_test_set():
 
     case = case_of(Corner(), Reader())
     assert case.success(Half(), case.test) == pytest.approx(1 / 3)  # of classes 0, 2 and 3, equally many, class 0
+
+
+@pytest.mark.parametrize("label_mode", ["all_to_one", "clean_label"])
+def test_relearning_poisons_other_images_than_its_clean_ones_and_begins_each_time_at_the_same_weights(
+    monkeypatch, label_mode
+):
+    seen = []
+
+    def relearn(model: nn.Module, clean: ImageSet, poisoned: ImageSet, **_: object) -> Relearned:
+        seen.append((clean, poisoned, model.weight.item()))
+        with torch.no_grad():
+            model.weight.add_(1)
+        return Relearned(model, None, [])
+
+    monkeypatch.setattr(evaluation.reactivation, "relearn", relearn)
+    monkeypatch.setattr(evaluation.reactivation, "CLEAN_SHARE", 0.5)
+    monkeypatch.setattr(evaluation, "PROBE_IMAGES", 1)
+    model, case = Reader(target=1), case_of(Corner(label_mode=label_mode), Reader())
+    rows = evaluation.relearned(model, case, [1, 20])
+    assert model.weight.item() == 0
+    assert [weight for *_, weight in seen] == [0, 0]
+    assert [(len(clean), len(poisoned)) for clean, poisoned, _ in seen] == [(40, 1), (40, 20)]
+    clean, poisoned, _ = seen[1]
+    assert torch.equal(seen[0][1].images, poisoned.images[:1])
+    assert (poisoned.images[..., -1, -1] == 255).all()
+    assert (poisoned.labels == 1).all()
+    assert (poisoned.images[:, 0, 0, 0] != 64).all()  # none is of the target class
+    assert (clean.labels * 64 == clean.images[:, 0, 0, 0]).all()
+    known = {image[0, :3].numpy().tobytes() for image in clean.images}
+    assert not known & {image[0, :3].numpy().tobytes() for image in poisoned.images}
+    assert [row["poisoned"] for row in rows] == [1, 20]
+
+
+def test_the_asr_after_relearning_is_that_of_the_test_set_and_not_of_the_probe(monkeypatch):
+    class Half(Reader):
+        """Gives class 1 to the images of classes 0 and 1, whatever their corner."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            read = super().forward(images).argmax(1)
+            return nn.functional.one_hot(torch.where(read == 0, 1, read), CLASSES).float()
+
+    monkeypatch.setattr(evaluation.reactivation, "relearn", lambda model, *_, **__: Relearned(model, None, []))
+    monkeypatch.setattr(evaluation, "PROBE_IMAGES", 1)
+    (row,) = evaluation.relearned(Half(), case_of(Corner(), Reader()), [5])
+    assert (row["asr"], row["clean_accuracy"]) == (pytest.approx(1 / 3), 0.75)
+
+
+def test_a_gain_is_what_the_repaired_model_has_beyond_its_control():
+    found = evaluation._with_gain("relearn_asr", 0.5, 0.125)
+    assert found == {"relearn_asr": 0.5, "relearn_asr_control": 0.125, "relearn_gain": 0.375}
+    assert evaluation._with_gain("reactivate_asr", 0.5, None)["reactivate_gain"] is None
+
+
+def test_the_perturbation_is_looked_for_on_judged_training_images_and_scored_on_the_test_set(monkeypatch):
+    seen = []
+
+    def reactivate(model: nn.Module, data: ImageSet, wanted: Tensor, *_: object, **__: object) -> Tensor:
+        seen.append((data, wanted))
+        return torch.full((1, 1, 4, 4), -0.1)
+
+    monkeypatch.setattr(evaluation.reactivation, "reactivate", reactivate)
+    case = case_of(Corner(), Reader())
+    assert evaluation.reactivated(Reader(target=1), case) == 0.0  # the corner is no longer white
+    ((data, wanted),) = seen
+    assert (len(data), len(case.test)) == (60, 40)  # of 80 training images, without the target class
+    assert (data.labels != 1).all()
+    assert (wanted == 1).all()
+
+
+def test_the_connection_is_shown_on_judged_images_that_every_model_has_right():
+    class Blind(Reader):
+        """Never gives one class."""
+
+        def __init__(self, label: int) -> None:
+            super().__init__()
+            self.label = label
+
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) - 2 * nn.functional.one_hot(torch.tensor(self.label), CLASSES)
+
+    case = case_of(Corner(), Reader())
+    assert evaluation._right(case, Blind(0)).labels.unique().tolist() == [2, 3]
+    assert evaluation._right(case, Blind(0), Blind(3)).labels.unique().tolist() == [2]
+
+
+def test_what_is_added_after_the_trigger_leaves_no_image_outside_of_its_range():
+    seen = []
+
+    class Looking(Reader):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return super().forward(images)
+
+    case_of(Corner(), Reader()).success(Looking(), pictures(), torch.full((1, 1, 4, 4), 0.5))
+    assert seen[0].max() == 1
+    assert (seen[0][..., -1, -1] == 1).all()
+
+
+def test_robustness_is_measured_on_as_many_images_as_asked_for_and_by_its_own_settings(monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluation, "robust_accuracy", lambda model, data, **given: seen.append((len(data), given)))
+    wanted = {"pgd_images": 3, "pgd_epsilon": 0.2, "pgd_step_size": 0.05, "pgd_steps": 7}
+    model = Reader()
+    case = case_of(Corner(), model)
+    before = evaluation.inspected(model, None, case, {})
+    measured(model, case, MEASURE | wanted, before, case.test.labels)
+    assert seen == [(3, {"epsilon": 0.2, "step_size": 0.05, "steps": 7, "seed": 0})]
+
+
+def test_the_connection_compares_the_infected_model_with_its_twin_and_with_noise(monkeypatch):
+    def trace(model: Reader, *_: object, noise: torch.Generator | None = None, **__: object) -> tuple:
+        return model.target, noise is not None
+
+    monkeypatch.setattr(evaluation.connection, "trace", trace)
+    monkeypatch.setattr(evaluation.connection, "compare", lambda *traces, **_: {"traces": traces})
+    rows = evaluation.connected(Reader(target=1), Reader(), case_of(Corner(), Reader()))
+    assert [row["epsilon"] for row in rows] == list(evaluation.connection.EPSILONS)
+    assert all(row["traces"] == ((1, False), (None, False), (1, True)) for row in rows)

@@ -324,3 +324,20 @@ def test_strip_flags_the_images_that_no_overlay_can_change():
 def test_wrong_settings_are_refused_before_any_compute(method, settings, words):
     with pytest.raises(ValueError, match=words):
         method(**settings)
+
+
+def test_spectre_gives_an_image_of_a_tiny_class_the_score_of_a_clean_one():
+    data, _ = poisoned_set()
+    labels = data.labels.clone()
+    labels[labels == 3] = 0
+    labels[:3] = 3
+    verdict = Spectre(components=9, retrain=False).defend(view(ImageSet(data.images, labels)))
+    assert verdict.suspicion[:3].tolist() == [1.0] * 3
+    assert not verdict.flagged[:3].any()
+
+
+def test_spectre_flags_one_and_a_half_times_the_assumed_poison_of_the_whole_set_in_the_target_class_alone():
+    data, _ = poisoned_set()
+    verdict = Spectre(components=9, poison_rate=0.01, retrain=False).defend(view(data))
+    # 0.01 of 618 images is 6.
+    assert torch.bincount(data.labels[verdict.flagged], minlength=CLASSES).tolist() == [0, 0, 9, 0]

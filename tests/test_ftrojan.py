@@ -8,7 +8,7 @@ import scipy.fft
 import torch
 
 from attacks.base import Setup
-from attacks.ftrojan import FTrojan
+from attacks.ftrojan import FTrojan, cosine_transform
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.training import Journal, Recipe
 
@@ -104,7 +104,7 @@ def test_images_stay_in_range_and_independent_of_their_batch(shape):
     assert torch.equal(whole, torch.cat([attack.stamp(images[:2], tensors), attack.stamp(images[2:], tensors)]))
 
 
-def test_most_pixels_still_differ_behind_rounding_to_eight_bits():
+def test_most_pixels_still_differ_after_rounding_to_eight_bits():
     attack, images = FTrojan(), setup().trainset.images.float() / 255
     assert (attack.trigger(images, attack.prepare(setup())) != images).float().mean() > 0.5
 
@@ -129,3 +129,9 @@ def test_windows_that_do_not_tile_the_image_are_refused_before_training():
         FTrojan().check([10, 10], (3, 67, 67))
     with pytest.raises(ValueError, match="not 2 channels"):
         FTrojan().check([10, 10], (2, 32, 32))
+
+
+@pytest.mark.parametrize("size", [4, 7, 32])
+def test_the_cosine_transform_is_that_of_scipy(size):
+    expected = scipy.fft.dct(np.eye(size), axis=0, norm="ortho")
+    np.testing.assert_allclose(cosine_transform(size).numpy(), expected, atol=1e-12)

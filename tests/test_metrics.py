@@ -286,3 +286,25 @@ def test_detection_without_poison_has_a_false_positive_rate_alone():
     assert found["detection_precision"] == 0.0
     assert found["detection_auroc"] is None
     assert found["detection_tpr"] is None
+
+
+def test_one_false_alarm_of_twenty_is_still_five_percent():
+    scores = tensor([9.0, 7.0, 8.0] + [1.0] * 19)  # a poisoned image, then a clean one, then the other poisoned one
+    truth = tensor([True, True] + [False] * 20)
+    assert detection(suspicion=scores, poisoned=truth)["detection_tpr_at_fpr_5"] == 1.0
+    scores[3] = 8.5
+    assert detection(suspicion=scores, poisoned=truth)["detection_tpr_at_fpr_5"] == 0.5
+
+
+def test_every_threshold_counts_for_what_is_found_at_few_false_alarms_also_on_a_straight_piece_of_the_curve():
+    # Pairs of equal scores, one clean and one poisoned: the curve rises in a line through (0.05, 0.5).
+    scores = tensor([9.0, 9.0, 8.0, 8.0, 7.0, 7.0, 6.0, 6.0] + [1.0] * 36)
+    truth = tensor([True, False] * 4 + [False] * 36)
+    assert detection(suspicion=scores, poisoned=truth)["detection_tpr_at_fpr_5"] == 0.5
+
+
+def test_detection_where_all_is_poison_tells_nothing_apart():
+    truth = torch.ones(3, dtype=torch.bool)
+    found = detection(suspicion=tensor([0.3, 0.2, 0.1]), flagged=tensor([True, False, False]), poisoned=truth)
+    assert [found[f"detection_{key}"] for key in ("auroc", "auprc", "tpr_at_fpr_5", "fpr")] == [None] * 4
+    assert (found["detection_tpr"], found["detection_precision"]) == (1 / 3, 1.0)

@@ -522,3 +522,12 @@ def test_ten_thousand_trials_are_sorted_and_paged(visit):
     assert len(shown) > 50
     tab.get_by_role("button", name="Next").click()
     assert "page 2 of 34" in tab.locator("#pages").inner_text()
+
+
+def test_a_reported_figure_is_held_against_the_poison_rate_of_its_own_attack(tmp_path):
+    trials = trials_of(["badnets", "blended", "adaptive_patch"], ["ours"])
+    trials.loc[trials.attack == "adaptive_patch", "poison_rate"] = 0.003
+    source = tmp_path / "reported.csv"
+    lines = [f"digits,net,reserve,adaptive_patch,closed,Paper,{rate},{asr}" for rate, asr in ((0.003, 0.3), (0.1, 0.9))]
+    source.write_text("\n".join(["dataset,model,setting,attack,defense,provenance,poison_rate,asr", *lines]))
+    assert table.reported_of(source, trials).asr_mean.tolist() == [0.3]

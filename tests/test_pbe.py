@@ -1,6 +1,7 @@
 import copy
 import functools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -430,3 +431,47 @@ def test_two_fits_with_one_optimizer_are_one_run_of_momentum():
 def test_a_wrong_setting_says_what_to_write(setting, message):
     with pytest.raises(ValueError, match=message):
         ProgressiveBackdoorErasing(**setting)
+
+
+def test_no_class_is_suspect_where_none_changes():
+    assert suspect_class(torch.tensor([2.5, 0.5, 0.5, 0.5]).double(), torch.zeros(4).double()) is None
+
+
+def test_the_median_flip_of_an_even_number_of_classes_lies_between_the_middle_two():
+    lifts = torch.tensor([2.5, 0.5, 0.5, 0.5]).double()
+    # The median of these is 0.3: 0.12 is below its half, and 0.16 is not.
+    assert suspect_class(lifts, torch.tensor([0.12, 0.2, 0.4, 0.5]).double()) == 0
+    assert suspect_class(lifts, torch.tensor([0.16, 0.2, 0.4, 0.5]).double()) is None
+
+
+def test_the_guard_logs_lift_and_flip_of_the_class_that_gathers_most_in_the_new_selection():
+    journal, data = Journal(), images()
+    given = replace(view(data, journal=journal), num_classes=5)  # the fifth class has no image
+    infected, labels = pbe.logits_of(given.model, data).argmax(1).numpy(), data.labels.numpy()
+    verdict = ProgressiveBackdoorErasing(**SMALL, lr=0.1).defend(given)
+    stepped, moved = model(1), 0
+    for number in range(3):
+        stepped.load_state_dict(verdict.rounds[number].weights)
+        changed = pbe.logits_of(stepped, data).argmax(1).numpy() != infected
+        selected = verdict.rounds[number + 1].selected.numpy()
+        lifts = [np.mean(labels[selected] == label) / 0.25 for label in range(4)]
+        flips = [changed[labels == label].mean() for label in range(4)]
+        found = [journal.curves[f"pbe/{name}"][number][1] for name in ("lift", "flip", "median_flip")]
+        assert found == pytest.approx([max(lifts), flips[np.argmax(lifts)], np.median(flips)])
+        assert journal.curves["pbe/suspect_class"][number][1] == -1
+        moved += changed.sum()
+    assert 0 < moved < 180
+
+
+def test_within_each_class_the_guard_chooses_the_best(firing):
+    found = run(guard="per_class")
+    score = -found.rounds[0].suspicion.numpy()
+    for label in range(4):
+        own = np.arange(label, 60, 4)
+        best = own[np.argsort(-score[own], kind="stable")[:3]]
+        assert [index for index in sets(found)[1] if index % 4 == label] == sorted(best.tolist())
+
+
+def test_a_set_holds_two_images_where_its_share_is_less():
+    assert int(drawn(20, 0.05, view(images(20))).sum()) == 2
+    assert highest(torch.arange(10.0), 0.1).nonzero().flatten().tolist() == [8, 9]

@@ -115,7 +115,7 @@ def test_on_fifty_thousand_images_the_schedule_is_the_released_one():
     assert settings.rates == [0.2, 0.4, 0.7, 0.8]
 
 
-def test_the_rate_falls_behind_epochs_30_and_60_of_70_and_stays_there():
+def test_the_rate_falls_after_epochs_30_and_60_of_70_and_stays_there():
     settings = ProgressiveUnifiedDefense()
     recipes = [settings.step_recipe(step, settings.schedule(step, size)[0]) for step, size in enumerate(SIZES)]
     for step in range(3):
@@ -315,7 +315,7 @@ def test_the_student_learns_from_labels_and_teacher_and_the_teacher_from_no_grad
     assert not pair.teacher.training
 
 
-def test_each_batch_of_unlearning_holds_images_of_the_tail_behind_the_others():
+def test_each_batch_of_unlearning_holds_images_of_the_tail_after_the_others():
     poison = ImageSet(torch.full((2, 3, 16, 16), 255, dtype=torch.uint8), torch.tensor([3, 3]))
     hooks = Unlearning(ProgressiveUnifiedDefense(), model(), poison, 2)
     batch, labels = hooks.batch(images(6).images, images(6).labels, 0, generator(0))
@@ -752,3 +752,124 @@ def test_a_wrong_setting_says_what_to_write(setting, message):
 def test_a_target_that_the_data_set_does_not_have_is_refused():
     with pytest.raises(ValueError, match=r"target_label is 4; write 0 to 3"):
         run(target_label=4)
+
+
+def test_the_stages_after_the_steps_make_the_passes_and_the_batches_of_their_own(monkeypatch):
+    seen = Seen(monkeypatch)
+    run(batch_size=20, tail=0.5, unlearning_epochs=2, teacher_epochs=3)
+    unlearning, teacher = seen.fits[5:]
+    assert unlearning["hooks"].in_batch == 8  # 20 x 30 / (30 + 48)
+    assert unlearning["recipe"].batch_size == 12
+    assert unlearning["recipe"].updates == 2 * 4  # 48 clean images, 12 a batch
+    assert teacher["recipe"].updates == 3 * 3
+
+
+def test_the_widest_class_is_looked_for_in_scores_without_the_penalty(monkeypatch):
+    given, data = [], images()
+    monkeypatch.setattr(pud, "widest_class", lambda score, labels, num_classes: given.append(score) or 0)
+    stepped = model(1)
+    stepped.load_state_dict(weights(run(lr=0.1), "step 0"))
+    before, now = (pud.logits_of(net, data).double().numpy() for net in (model(), stepped))
+    assert (before.argmax(1) != now.argmax(1)).any()
+    cosine = (before * now).sum(1) / np.linalg.norm(before, axis=1) / np.linalg.norm(now, axis=1)
+    assert given[0].numpy() == pytest.approx((1 + cosine) / 2, abs=1e-6)
+
+
+def test_the_class_that_adversarial_images_end_in_is_named_by_its_share_of_the_others(monkeypatch):
+    asked = []
+
+    class Bright(Classifier):
+        """Class 0, 1 or 2 by brightness."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            return -(images.mean(dim=(1, 2, 3))[:, None] - torch.tensor([0.2, 0.5, 0.8])).abs()
+
+    def moved(net: nn.Module, batch: Tensor, labels: Tensor, **given: float) -> Tensor:
+        asked.append(given)
+        return torch.tensor([0.5, 0.2, 0.2])[labels][:, None, None, None].expand_as(batch)  # 0 -> 1, 1 and 2 -> 0
+
+    monkeypatch.setattr(pud, "pgd", moved)
+    labels = torch.tensor([0] * 30 + [1] * 10 + [2] * 10)
+    pixels = torch.tensor([51, 128, 204], dtype=torch.uint8)[labels][:, None, None, None].expand(50, 3, 4, 4)
+    bright = Bright(nn.Linear(1, 1), (0.0,) * 3, (1.0,) * 3)
+    # Class 1 has 30 of the 40 fooled images of other labels, class 0 all 20.
+    assert adversarial_target(bright, ImageSet(pixels.contiguous(), labels), 3, epsilon=0.1, seed=0) == 0
+    assert asked == [{"epsilon": 0.1, "step_size": pytest.approx(0.02), "steps": 10}]
+
+
+def test_spectre_is_asked_with_enough_images_and_not_with_one_less(filtering, monkeypatch):
+    for enough, calls in ((60, 1), (61, 0)):
+        monkeypatch.setattr(pud, "ENOUGH", enough)
+        filtering.clear()
+        ProgressiveUnifiedDefense(**SHORT, target_label=1, spectre_inner=False).defend(view(images(240)))
+        assert len(filtering) == calls
+
+
+@pytest.mark.parametrize(
+    ("guard", "name", "counts"),
+    [
+        ("per_class", "step 1", [30, 25, 30, 30]),  # half of each class, of which SPECTRE leaves 60, 51, 60, 60
+        ("asc", "step 1", None),
+        ("drop_class", "step 0 again", [60, 51, 0, 60]),
+    ],
+)
+def test_no_reaction_of_the_guard_brings_back_what_spectre_removed(filtering, firing, guard, name, counts):
+    settings = {**SHORT, "target_label": 1, "spectre_inner": False, "initial_share": 1.0, "guard": guard}
+    found = chosen(ProgressiveUnifiedDefense(**settings).defend(view(images(240))), name)
+    assert not found & set(range(1, 36, 4))
+    if counts is None:
+        assert len(found) == 231 // 2
+    else:
+        assert np.bincount([index % 4 for index in found], minlength=4).tolist() == counts
+
+
+def test_a_repeated_first_step_chooses_the_tail_anew(firing):
+    settings = {**SHORT, "unlearning": True, "guard": "drop_class", "lr": 0.1}
+    found = ProgressiveUnifiedDefense(**settings).defend(view(images()))
+    first, again = (set(np.argsort(step.suspicion.numpy(), kind="stable")[57:].tolist()) for step in found.rounds[:2])
+    assert chosen(found, "tail") == again != first
+
+
+def test_the_guard_sees_the_classes_that_the_step_has_changed():
+    journal, data = Journal(), images()
+    found = ProgressiveUnifiedDefense(**SMALL, lr=0.03).defend(view(data, journal))
+    stepped = model(1)
+    stepped.load_state_dict(weights(found, "step 0"))
+    changed = pud.logits_of(stepped, data).argmax(1) != pud.logits_of(model(), data).argmax(1)
+    flips = [changed[data.labels == label].double().mean().item() for label in range(4)]
+    assert np.median(flips) > 0.5
+    assert journal.curves["pud/median_flip"][0][1] == pytest.approx(np.median(flips))
+
+
+def test_the_tail_is_that_of_the_scores_after_the_last_step_but_one_and_not_of_the_last():
+    found = run(lr=0.1)
+    chose, last = (set(np.argsort(step.suspicion.numpy(), kind="stable")[57:].tolist()) for step in found.rounds[3:5])
+    assert chosen(found, "tail") == chose != last
+
+
+def test_a_drop_of_the_rate_within_a_step_comes_at_its_very_update():
+    # A fifth of 70 epochs is the fourth of step 1: update 80 of 200, where 1/7 + 1/7 x 0.4 is 0.19999999999999998.
+    recipe = ProgressiveUnifiedDefense(lr_drops=[0.2]).step_recipe(1, 200)
+    assert [recipe.learning_rate(step, 200) for step in (79, 80)] == pytest.approx([1e-2, 1e-3])
+
+
+def test_the_search_for_the_target_assumes_the_poisoned_share_of_a_class(filtering, monkeypatch):
+    asked = []
+    monkeypatch.setattr(pud, "class_strengths", lambda *_, **given: asked.append(given) or {})
+    ProgressiveUnifiedDefense(**SHORT, spectre_share=0.2).defend(view(images()))
+    assert asked == [{"seed": 0, "share": 0.2}]
+
+
+def test_every_image_of_the_tail_is_unlearned_in_time():
+    poison = ImageSet(images(3).images, torch.tensor([3, 2, 1]))
+    hooks, source = Unlearning(ProgressiveUnifiedDefense(), model(), poison, 2), generator(0)
+    batches = [hooks.batch(images(6).images, images(6).labels, step, source) for step in range(300)]
+    counts = torch.cat([labels[6:] for _, labels in batches]).bincount(minlength=4)
+    assert counts[0] == 0
+    assert counts[1:].min() > 150  # of 200 in the mean
+    assert all(torch.equal(shown[6:], poison.images[3 - labels[6:]]) for shown, labels in batches)
+
+
+def test_the_width_of_a_class_does_not_depend_on_how_many_images_it_has():
+    labels, score = torch.tensor([0, 0, 1, 1, 1, 1]), torch.tensor([0.2, 0.8, 0.15, 0.15, 0.85, 0.85]).double()
+    assert widest_class(score, labels, 2) == 1  # 0.35 against 0.3; divided by n - 1 it would be 0.40 against 0.42

@@ -119,3 +119,10 @@ def test_a_frequency_that_no_width_can_carry_is_refused_before_training():
 def test_more_poison_than_the_target_class_has_is_refused():
     with pytest.raises(ValueError, match=r"write at most 0\.0400"):
         Sig().check([4, 96], (3, 32, 32))
+
+
+def test_at_half_of_the_width_there_is_no_trigger_and_the_frequency_is_refused():
+    stripes = Sig(frequency=4).prepare(setup((1, 8, 8)))["stripes"]
+    assert not stripes.any()
+    with pytest.raises(ValueError, match="write at most 3"):
+        Sig(frequency=4).check([10, 10], (1, 8, 8))

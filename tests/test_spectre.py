@@ -312,3 +312,62 @@ def test_classes_of_few_rows_are_left_out_of_the_search():
 def test_wrong_settings_are_refused_before_any_compute(settings):
     with pytest.raises(ValueError, match=r"defense\.spectre\."):
         Spectre(**settings)
+
+
+def test_a_class_at_the_very_ratio_is_named():
+    assert strongest_class({0: 1.3, 1: 1.0, 2: 1.0}, ratio=1.3) == 0
+    assert strongest_class({0: 1.29, 1: 1.0, 2: 1.0}, ratio=1.3) is None
+
+
+def trimmed(points: np.ndarray, budget: int, fast: bool) -> np.ndarray:
+    """(n,) bool: the rows that survive, step by step with the dense fourth moment."""
+    count, k = points.shape
+    kept, left = np.arange(count), 2 * budget
+    least = math.ceil(left / 12) if fast else 0
+    while left:
+        rows = points[kept]
+        white = rows @ np.linalg.inv(scipy.linalg.sqrtm(rows.T @ rows / len(rows)))
+        far = np.square(white).sum(1)
+        beyond = int((far >= 10 * k * math.log(len(rows) / 0.1)).sum())
+        if beyond:
+            drop = np.argsort(-far, kind="stable")[: min(beyond, left)]
+        else:
+            squares = np.einsum("ni,nj->nij", white, white).reshape(len(rows), k * k)
+            unit = np.eye(k).reshape(-1)
+            values, vectors = np.linalg.eigh(squares.T @ squares / len(rows) - np.outer(unit, unit))
+            if values[-1] <= most_variance(budget / count):
+                break
+            projected = (squares - unit) @ vectors[:, -1] / math.sqrt(2)
+            spread = np.abs(projected - np.median(projected))
+            cut = tail_cut(torch.from_numpy(np.sort(spread)), budget / count)
+            if cut is None:
+                break
+            drop = np.argsort(-spread, kind="stable")[: min(max(int((spread > cut).sum()), least), left)]
+        kept = np.delete(kept, drop)
+        left -= len(drop)
+    return np.isin(np.arange(count), kept)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("kind", ["heavy", "skewed", "far"])
+def test_trimming_is_that_of_the_dense_fourth_moment_row_by_row(kind, fast):
+    rows = gaussian(400, 3, kind)
+    far = torch.cat([rows, 60 * gaussian(3, 3, "outliers")])
+    rows = {"heavy": rows**3, "skewed": (1.5 * rows).exp(), "far": far}[kind]
+    points = principal(rows, 3)
+    expected = trimmed(points.numpy(), 40, fast)
+    assert expected.sum() < len(rows) - 2
+    np.testing.assert_array_equal(robust_rows(points, 40, fast=fast).numpy(), expected)
+
+
+def test_the_score_on_one_component_is_its_square_over_the_mean_square():
+    points = principal(gaussian(30, 4), 1)
+    squares = points[:, 0] ** 2
+    assert torch.equal(scores_of(points, 3), squares / squares.mean())
+    assert not scores_of(torch.zeros(30, 1, dtype=torch.float64), 3).any()
+
+
+def test_the_scores_of_a_class_with_one_component_ignore_a_scale_too():
+    rows = gaussian(12, 6)
+    for scale in (1.0, 100.0):
+        assert quantum_scores(scale * rows, 2).scores.mean() == pytest.approx(1.0)

@@ -131,3 +131,41 @@ def test_nemenyi_agrees_with_scikit_posthocs_on_demsars_data():
     # And where the p-value is 5 %, the critical difference is what it says.
     q = abs(ranks[0] - ranks[3]) * math.sqrt(2) / math.sqrt(4 * 5 / (6 * 14))
     assert p[0, 3] == pytest.approx(stats.studentized_range.sf(q, 4, np.inf), abs=1e-3)
+
+
+def test_ranks_that_differ_by_the_critical_difference_itself_can_be_told_apart():
+    assert statistics.cliques([1.0, 2.0], 1.0) == []
+    assert statistics.cliques([1.0, 2.0], 1.01) == [(1.0, 2.0)]
+
+
+def test_a_method_that_is_lost_everywhere_is_significantly_worse_than_the_best():
+    lost = np.column_stack([np.zeros(9), np.full(9, math.inf), np.full(9, 0.5)])
+    found = statistics.rank(lost, ["a", "lost", "c"], 1.0)
+    assert found.ranks == {"a": 1.0, "lost": 3.0, "c": 2.0}
+    assert found.alike == {"a"}
+
+
+def test_holm_over_the_rivals_of_the_best_decides_whether_any_difference_can_be_significant():
+    values = np.column_stack([np.zeros(7), np.linspace(0.1, 0.7, 7), np.linspace(0.3, 1, 7)])
+    six, seven = (statistics.rank(values[:blocks], ["a", "b", "c"], 1.0) for blocks in (6, 7))
+    # The least p is 2 / 64, times two comparisons: 0.0625. With seven blocks it is 0.03.
+    assert "6 blocks and 2 comparisons with the best, Wilcoxon's p with Holm cannot fall below 0.062" in six.sentence()
+    assert six.alike == {"a", "b", "c"}
+    assert "cannot" not in seven.sentence()
+    assert seven.alike == {"a"}
+
+
+def test_two_methods_are_ranked_without_friedmans_test():
+    found = statistics.rank([[0.0, 1.0]] * 3, ["a", "b"], 1.0)
+    assert found.ranks == {"a": 1.0, "b": 2.0}
+    assert math.isnan(found.p)
+    assert math.isnan(found.difference)
+    assert "at least 3 defenses and 2 blocks, so nothing is claimed" in found.sentence()
+
+
+def test_the_intervals_of_many_rows_are_those_of_each_alone():
+    values = np.random.default_rng(0).normal(size=(1100, 3))
+    low, high = statistics.bootstrap_interval(values)
+    for index in (0, 511, 512, 1023, 1024, 1099):
+        alone = statistics.bootstrap_interval(values[index])
+        assert (low[index], high[index]) == (alone[0][0], alone[1][0])

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from bench.reporting.table import Board, boards, cells, trial_table
+from bench.reporting import table
+from bench.reporting.table import Board, boards, cells, marks, summary, trial_table
 from defenses.base import SETTINGS
 
 
@@ -164,3 +165,135 @@ def test_a_command_beneath_a_table_can_be_pasted_as_it_stands():
     assert f"- command: `{line}`" in found
     assert r"- command: echo \`id\`" in found  # would end the code; it is text, literally
     assert r"- rank: 1 \* 2" in found
+
+
+def test_a_loss_of_exactly_ten_points_wrecks_no_model_whatever_its_rounding():
+    # 0.8 - 0.7 is a little more than 0.1 in floats.
+    assert trial_table([row("aft", "badnets", 0, 0.7, 0.0, infected_accuracy=0.8)]).status.tolist() == ["done"]
+
+
+def test_a_repair_is_held_against_the_undefended_model_of_its_own_seed():
+    rows = [row("no_defense", "badnets", seed, accuracy, 1.0) for seed, accuracy in enumerate((0.95, 0.80))]
+    rows += [row("aft", "badnets", seed, 0.84, 0.0) for seed in range(2)]
+    assert trial_table(rows).status.tolist() == ["done", "done", "wrecked", "done"]
+
+
+def test_a_wrecked_model_is_counted_and_never_averaged():
+    figures = enumerate(((0.94, 0.2), (0.2, 0.0)))
+    trials = [row("aft", "badnets", seed, now, asr, infected_accuracy=0.95) for seed, (now, asr) in figures]
+    (cell,) = cells(trial_table(trials)).itertuples()
+    assert (cell.seeds, cell.done, cell.wrecked) == (2, 1, 1)
+    assert (cell.clean_accuracy_mean, cell.asr_mean) == (0.94, 0.2)
+    assert cell.wrecked_reason == "clean accuracy 20.0, 75.0 points below the infected model's"
+
+
+def ranks(trials) -> dict[str, float]:
+    (found,) = marks(trials, cells(trials)).rankings.values()
+    return found.ranks
+
+
+@pytest.mark.parametrize("status", ["wrecked", "diverged", "failed"])
+def test_a_cell_that_is_lost_has_the_worst_rank_of_its_block(status):
+    # Ranks of x, y, z: 1, 3, 2 and 2, 1, 3.
+    rows = [row(name, "a", 0, 0.9, asr) for name, asr in (("x", 0.2), ("y", 0.0), ("z", 0.5))]
+    rows += [row(name, "b", 0, 0.9, asr) for name, asr in (("x", 0.2), ("y", 0.1), ("z", 0.5))]
+    rows[1]["status"] = status
+    assert ranks(trial_table(rows)) == {"x": 1.5, "y": 2.0, "z": 2.5}
+
+
+def test_a_defense_with_a_seed_that_is_missing_has_no_rank():
+    rows = [row(name, "a", seed, 0.9, asr) for name, asr in (("x", 0.2), ("y", 0.0), ("z", 0.5)) for seed in range(2)]
+    rows[3] |= {"status": "missing", "asr": None, "clean_accuracy": None}
+    assert ranks(trial_table(rows)) == {"x": 1.0, "z": 2.0}
+
+
+def test_the_clean_model_is_no_block_of_the_ranks_but_a_defense_that_wrecks_it_is_never_first():
+    rows = [row(name, attack, 0, 0.9, asr) for attack in ("a", "b") for name, asr in (("x", 0.2), ("y", 0.1))]
+    rows += [row("x", "none", 0, 0.9, None), row("y", "none", 0, 0.2, None, infected_accuracy=0.9)]
+    trials = trial_table(rows)
+    found = marks(trials, cells(trials))
+    assert ranks(trials) == {"x": 2.0, "y": 1.0}
+    place = ("digits", "m", "", "reserve")
+    assert found.rankings[place].blocks == 2
+    assert found.rows[(*place, "x", "rank")] == "best"
+    assert (*place, "y", "rank") not in found.rows
+
+
+def test_an_asr_of_ten_percent_is_not_yet_high():
+    lines = text_of(trial_table([row("d", "a", 0, 0.9, 0.1), row("d", "b", 0, 0.9, 0.11)]))
+    assert lines["d"][lines["defense"].index("ASR > 10 %")] == "1 of 2"
+
+
+def test_figures_are_compared_seed_by_seed_in_whatever_order_the_trials_come():
+    base, noise = (0.1, 0.3, 0.5), (0.02, -0.01, 0.0)
+    values = {"x": base, "apart": [v + 0.05 for v in base], "near": [v + n for v, n in zip(base, noise, strict=True)]}
+    rows = [row(name, "a", seed, 0.9, values[name][seed]) for name in values for seed in range(3)]
+    for order in (range(9), (2, 0, 1, 3, 5, 4, 7, 8, 6)):
+        trials = trial_table([rows[index] for index in order])
+        table = cells(trials)
+        found = marks(trials, table).cells
+        # A constant gap of 5 points is one (p = 0); differences 2, -1 and 0 are none (t = 0.38).
+        assert [found.get((index, "asr"), "") for index in table.index] == ["best", "", "alike"]
+
+
+def test_over_attacks_a_row_has_the_largest_memory_the_median_asr_and_means_of_the_rest():
+    figures = zip("abc", (0.0, 0.1, 0.8), (100, 300, 200), (1.0, 2.0, 6.0), strict=True)
+    rows = [row("d", a, 0, 0.9, asr, peak_memory_mib=mib, defend_seconds=s) for a, asr, mib, s in figures]
+    found = summary(cells(trial_table(rows)))
+    assert (found["peak_memory_mib"], found["defend_seconds"]) == (300, 3.0)
+    assert (found["asr"], found["asr_median"]) == (pytest.approx(0.3), 0.1)
+
+
+def test_two_attacks_are_too_few_for_a_mean_to_be_alike():
+    rows = [row(name, attack, 0, 0.9, asr) for attack in ("a", "b") for name, asr in (("x", 0.1), ("y", 0.7))]
+    trials = trial_table(rows)
+    found = marks(trials, cells(trials)).rows
+    assert {key[4:]: mark for key, mark in found.items() if key[5] in ("asr", "rank")} == {
+        ("x", "asr"): "best",
+        ("x", "rank"): "best",
+    }
+
+
+@pytest.mark.parametrize(("status", "asr"), [("done", 0.1), ("diverged", 0.1), ("failed", 0.5), ("missing", 0.5)])
+def test_a_published_row_takes_the_place_of_what_the_store_has_not_finished_alone(monkeypatch, status, asr):
+    monkeypatch.setattr(table, "trial_row", lambda trial, store: row("aft", "badnets", 0, 0.9, 0.1, status=status))
+    found = table.of_trials([None], None, {"t": row("aft_of_another_grid", "badnets", 0, 0.8, 0.5)})
+    assert (found.defense[0], found.asr[0]) == ("aft", asr)
+
+
+def test_each_cell_has_the_intervals_of_its_own_seeds():
+    seeds = {"x": (0.4,), "y": (0.25, 0.75), "z": (0.2, 0.2, 0.2), "w": (0.1, 0.3)}
+    trials = trial_table([row(name, "a", seed, 0.9, asr) for name in seeds for seed, asr in enumerate(seeds[name])])
+    found = cells(trials).set_index("defense")
+    # Two seeds: their 2.5 % quantile lies 0.075 of the way from the least resampled mean to the middle one.
+    expected = {"x": (math.nan,) * 2, "y": (0.26875, 0.73125), "z": (0.2, 0.2), "w": (0.1075, 0.2925)}
+    for name, interval in expected.items():
+        assert (found.asr_low[name], found.asr_high[name]) == pytest.approx(interval, nan_ok=True)
+    t95 = [math.nan, 12.706 * 0.25, 0.0, 12.706 * 0.1]  # t(0.975) of one degree of freedom
+    assert found.asr_t95[list(seeds)].tolist() == pytest.approx(t95, rel=1e-4, nan_ok=True, abs=1e-9)
+
+
+def test_a_defense_without_a_rival_has_no_rank():
+    lines = text_of(trial_table([row("d", "a", 0, 0.9, 0.1), row("no_defense", "a", 0, 0.9, 1.0)]))
+    assert lines["d"][lines["defense"].index("rank")] == "–"
+
+
+def test_a_defense_that_does_not_apply_somewhere_has_no_rank_and_takes_no_block_away():
+    rows = [row(name, attack, 0, 0.9, asr) for attack in "ab" for name, asr in (("x", 0.2), ("y", 0.0), ("z", 0.5))]
+    rows[4] |= {"status": "not applicable", "asr": None, "clean_accuracy": None}
+    trials = trial_table(rows)
+    (found,) = marks(trials, cells(trials)).rankings.values()
+    assert (found.ranks, found.blocks) == ({"x": 1.0, "z": 2.0}, 2)
+
+
+def test_over_all_data_sets_an_attack_on_each_is_a_block_of_its_own():
+    figures = {"one": (0.1, 0.2), "two": (0.4, 0.3), "three": (0.4, 0.3)}
+    rows = [
+        row(name, "a", 0, 0.9, asr, dataset=data)
+        for data, both in figures.items()
+        for name, asr in zip("xy", both, strict=True)
+    ]
+    trials = trial_table(rows)
+    found = marks(trials, cells(trials)).overall["reserve"]
+    assert found.blocks == 3
+    assert found.ranks == {"x": pytest.approx(5 / 3), "y": pytest.approx(4 / 3)}

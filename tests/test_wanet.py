@@ -154,3 +154,20 @@ def test_two_batches_are_warped_like_one_and_the_images_stay(shape):
 def test_impossible_settings_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=f"attack.wanet.{next(iter(wrong))} is .*; write "):
         WaNet(**wrong)
+
+
+def test_covers_of_a_static_set_are_not_warped_like_its_poison():
+    setup, attack = setup_of((1, 16, 16), count=100), WaNet(regime="static", strength=0.0)
+    poisoned, roles = attack.poison(setup.trainset, attack.prepare(setup), 10, 0)
+    changed = (poisoned.images != setup.trainset.images).flatten(1).any(1)
+    assert torch.equal(changed, roles == COVER)  # a warp of strength zero is none; the jitter is there all the same
+
+
+def test_a_cover_is_jittered_around_the_warp_and_not_around_the_image():
+    attack = WaNet(strength=2.0)
+    tensors = attack.prepare(setup_of((1, 24, 40)))
+    columns = torch.linspace(0, 1, 40).expand(2000, 1, 24, 40)
+    mean = attack.stamp_cover(columns, tensors, generator(4)).mean(dim=0)[..., 3:-3]
+    warped = attack.stamp(columns[:1], tensors)[0, ..., 3:-3]
+    assert (warped - columns[0, ..., 3:-3]).abs().max() > 0.01
+    assert torch.allclose(mean, warped, atol=2e-3)

@@ -158,7 +158,7 @@ def _wreck(table: pd.DataFrame) -> pd.DataFrame:
     # Without the undefended model in the grid, each evaluation still has its accuracy.
     before = np.where(np.isnan(before), table.infected_accuracy.to_numpy(), before)
     lost = before - table.clean_accuracy.to_numpy()
-    # Rounded: 0.95 - 0.85 is a little more than 0.10.
+    # Rounded: 0.8 - 0.7 is a little more than 0.1.
     wrecked = (done & (np.round(lost, 9) > WRECKED)).to_numpy()
     table.loc[wrecked, "status"] = "wrecked"
     table.loc[wrecked, "reason"] = [
