@@ -40,16 +40,11 @@ class Answer:
 def main(arguments: list[str]) -> int:
     from omegaconf import OmegaConf
 
-    from bench.config import UserError
-
     claims = load(CLAIMS)
     if len(arguments) == 1 and arguments[0].endswith(".csv"):
-        import pandas as pd
+        from bench.reporting.table import read_trials
 
-        try:
-            trials = pd.read_csv(arguments[0])
-        except OSError as error:
-            raise UserError(f"{arguments[0]} cannot be read: {error.strerror}") from error
+        trials = read_trials(Path(arguments[0]))
         settings = Path(arguments[0]).with_name("config.yaml")  # a report leaves it there
         tainted = OmegaConf.load(settings).reserve.contamination if settings.exists() else 0.0
     else:
@@ -99,20 +94,8 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 def contamination(trials: pd.DataFrame, usual: float) -> pd.Series:
     """The poisoned share of each trial's reserve: its own where the table sweeps it, else the grid's."""
-    own = _variants(trials).str.extract(r"(?:^|, )reserve\.contamination=([\d.e-]+)", expand=False)
+    own = trials.variant.str.extract(r"(?:^|, )reserve\.contamination=([\d.e-]+)", expand=False)
     return own.astype(float).fillna(usual)
-
-
-def _variants(trials: pd.DataFrame) -> pd.Series:
-    """What is swept in each trial; empty where nothing is.
-
-    A table published before there were sweeps has no such column; one read as CSV has no number for an empty one.
-    """
-    import pandas as pd
-
-    if "variant" not in trials:
-        return pd.Series("", index=trials.index, dtype=object)
-    return trials["variant"].astype(object).fillna("")
 
 
 def answer(claim: dict[str, Any], trials: pd.DataFrame) -> Answer:
@@ -178,7 +161,6 @@ def _means(trials: pd.DataFrame, of: dict[str, str], figure: str) -> dict[tuple[
         part = part[(part.contamination > 0) == (value == "tainted") if key == "reserve" else part[key] == value]
     part = part[~part.status.isin(["missing", "not applicable"])]
     found = {}
-    part = part.assign(variant=_variants(part))
     for place, group in part.groupby(["dataset", "model", "variant", "attack"], sort=False):
         whole = (group.status == "done").all()
         if whole and group[figure].isna().all():

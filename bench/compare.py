@@ -32,8 +32,6 @@ from bench.door import enter
 if TYPE_CHECKING:
     import pandas as pd
 
-SEEDS_NEEDED = 2
-
 
 @dataclass(frozen=True)
 class Change:
@@ -68,6 +66,8 @@ def main(arguments: list[str]) -> int:
     one, two = (_load(place) for place in places)
     if "kind" in one or "kind" in two:
         return _beside(*_alike(one, two, settings), places, figures, ignored)
+    if idle := {"ignore", "rename"} & set(settings):
+        raise UserError(f"{min(idle)} is for reported figures; both of these results were measured: leave it out")
     return _regressions(one, two, tolerance, figures, settings.get("significant") == "true")
 
 
@@ -97,8 +97,8 @@ def _alike(one: pd.DataFrame, two: pd.DataFrame, settings: dict[str, str]) -> tu
     """Both tables, with names read as others where the command line says so."""
     from bench.config import UserError
 
-    names = dict(pair.partition(":")[::2] for pair in settings.get("rename", "").split(",") if pair)
-    if not all(names.values()):
+    names = dict(pair.rpartition(":")[::2] for pair in settings.get("rename", "").split(",") if pair)
+    if not all(names) or not all(names.values()):
         raise UserError(f"rename is {settings['rename']!r}; write rename=cifar10_jpeg:cifar10")
     axes = ["dataset", "model", "attack", "defense"]
     return one.assign(**one[axes].replace(names)), two.assign(**two[axes].replace(names))
@@ -136,9 +136,12 @@ def _load(place: str) -> pd.DataFrame:
         source = io.BytesIO(path.read_bytes())
     else:
         raise UserError(f"{path} does not exist; name a grid's folder, a trials.csv, or COMMIT:PATH")
-    head = list(pd.read_csv(source, nrows=0).columns)
+    try:
+        head = set(pd.read_csv(source, nrows=0).columns)
+    except ValueError as error:
+        raise UserError(f"{place} is no table: {error}; name a grid's folder, a trials.csv, or COMMIT:PATH") from error
     source.seek(0)
-    return read_reported(source, place) if {"provenance", "source"} & set(head) else read_trials(source, place)
+    return read_reported(source, place) if {"provenance", "source"} & head else read_trials(source, place)
 
 
 def _regressions(one: pd.DataFrame, two: pd.DataFrame, tolerance: float, figures: list[str], significant: bool) -> int:
@@ -151,7 +154,7 @@ def _regressions(one: pd.DataFrame, two: pd.DataFrame, tolerance: float, figures
         # Rounded: 0.1 - 0.08 is a little more than 0.02.
         worse = round(change.worse, 9) > tolerance and (not significant or change.p < ALPHA)
         failed += worse
-        test = "one seed, no test" if math.isnan(change.p) else f"p {p_text(change.p)}"
+        test = "fewer than two seeds in both, no test" if math.isnan(change.p) else f"p {p_text(change.p)}"
         print(f"{'WORSE ' if worse else ''}{change.place}: {change.text} ({test})")
     for line in broken:
         print(f"WORSE {line}")
@@ -165,8 +168,9 @@ def _regressions(one: pd.DataFrame, two: pd.DataFrame, tolerance: float, figures
 def changes(one: pd.DataFrame, two: pd.DataFrame, figures: list[str]) -> tuple[list[Change], list[str], str]:
     """Figures that differ, cells that are no longer done, and how many cells were compared.
 
-    Seeds that both have are paired; where they share fewer than two, means are compared and nothing is tested.
+    Only seeds that both have are compared, in pairs; where they share none, means are, and nothing is tested.
     """
+    from bench.config import UserError
     from bench.reporting import statistics
     from bench.reporting.columns import COLUMN
     from bench.reporting.table import AXES, parts
@@ -176,6 +180,8 @@ def changes(one: pd.DataFrame, two: pd.DataFrame, figures: list[str]) -> tuple[l
 
     before, after = grouped(one), grouped(two)
     common = [place for place in before if place in after]
+    if not common:
+        raise UserError("the two results have no cell in common; write two tables of one grid")
     found, broken = [], []
     for place in common:
         a, b, title = before[place], after[place], "/".join(name for name in place if name)
@@ -190,12 +196,12 @@ def changes(one: pd.DataFrame, two: pd.DataFrame, figures: list[str]) -> tuple[l
             if x.empty or y.empty:
                 continue
             both = x.index.intersection(y.index)
-            if len(both) >= SEEDS_NEEDED:
+            if len(both):
                 x, y = x[both], y[both]
             change = float(y.mean() - x.mean())
             if len(x) == len(y) and (x.to_numpy() == y.to_numpy()).all():
                 continue
-            p = statistics.paired_t(x, y) if len(both) >= SEEDS_NEEDED else math.nan
+            p = statistics.paired_t(x, y) if len(both) else math.nan
             text = (
                 f"{column.title} {column.spread(x.mean(), x.std(ddof=1))} -> {column.spread(y.mean(), y.std(ddof=1))}, "
                 f"{100 * change:+.1f} points"
@@ -209,16 +215,30 @@ def changes(one: pd.DataFrame, two: pd.DataFrame, figures: list[str]) -> tuple[l
     return [Change(*entry[:-1], float(p)) for entry, p in zip(found, adjusted, strict=True)], broken, counts
 
 
+def _cells(table: pd.DataFrame) -> pd.DataFrame:
+    """The cells of a table; `protocol` says what their figures differ in."""
+    from bench.reporting.table import cells
+
+    if "kind" in table:  # reported
+        return table
+    found = cells(table)
+    return found.assign(
+        protocol=[
+            f"{done} of {seeds} seeds done" if done < seeds else ""
+            for done, seeds in zip(found.done, found.seeds, strict=True)
+        ]
+    )
+
+
 def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: list[str], ignored: list[str]) -> int:
     """Print cells that both have side by side, and how alike the two order them."""
     import numpy as np
 
     from bench.config import UserError
     from bench.reporting.columns import COLUMN
-    from bench.reporting.table import AXES, BASELINE, cells
+    from bench.reporting.table import AXES, BASELINE
 
-    tables = [table if "kind" in table else cells(table) for table in (one, two)]
-    a, b = (table.assign(protocol=table.get("protocol", "")) for table in tables)
+    a, b = (_cells(table).reset_index(names="row") for table in (one, two))
     # A published table names no setting of ours, and often no poison rate: what is not said fits every cell.
     named = [axis for axis in AXES if axis not in ("setting", *ignored)]
     both = a.merge(b, on=named, suffixes=("", "_other"))
@@ -229,6 +249,7 @@ def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: li
     known = [f"{name}_mean" for name in figures if {f"{name}_mean", f"{name}_mean_other"} <= set(both)]
     shared = [both[name].notna() & both[f"{name}_other"].notna() for name in known]
     both = both[np.any(shared, axis=0)] if shared else both[:0]
+    alone = f"{len(a) - both.row.nunique()} of the first, {len(b) - both.row_other.nunique()} of the second"
     # A repair that needs no image stands in each setting of ours; beside a cell that names none it is one.
     others = [f"{axis}_other" for axis in [*ignored, "setting", "protocol", *known]]
     others += [name for name in ("provenance_other", "provenance") if name in both]
@@ -237,6 +258,7 @@ def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: li
         raise UserError(f"{places[0]} and {places[1]} have no figure of a cell in common; names must be this project's")
     own = len(both[AXES].drop_duplicates())
     print(f"{len(both)} pairs of {own} cells: {places[0]} | {places[1]} | difference, in points")
+    print(f"not beside another, or without a figure: {alone}")
     for _, row in both.iterrows():
         parts = []
         for name in figures:
@@ -244,8 +266,6 @@ def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: li
             if not (math.isnan(x) or math.isnan(y)):
                 parts.append(f"{COLUMN[name].title} {100 * x:.1f} | {100 * y:.1f} | {100 * (y - x):+.1f}")
         other = [f"{axis} {row[f'{axis}_other']}" for axis in ignored if row[axis] != row[f"{axis}_other"]]
-        if row.get("done", 0) < row.get("seeds", 0):
-            other.append(f"{row.done:.0f} of {row.seeds:.0f} seeds done")
         protocols = "; ".join(text for text in (row.protocol, *other, row.protocol_other) if text)
         place = "/".join(name for name in row[AXES] if name)
         print(f"{place}: {', '.join(parts)}{f' [{protocols}]' if protocols else ''}")

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     rows: list[dict[str, Any]] = []
     for trial, images, triggered in stamped(opened, bench, IMAGES):
         drawn[title_of(opened, trial)] = images[:3], triggered[:3]
-        place = {"attack": trial.attack, "dataset": trial.dataset}
+        place = {"attack": trial.attack, "dataset": trial.dataset, "model": trial.model}
         place |= {"variant": swept(trial.variant)} if swept(trial.variant) else {}
         rows.append({**place, **scores(images, triggered), **on_clean_model(opened, bench, trial)})
     if not rows:
@@ -71,7 +71,7 @@ def pictures(opened: Plan) -> list[Path]:
     found: dict[tuple[str, str], list[tuple[Trial, Tensor, Tensor]]] = defaultdict(list)
     for trial, images, triggered in stamped(opened, _bench(opened), 1):
         opened.folder.mkdir(parents=True, exist_ok=True)
-        name = picture_of(trial.dataset, trial.attack, trial.variant)
+        name = picture_of(trial.dataset, trial.model, trial.attack, trial.variant)
         trigger_picture(images[0], triggered[0], opened.folder / name)
         alike = found[trial.attack, trial.dataset]
         if not any(torch.equal(triggered[0], shown) for _, _, shown in alike):
@@ -92,12 +92,13 @@ def _bench(opened: Plan) -> Bench:
     return Bench(opened.store, opened.infos, torch.device("cpu"))
 
 
-def title_of(opened: Plan, trial: Trial, with_variant: bool = True) -> str:
+def title_of(opened: Plan, trial: Trial, apart: bool = True) -> str:
     from bench.reporting.page import swept
 
     # Whose setting it is stands in front of it.
-    variant = swept(trial.variant).replace("attack.", "") if with_variant else ""
-    parts = [trial.attack, *([trial.dataset] if len(opened.infos) > 1 else []), variant]
+    variant = swept(trial.variant).replace("attack.", "") if apart else ""
+    model = trial.model if apart and len(opened.cfg.grid.models) > 1 else ""
+    parts = [trial.attack, *([trial.dataset] if len(opened.infos) > 1 else []), model, variant]
     return ", ".join(part for part in parts if part)
 
 
@@ -109,7 +110,7 @@ def stamped(opened: Plan, bench: Bench, count: int) -> Iterator[tuple[Trial, Ten
     seen: set[str] = set()
     for trial in opened.trials:
         attacker = attack_from(trial.implant)
-        name = picture_of(trial.dataset, trial.attack, trial.variant)
+        name = picture_of(trial.dataset, trial.model, trial.attack, trial.variant)
         implant = opened.store.result("implant", trial.keys()[0])
         if name in seen or not attacker.poison_rate or implant is None or implant["status"] != "done":
             continue

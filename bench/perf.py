@@ -1,4 +1,4 @@
-"""A benchmark of the hot paths, each as a ratio against its own roofline in one run. Never a timed test.
+r"""A benchmark of the hot paths, each as a ratio against its own roofline in one run. Never a timed test.
 
     python -m bench.perf [model=test_resnet] [stem=small] [size=32] [batch=256] [rounds=10] [threads=1] \
         [only=training,variants,adversarial,evaluation,attacks,triggers,methods,data,start,cells,pairs] \
@@ -87,6 +87,10 @@ def main(arguments: list[str]) -> int:
         size, batch, rounds, threads = (int(settings[key]) for key in ("size", "batch", "rounds", "threads"))
     except ValueError as error:
         raise UserError(f"size, batch, rounds and threads are whole numbers: {error}") from error
+    if min(size, batch, rounds, threads) < 1:
+        raise UserError("size, batch, rounds and threads are at least 1")
+    if settings["out"] and not Path(settings["out"]).absolute().parent.is_dir():
+        raise UserError(f"out={settings['out']}: there is no such folder; make it first")
     sections = [name for name in settings["only"].split(",") if name]
     if not set(sections) <= set(SECTIONS):
         raise UserError(f"only={settings['only']}: write any of {', '.join(SECTIONS)}")
@@ -98,6 +102,12 @@ def main(arguments: list[str]) -> int:
 
     torch.set_num_threads(threads)
     bench = Workbench(settings, size, batch, pick_device("auto"))
+    try:  # what is wrong is found before anything is timed
+        bench.spec.check()
+        for key in ("attacks", "triggers"):
+            bench.named(key)
+    except (LookupError, ValueError) as error:
+        raise UserError(str(error.args[0])) from error
     known = provenance()
     where = {"model": settings["model"], "stem": settings["stem"], "size": size, "batch": batch, "threads": threads}
     where |= {"device": bench.device_name, "commit": f"{known['commit'][:10]}{'' if known['clean'] else ' (changed)'}"}
@@ -189,6 +199,11 @@ class Workbench:
         from bench.engine.models import ModelSpec
 
         return ModelSpec(self.settings["model"], 10, 3, self.size, (0.5,) * 3, (0.25,) * 3, self.settings["stem"])
+
+    def named(self, key: str) -> list[type[Attack]]:
+        from attacks.base import attack
+
+        return [attack[name] for name in self.settings[key].split(",") if name]
 
     def model(self) -> Classifier:
         return self.spec.build(0).to(self.device)
@@ -346,21 +361,10 @@ def _evaluation(bench: Workbench) -> Iterator[Timed]:
     yield Timed("evaluation of a cell, against its passes", evaluate, passes)
 
 
-def _named(bench: Workbench, key: str) -> Iterator[type[Attack]]:
-    from attacks.base import attack
-    from bench.config import UserError
-
-    for name in filter(None, bench.settings[key].split(",")):
-        try:
-            yield attack[name]
-        except LookupError as error:
-            raise UserError(str(error)) from error
-
-
 def _attacks(bench: Workbench) -> Iterator[Timed]:
     from bench.engine.training import fit
 
-    for cls in _named(bench, "attacks"):
+    for cls in bench.named("attacks"):
         attacker = cls(regime="per_batch")
         hooks = attacker.hooks(bench.setup, attacker.prepare(bench.setup))
         steps = partial(fit, bench.model(), bench.data, bench.recipe, seed=0, augmentation=bench.augmentation)
@@ -368,7 +372,7 @@ def _attacks(bench: Workbench) -> Iterator[Timed]:
 
 
 def _triggers(bench: Workbench) -> Iterator[Timed]:
-    for cls in _named(bench, "triggers"):
+    for cls in bench.named("triggers"):
         attacker = cls()
         tensors = attacker.prepare(bench.setup)
 

@@ -199,8 +199,8 @@ class _Measured:
         self.size: dict[Kind, list[int]] = defaultdict(list)
         self.devices: Counter[str] = Counter()
 
-    def add(self, place: Place, kinds: Sequence[Kind]) -> None:
-        """Note one finished stage, unless enough of its kind are noted."""
+    def add(self, place: Place, kinds: Sequence[Kind], cells: int = 1) -> None:
+        """Note one finished stage, unless enough of its kind are noted; the first `cells` kinds are of its own cell."""
         if len(self.seconds.get(kinds[0], ())) >= SAMPLE:
             return
         result = self.store.result(*place)
@@ -208,7 +208,7 @@ class _Measured:
             return
         size = sum(entry.stat().st_size for entry in os.scandir(self.store.folder(*place)))
         # What came to nothing tells about its own cell only.
-        for kind in dict.fromkeys(kinds if result["status"] == "done" else kinds[:1]):
+        for kind in dict.fromkeys(kinds if result["status"] == "done" else kinds[:cells]):
             self.seconds[kind].append(result["seconds"])
             self.size[kind].append(size)
         self.devices[result.get("provenance", {}).get("device", "?")] += 1
@@ -235,7 +235,7 @@ class _Measured:
                 except KeyError:  # what it belongs to was removed
                     continue
                 if (stage, key) not in known:
-                    self.add((stage, key), kinds)
+                    self.add((stage, key), kinds, cells=0)
 
 
 # How long that takes -------------------------------------------------------------------------------------------------

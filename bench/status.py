@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
 def _show(opened: Plan) -> tuple[bool, bool]:
     """Print one report; is anything left to do, and does anything run or wait for it?"""
     from bench.plan import estimated
-    from bench.reporting.table import STATES, Snapshot, of_trials
+    from bench.reporting.table import STATES, Snapshot, of_trials, parts
     from slurm import jobs
 
     store, root = Snapshot(opened.store), Path(opened.cfg.results) / "slurm"
@@ -89,9 +89,8 @@ def _show(opened: Plan) -> tuple[bool, bool]:
         if job and (line := jobs.last_line(jobs.find_log(root, record["job"]))):
             print(f"    {line}")
     for state in ("diverged", "wrecked"):
-        lost = table[table.status == state]
-        for reason, count in Counter(lost.reason).most_common(10):
-            print(f"{state} ({count} trials): {reason}")
+        for (defense, attack), lost in parts(table[table.status == state], ["defense", "attack"]):
+            print(f"{state} ({len(lost)} trials): {defense} against {attack}: {lost.reason.iloc[0]}")
     return counts["missing"] + counts["failed"] > 0, bool(running or alive)
 
 

@@ -79,7 +79,7 @@ def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
     fresh: list[Trial] = []
     for trial in trials:
         keys = trial.keys()
-        name = (keys[2], trial.variant)
+        name = _of_trial(trial)
         # A state that can still change is not sent: a run in MLflow is final.
         if all(keys) and name not in there and all(map(store.is_finished, STAGES, keys)):
             fresh.append(trial)
@@ -204,7 +204,7 @@ def read(uri: str, experiment: str, trials: list[Trial] | None = None) -> pd.Dat
     if found is None:
         raise LookupError(f"MLflow at {uri} has no experiment {experiment!r}; run the grid with tracking.enabled=true")
     rows = {_name(row): row for row in _rows(client, found.experiment_id)}
-    wanted = rows if trials is None else [(trial.keys()[2], trial.variant) for trial in trials]
+    wanted = rows if trials is None else map(_of_trial, trials)
     return trial_table([rows[name] for name in wanted if name in rows])
 
 
@@ -264,9 +264,16 @@ def _runs(client: Any, place: str, which: str) -> list[Any]:
             return found
 
 
-def _name(row: dict[str, Any]) -> tuple[str, str]:
-    """What tells one run from another: where a sweep does not touch a defense, several trials are one stage."""
-    return row["trial"], row["variant"]
+def _name(row: dict[str, Any]) -> tuple[str, ...]:
+    """What tells one run from another: several trials are one stage where a sweep, a setting or an ablation's row
+    changes nothing of a defense.
+    """
+    return row["trial"], row["variant"], row["setting"], row["defense"]
+
+
+def _of_trial(trial: Trial) -> tuple[str, ...]:
+    """The same of a planned trial."""
+    return trial.keys()[2], trial.variant, trial.setting, trial.defense
 
 
 def _send(client: Any, place: str, store: Store, trial: Trial, row: dict[str, Any], parent: str) -> str:

@@ -220,11 +220,11 @@ def test_a_wrecked_seed_has_no_part_in_what_is_compared():
     assert broken == ["digits/net/reserve/badnets/a: done before, now wrecked: 60 points"]
 
 
-def test_where_fewer_than_two_seeds_are_shared_the_means_of_all_are_compared():
+def test_where_one_seed_is_shared_it_alone_is_compared_and_not_tested():
     one = table.trial_table([row("a", seed, 0.9, asr) for seed, asr in ((0, 0.1), (1, 0.3))])
-    two = table.trial_table([row("a", seed, 0.9, asr) for seed, asr in ((1, 0.3), (2, 0.5))])
+    two = table.trial_table([row("a", seed, 0.9, asr) for seed, asr in ((1, 0.4), (2, 0.9))])
     ((change,), _, _) = compare.changes(one, two, ["asr"])
-    assert change.worse == pytest.approx(0.2)
+    assert change.worse == pytest.approx(0.1)
     assert math.isnan(change.p)
 
 
@@ -240,3 +240,39 @@ def test_ranks_of_three_cells_or_more_are_compared_and_the_mean_difference_is_th
     assert compare.main([saved("one", ours), str(theirs)]) == 0
     line = "ASR, rank correlation over 3 pairs: Spearman 1.00, Kendall 1.00; mean difference +5.0 points"
     assert [text for text in capsys.readouterr().out.splitlines() if "rank correlation" in text] == [line][: count - 2]
+
+
+def test_two_reported_tables_stand_side_by_side_and_of_theirs_no_seeds_of_ours_are_counted(saved, tmp_path, capsys):
+    theirs = tmp_path / "published.csv"
+    theirs.write_text("provenance,dataset,model,attack,defense,setting,asr,seeds\nP,digits,net,badnets,a,,0.05,5")
+    assert compare.main([str(theirs), str(theirs)]) == 0
+    assert compare.main([str(theirs), saved("one", OLD)]) == 0
+    assert "seeds done" not in capsys.readouterr().out
+
+
+def test_what_stands_alone_is_counted_and_two_results_of_nothing_in_common_are_refused(saved, tmp_path, capsys):
+    theirs = tmp_path / "published.csv"
+    head = "provenance,dataset,model,attack,defense,setting,asr"
+    theirs.write_text(f"{head}\nP,digits,net,badnets,a,,0.05\nP,digits,net,badnets,b,,0.05\nP,digits,net,sig,a,,0.05")
+    ours = [*OLD, row("b", 0, 0.3, 0.0, status="wrecked", reason="60 points")]
+    assert compare.main([saved("one", ours), str(theirs)]) == 0
+    assert "without a figure: 1 of the first, 2 of the second" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no cell in common"):
+        compare.main([saved("two", OLD), saved("three", [entry | {"dataset": "other"} for entry in OLD])])
+
+
+def test_an_empty_file_is_one_line(tmp_path):
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(UserError, match="is no table"):
+        compare.main([str(tmp_path / "empty.csv")] * 2)
+
+
+def test_one_seed_beside_three_is_compared_with_its_own(saved, capsys):
+    assert compare.main([saved("one", OLD[:1]), saved("two", OLD)]) == 0
+    assert "0 figures differ" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("setting", ["ignore=model", "rename=a:b"])
+def test_a_setting_for_reported_figures_is_refused_between_two_measured_tables(saved, setting):
+    with pytest.raises(UserError, match=f"{setting.partition('=')[0]} is for reported figures"):
+        compare.main([saved("one", OLD), saved("two", OLD), setting])

@@ -90,12 +90,14 @@ def test_the_table_has_controls_before_repairs_and_nothing_where_nothing_was_foo
 
 
 def test_the_rank_correlation_of_share_and_asr_is_that_of_five_models_and_of_no_fewer():
-    rows = [("blended", "aft", seed, asr, share, 0.1, 0.1) for seed, (asr, share) in enumerate(PAIRS)]
+    rows = [(f"attack {n}", "aft", 0, asr, share, 0.1, 0.1) for n, (asr, share) in enumerate(PAIRS)]
     trials, evidence = grid(rows)
     # Ranks (1, 2, 3, 4, 5) against (5, 4, 3, 1, 2): 1 - 6 * (16 + 4 + 0 + 9 + 9) / (5 * 24) = -0.9
     assert "Spearman -0.90" in rank_correlation(trials, connections(trials, evidence))[0]
     few = grid(rows[:4])
     assert rank_correlation(few[0], connections(*few)) == []
+    seeds = grid([("blended", "aft", seed, asr, share, 0.1, 0.1) for seed, (asr, share) in enumerate(PAIRS)])
+    assert rank_correlation(seeds[0], connections(*seeds)) == []  # one attack, however many seeds
 
 
 PAIRS = [(0.9, 0.1), (0.5, 0.2), (0.4, 0.3), (0.1, 0.4), (0.2, 0.5)]
@@ -133,3 +135,16 @@ def test_the_door_reads_what_the_run_measured_and_refuses_a_grid_without_it(
     assert "| infected model | 20 |" in (folder / "connection.md").read_text()
     lines = (folder / "connection.csv").read_text().splitlines()
     assert len(lines) == 1 + 4  # infected, twin, noise, one repair
+
+
+def test_what_a_handful_of_images_says_is_in_no_ratio_no_count_and_no_correlation():
+    trials, evidence = grid([("blended", "aft", seed, *pair, 0.25, 0.1) for seed, pair in enumerate(PAIRS)])
+    for seed, own in enumerate(evidence):
+        for step in own["more"]["connection"]:
+            step["twin"]["fooled"] = 0.04  # of 100 images
+            step["infected"]["fooled"] = 0.05 if seed else 0.5
+    table = connections(trials, evidence)
+    infected = boards(table)[0].rows[1]
+    assert [entry.text for entry in infected[4:6]] == ["–", "1 of 1"]
+    assert set(table[table.kind == "twin"].classes) == {"null"}
+    assert rank_correlation(trials, table) == []

@@ -39,7 +39,7 @@ def test_ssim_falls_with_noise():
 def test_a_report_draws_each_stored_trigger_once_and_forgets_those_of_other_settings(run_grid, tiny, tmp_path):
     from bench.reporting.page import picture_of
 
-    assert picture_of("digits", "blended", "reserve.size=0.02") == picture_of("digits", "blended")
+    assert picture_of("digits", "net", "blended", "reserve.size=0.02") == picture_of("digits", "net", "blended")
     swept = "grid.sweep=[{key:attack.alpha,values:[0.1,0.3]}]"
     settings = ["grid.attacks=[blended]", "grid.defenses=[no_defense]"]
     run_grid(*settings, swept)
@@ -47,7 +47,7 @@ def test_a_report_draws_each_stored_trigger_once_and_forgets_those_of_other_sett
     (folder / "trigger_of_another_grid.png").write_text("old")
     assert pictures(plan([*tiny, *settings, swept])) == [folder / "triggers.png"]
     found = sorted(folder.glob("trigger_*.png"))
-    assert [path.stem for path in found] == [f"trigger_digits_blended_attack_alpha_0_{n}" for n in (1, 3)]
+    assert [path.stem for path in found] == [f"trigger_digits_test_resnet_blended_attack_alpha_0_{n}" for n in (1, 3)]
     assert found[0].read_bytes() != found[1].read_bytes()
     for weights in (tmp_path / "results" / "store" / "implant").rglob("*.safetensors"):
         weights.unlink()
@@ -94,3 +94,14 @@ def test_a_gallery_is_drawn_from_what_is_stored(run_grid, tiny, tmp_path, capsys
         assert float(row["clean_model_floor"]) == pytest.approx(sent.double().mean().item())
         assert float(row["clean_model_asr"]) == pytest.approx(moved.double().mean().item())
     assert float(lines[1].split(",")[2]) == pytest.approx(4 / 256, abs=1e-3)  # the 2x2 patch on 16x16, at most
+
+
+def test_the_trigger_that_an_attack_finds_on_its_network_is_shown_behind_the_cells_of_that_network(run_grid, tiny):
+    from bench.reporting.page import picture_of
+
+    two = ["grid.attacks=[input_aware]", "grid.defenses=[no_defense]", "grid.models=[test_resnet,test_vit]"]
+    run_grid(*two)
+    opened = plan([*tiny, *two])
+    pictures(opened)
+    first, second = (opened.folder / picture_of("digits", name, "input_aware") for name in ("test_resnet", "test_vit"))
+    assert first.read_bytes() != second.read_bytes()

@@ -469,6 +469,16 @@ def test_a_deep_link_keeps_view_filter_order_and_cell(visit):
 
 
 @pytest.mark.browser
+def test_a_deep_link_keeps_that_nothing_of_an_axis_is_chosen(visit):
+    tab = visit(trials_of(ATTACKS, DEFENSES))
+    whole = tab.locator("#board [data-cell]").count()
+    tab.locator("#filter-defense summary").click()
+    tab.locator("#filter-defense").get_by_role("button", name="None").click()
+    again = visit(fragment=tab.evaluate("location.hash"))
+    assert again.locator("#board [data-cell]").count() == 0 < whole
+
+
+@pytest.mark.browser
 def test_a_cell_opens_with_its_trials_and_a_command_that_is_copied_whole(visit):
     tab = visit(hostile(), permissions=["clipboard-read", "clipboard-write"])
     button = tab.locator("#board td [data-cell]").nth(7)
@@ -531,3 +541,36 @@ def test_a_reported_figure_is_held_against_the_poison_rate_of_its_own_attack(tmp
     lines = [f"digits,net,reserve,adaptive_patch,closed,Paper,{rate},{asr}" for rate, asr in ((0.003, 0.3), (0.1, 0.9))]
     source.write_text("\n".join(["dataset,model,setting,attack,defense,provenance,poison_rate,asr", *lines]))
     assert table.reported_of(source, trials).asr_mean.tolist() == [0.3]
+
+
+@pytest.mark.parametrize(("rate", "seeds"), [("10 %", "3"), ("10", "3"), ("0.1", "three")])
+def test_a_reported_rate_or_number_of_seeds_that_is_none_is_refused(tmp_path, rate, seeds):
+    from bench.config import UserError
+
+    source = tmp_path / "reported.csv"
+    source.write_text(
+        "dataset,model,setting,attack,defense,provenance,poison_rate,asr,seeds\n"
+        f"digits,net,reserve,badnets,closed,Paper,{rate},0.5,{seeds}\n"
+    )
+    with pytest.raises(UserError, match="write a number"):
+        table.read_reported(source)
+
+
+def test_the_clean_model_that_others_report_stands_beside_ours(tmp_path):
+    source = tmp_path / "reported.csv"
+    source.write_text(
+        "dataset,model,setting,attack,defense,provenance,poison_rate,clean_accuracy\n"
+        "digits,net,reserve,none,closed,Paper,0,0.9\n"
+    )
+    assert len(table.reported_of(source, trials_of(["none", "badnets"], ["ours"]))) == 1
+
+
+def test_a_report_outlives_tensors_that_were_deleted_for_their_room(run_grid, tiny, tmp_path):
+    from bench.report import main
+
+    one = ["grid.attacks=[badnets]", "grid.defenses=[spectral_signatures]", "grid.settings=[trainset]"]
+    one += ["defense.spectral_signatures.retrain=false"]
+    run_grid(*one)
+    for tensors in (tmp_path / "results" / "store" / "implant").rglob("*.safetensors"):
+        tensors.unlink()
+    assert main([*tiny, *one]) == 0

@@ -40,7 +40,17 @@ def test_path_and_roofline_take_turns_and_the_first_rounds_do_not_count():
 
 @pytest.mark.parametrize(
     ("argument", "message"),
-    [("modle=x", "write one of model="), ("size=big", "whole numbers"), ("only=speed", "write any of training")],
+    [
+        ("modle=x", "write one of model="),
+        ("size=big", "whole numbers"),
+        ("only=speed", "write any of training"),
+        ("rounds=0", "at least 1"),
+        ("threads=0", "at least 1"),
+        ("out=no/such/x.csv", "no such folder"),
+        ("model=resnet1", "no architecture"),
+        ("stem=tiny", "write one of small"),
+        ("triggers=nosuch", "no attack"),
+    ],
 )
 def test_a_wrong_argument_is_refused(argument, message):
     with pytest.raises(UserError, match=message):

@@ -160,3 +160,10 @@ def test_independent_jobs_go_to_whoever_is_free_first():
 def test_a_wrong_option_is_refused_with_the_right_ones(tiny, option):
     with pytest.raises(UserError, match="--width=N, --job-seconds=S and --assume="):
         main([*tiny, option])
+
+
+def test_nor_does_what_came_to_nothing_with_other_settings(tiny):
+    before = plan([*tiny, *GRID, "train.epochs=2"])
+    finish(before, before.trials[0], "implant", 1.0, status="diverged")
+    opened = plan([*tiny, *GRID])
+    assert cost(opened, ("implant", opened.trials[0].keys()[0])).basis == UNKNOWN

@@ -169,3 +169,37 @@ def test_a_radius_that_the_evaluation_wrote_is_drawn_in_levels_of_255():
     figure = plots._epsilon(plots._Grid(trials, cells(trials), pd.Series([{"more": {"autoattack": rows}}]), "x"))
     (axis,) = figure.axes
     assert axis.lines[0].get_xdata() == pytest.approx([0.25, 0.5, 1, 2, 4, 8])
+
+
+def test_rows_of_one_grid_have_looks_of_their_own():
+    names = ["aft", "aft_thrice", *(f"aft_{letter}" for letter in "abcdefghij")]
+    looks = [(plots._look(name)["color"], plots._look(name)["marker"]) for name in names]
+    assert len(set(looks)) == len(looks)
+
+
+def test_a_bar_of_fewer_cells_than_the_others_says_so():
+    rows = [row(attack, name, 0, 0.5, robust_accuracy=0.3) for attack in ("badnets", "sig") for name in ("a", "b")]
+    rows[-1] |= {"status": "wrecked"}
+    trials = trial_table(rows)
+    figure = plots._robust(plots._Grid(trials, cells(trials), pd.Series([{}] * len(trials)), "x"))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["30.0", "30.0†"]
+
+
+def test_a_cell_of_fewer_seeds_than_the_others_says_so_in_the_heatmap():
+    rows = [row("badnets", name, seed, 0.5) for name in ("a", "b") for seed in range(2)]
+    rows[-1] |= {"status": "wrecked"}
+    trials = trial_table(rows)
+    figure = plots._heatmap(plots._Grid(trials, cells(trials), pd.Series([{}] * len(trials)), "x"))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["50.0", "50.0†"]
+
+
+def test_a_swept_mean_is_over_all_seeds_or_has_no_point():
+    rows = [
+        row("badnets", "a", seed, 0.9 if seed else 0.1, variant=f"reserve.size={size}")
+        for size in (0.1, 0.2, 0.3)
+        for seed in range(2)
+    ]
+    rows[3] |= {"status": "wrecked"}  # what is left of 0.2 is the better seed
+    trials = trial_table(rows)
+    figure = plots._sweep(plots._Grid(trials, cells(trials), pd.Series([{}] * len(trials)), "x"))
+    assert list(figure.axes[0].lines[0].get_xdata()) == [0.1, 0.3]

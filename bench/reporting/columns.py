@@ -35,7 +35,8 @@ class Column:
         """A figure as every table prints it; an en dash where there is none."""
         if value is None or math.isnan(value):
             return "–"
-        return f"{100 * value if self.unit == '%' else value:.{self.decimals}f}"
+        # `z`: a minus before nothing but zeros is none.
+        return f"{100 * value if self.unit == '%' else value:z.{self.decimals}f}"
 
     @property
     def decimals(self) -> int:

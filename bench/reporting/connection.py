@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from bench.reporting.statistics import p_text
 from bench.reporting.table import BASELINE, BOARD, Board, Entry, parts, records
 
 # Which model a row is about. `repaired` is one behind a defense; the others are the same for all of them.
@@ -41,19 +42,19 @@ def connections(trials: pd.DataFrame, evidence: list[dict[str, Any]]) -> pd.Data
             continue
         shared = {axis: getattr(row, axis) for axis in SHARED} | {"seed": row.seed}
         for step in own.get("more", {}).get("connection") or ():
-            for kind in KINDS:
-                figures = step.get(kind)
+            told = {kind: _told(step[kind], step.get("images")) for kind in KINDS if step.get(kind)}
+            for kind, figures in told.items():
                 # What is measured of the infected model is in the evaluation of each repair.
                 mine = {"setting": row.setting, "defense": row.defense} if kind == "repaired" else {}
                 place = {**shared, "setting": "", "defense": "", **mine, "kind": kind, "epsilon": step["epsilon"]}
-                if not figures or tuple(place.values()) in seen or (mine and row.defense == BASELINE):
+                if tuple(place.values()) in seen or (mine and row.defense == BASELINE):
                     continue
                 seen.add(tuple(place.values()))
-                out = {**place, "images": figures.get("images", step.get("images")), "fooled": figures.get("fooled")}
+                out = {**place, "images": figures["images"], "fooled": figures.get("fooled")}
                 for name in FIGURES:
                     low, high = figures.get(f"{name}_interval") or (None, None)
                     out |= {name: figures.get(name), f"{name}_low": low, f"{name}_high": high}
-                out["lift"] = _ratio(figures.get("concentration"), step.get("twin", {}).get("concentration"))
+                out["lift"] = _ratio(figures.get("concentration"), told.get("twin", {}).get("concentration"))
                 out["top_is_target"] = figures.get("top_is_target")
                 out["classes"] = json.dumps(figures.get("classes"))
                 found.append(out)
@@ -64,17 +65,19 @@ def connections(trials: pd.DataFrame, evidence: list[dict[str, Any]]) -> pd.Data
     return table
 
 
-def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds; each interval is the widest that holds those of all seeds.
+def _told(figures: dict[str, Any], images: float | None) -> dict[str, Any]:
+    """What one model's figures say: of which fewer than `FEW` images were fooled, nothing of where they go."""
+    found = {"images": images, **figures}
+    if found["images"] is None or round(found.get("fooled", 1) * found["images"]) >= FEW:
+        return found
+    return found | dict.fromkeys(("concentration", "concentration_interval", "top_is_target", "classes"))
 
-    A model of which fewer than `FEW` images were fooled says nothing of where they go.
-    """
-    table = table.copy()
-    few = (table.fooled * table.images).round() < FEW
-    table.loc[few, ["concentration", "concentration_low", "concentration_high", "lift", "top_is_target"]] = math.nan
+
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds; each interval is the widest that holds those of all seeds."""
     groups = table.groupby(PLACE, sort=False)
     found = groups[["fooled", *FIGURES, "lift"]].mean()
-    found["images"], found["seeds"] = groups.images.sum(), groups.size()
+    found["images"], found["seeds"] = groups.images.sum(), groups.top_is_target.count()
     for name in FIGURES:
         found[f"{name}_low"], found[f"{name}_high"] = groups[f"{name}_low"].min(), groups[f"{name}_high"].max()
     found["top_is_target"] = groups.top_is_target.sum(min_count=1)
@@ -89,23 +92,24 @@ def largest(table: pd.DataFrame) -> pd.DataFrame:
 def rank_correlation(trials: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     """Does a defense remove those backdoors that show in the adversarial examples? A line for each.
 
-    Spearman's correlation over attacks and seeds of the infected model's concentration at the largest radius and the
-    ASR after the defense; said where there are at least five infected models.
+    Spearman's correlation over attacks of the infected model's concentration at the largest radius and the ASR after
+    the defense, each a mean over seeds; said where there are at least five.
     """
     from scipy import stats
 
     before = largest(table)
     before = before[before.kind == "infected"][[*SHARED, "seed", "concentration"]]
-    done = trials[trials.status.isin(["done"]) & (trials.defense != BASELINE)]
+    done = trials[(trials.status == "done") & (trials.defense != BASELINE)]
     lines = []
     for (setting, defense), part in parts(done, ["setting", "defense"]):
-        both = part.merge(before, on=[*SHARED, "seed"])[["concentration", "asr"]].dropna()
+        paired = part.merge(before, on=[*SHARED, "seed"]).dropna(subset=["concentration", "asr"])
+        both = paired.groupby(SHARED)[["concentration", "asr"]].mean()  # seeds of one attack are no further blocks
         if len(both) < 5 or (both.nunique() < 2).any():
             continue
         found = stats.spearmanr(both.concentration, both.asr)
         lines.append(
             f"{defense} ({setting}): Spearman {found.statistic:+.2f} between share to the target and ASR behind it, "
-            f"p {found.pvalue:.3f}, over {len(both)} infected models"
+            f"p {p_text(found.pvalue)}, over {len(both)} attacks"
         )
     return lines
 

@@ -34,11 +34,12 @@ const cleanAttacks = new Set(cells.filter((cell) => cell.clean).map((cell) => ce
 /** The text of a figure as the other tables have it: of two equally near decimals, the even one. */
 function fixed(x, decimals) {
   if (!Number.isFinite(x)) return String(x).replace("Infinity", "inf");
-  const text = x.toFixed(decimals);
+  const text = plain(x.toFixed(decimals));
   const tie = decimals === 0 ? Math.abs(x % 1) === 0.5 : Number.isInteger(x * 4) && Math.abs(x * 4) % 2 === 1;
   if (!tie || Number(text.at(-1)) % 2 === 0) return text;
-  return (x - Math.sign(x) * 10 ** -decimals / 2).toFixed(decimals);
+  return plain((x - Math.sign(x) * 10 ** -decimals / 2).toFixed(decimals));
 }
+const plain = (text) => text.replace(/^-(?=[0.]*$)/, ""); // a minus before nothing but zeros is none
 const figure = (column, value) => (Number.isNaN(value) ? "–" : fixed(column.scale * value, column.decimals));
 const spread = (column, mean, std) => figure(column, mean) + (Number.isNaN(std) ? "" : "±" + figure(column, std));
 
@@ -58,6 +59,7 @@ const initial = () => ({
 });
 let state = initial();
 
+const NOTHING = "\u2205"; // in the address: no value of an axis is chosen
 const address = (cell) => JSON.stringify([cell.kind, ...cell.place]);
 
 function readAddress() {
@@ -68,7 +70,7 @@ function readAddress() {
   state.down = wanted.get("order") === "down";
   for (const axis of AXES) {
     const chosen = wanted.getAll(axis).filter((value) => values[axis].includes(value));
-    if (chosen.length) state.filters[axis] = new Set(chosen);
+    if (chosen.length || wanted.getAll(axis).includes(NOTHING)) state.filters[axis] = new Set(chosen);
   }
   if (wanted.has("columns")) state.columns = new Set(wanted.get("columns").split(",").filter((name) => name in index));
   state.cell = cells.find((cell) => address(cell) === wanted.get("cell")) ?? null;
@@ -78,7 +80,7 @@ function writeAddress() {
   const now = new URLSearchParams(), usual = initial();
   if (state.view !== usual.view) now.set("view", state.view);
   if (state.sort) { now.set("sort", state.sort); if (state.down) now.set("order", "down"); }
-  for (const axis of AXES) for (const value of state.filters[axis] ?? []) now.append(axis, value);
+  for (const axis of AXES) for (const value of state.filters[axis]?.size === 0 ? [NOTHING] : state.filters[axis] ?? []) now.append(axis, value);
   if ([...state.columns].sort().join() !== [...usual.columns].sort().join()) now.set("columns", [...state.columns].join());
   if (state.cell) now.set("cell", address(state.cell));
   history.replaceState(null, "", "#" + now);
@@ -310,8 +312,8 @@ function seedsText(cell) {
   return cell.source ? `reported: ${cell.source}` : lines.join("\n");
 }
 
-const trialsOf = (cell) => data.trials.slice(...cell.trials).map(([seed, status, reason, warnings, commit, clean, figures, keys, configs, curves, more, device]) =>
-  ({ seed, status, reason, warnings, commit, clean, values: figures.map(number), keys, configs, curves, more, device }));
+const trialsOf = (cell) => data.trials.slice(...cell.trials).map(([seed, status, reason, warnings, commit, clean, machine, figures, keys, configs, curves, more]) =>
+  ({ seed, status, reason, warnings, commit, clean, machine, values: figures.map(number), keys, configs, curves, more }));
 
 function chart(name, points) {
   const W = 270, H = 120, known = points.filter(([, y]) => y !== null);
@@ -365,7 +367,7 @@ function trialDetails(cell, trial, open) {
     const command = `${cell.command} 'grid.seeds=[${trial.seed}]'`;
     node.append(el("h3", {}, "Compute it again"), el("pre", { class: "command", tabindex: "0", role: "region", "aria-label": "command" }, command), copyButton(command));
   }
-  if (trial.commit) node.append(el("p", { class: "faint wrap" }, `commit ${trial.commit}${trial.clean === "True" ? "" : " (changed tree)"}; ${trial.device}`));
+  if (trial.commit) node.append(el("p", { class: "faint wrap" }, `commit ${trial.commit}${trial.clean === "True" ? "" : " (changed tree)"}; ${trial.machine}`));
   if (trial.keys.length) node.append(el("p", { class: "faint wrap" }, "in the store: " + trial.keys.join(", ")));
   const charts = trial.curves.flatMap((i) => Object.entries(data.curves[i])).map(([name, points]) => chart(name, points));
   if (charts.length) node.append(el("h3", {}, "Curves"), el("div", { class: "charts" }, ...charts));

@@ -28,9 +28,9 @@ MORE = ("rounds", "relearn", "autoattack", "connection", "asr_by_class")  # of a
 MANY, FEW_POINTS = 2000, 30  # beyond so many trials a page with whole curves would take seconds to open
 
 
-def picture_of(dataset: str, attack: str, variant: str = "") -> str:
-    """The name of the file that shows a trigger."""
-    place = f"{dataset}_{attack}" + (f"_{swept(variant)}" if swept(variant) else "")
+def picture_of(dataset: str, model: str, attack: str, variant: str = "") -> str:
+    """The name of the file that shows a trigger; some attacks find theirs on the network."""
+    place = f"{dataset}_{model}_{attack}" + (f"_{swept(variant)}" if swept(variant) else "")
     return "trigger_" + re.sub(r"[^\w-]", "_", place)[:200] + ".png"
 
 
@@ -52,15 +52,14 @@ def evidence(trial: Trial, store: Store, command: str) -> dict[str, Any]:
         if result and result.get("curves"):
             curves[f"{stage}/{key}"] = result["curves"]
     found: dict[str, Any] = {
-        "keys": [f"{stage}/{key}" for stage, key in zip(STAGES, keys, strict=True) if key],
+        "keys": [f"{stage}/{key}" for stage, key, result in zip(STAGES, keys, results, strict=True) if result],
         "config": dict(zip(STAGES, own, strict=True)),
         "curves": curves,
         "command": command,
     }
-    if trial.setting == "trainset" and all(results) and store.has("defend", keys[1], "findings"):
+    kept = store.has("defend", keys[1], "findings") and store.has("implant", keys[0], "trigger")
+    if trial.setting == "trainset" and all(results) and kept:  # tensors may have been deleted for their room
         found["roc"] = _roc(store, *keys[:2])
-    for result in filter(None, results):
-        found["device"] = result.get("provenance", {}).get("device", "")
     if results[-1]:  # of the evaluation alone: a repair's `rounds` are other things
         found["more"] = {name: results[-1][name] for name in MORE if results[-1].get(name)}
     return found
@@ -161,16 +160,7 @@ def _data(
     both = table.with_reported(measured, reported)
     columns = table.shown(both, everything=True)
     names = [column.name for column in columns]
-    means = (
-        np.stack([both[f"{name}_mean"].to_numpy(float) for name in names], axis=1)
-        if names
-        else np.empty((len(both), 0))
-    )
-    spreads = (
-        np.stack([both.get(f"{name}_std", pd.Series(np.nan, both.index)).to_numpy(float) for name in names], axis=1)
-        if names
-        else means
-    )
+    means, spreads = (both[[f"{name}_{end}" for name in names]].to_numpy(float) for end in ("mean", "std"))
     halves = [
         both[f"{name}_t95"].to_numpy(float) if f"{name}_t95" in both else np.full(len(both), np.nan) for name in names
     ]
@@ -207,14 +197,16 @@ def _data(
                 "marks": per_cell[index],
                 "trials": [start, int(ends[index])] if index < len(ends) else [0, 0],
                 "source": str(getattr(cell, "provenance", "") or ""),
-                "picture": picture_of(cell.dataset, cell.attack, cell.variant),
+                "picture": picture_of(cell.dataset, cell.model, cell.attack, cell.variant),
             }
         )
     configs, curves, commands = _Shared(), _Shared(), []
     points = FEW_POINTS if len(trials) > MANY else POINTS
-    figures = trials[names].to_numpy(float) if names else np.empty((len(trials), 0))
+    figures = trials[names].to_numpy(float)
     rows = []
-    columns_of = [trials[name].tolist() for name in ("seed", "status", "reason", "warnings", "commit", "clean")]
+    columns_of = [
+        trials[name].tolist() for name in ("seed", "status", "reason", "warnings", "commit", "clean", "machine")
+    ]
     drawn: dict[str, int] = {}
     for index in order:
         own = evidence[index] if index < len(evidence) else {}
@@ -231,7 +223,6 @@ def _data(
                 [configs.place(json.dumps({k: v}, default=str)) for k, v in own.get("config", {}).items() if v],
                 [drawn[key] for key in own.get("curves", {})],
                 [[key, _plain(value)] for key, value in own.get("more", {}).items()],
-                own.get("device", ""),
             ]
         )
     implants = [(where, note) for where, part in table.parts(measured, table.BOARD) for note in table.implants(part)]

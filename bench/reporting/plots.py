@@ -122,8 +122,12 @@ def _look(name: str) -> dict[str, Any]:
             "marker": "x" if name == BASELINE else "+",
             "linestyle": ":" if name == BASELINE else "--",
         }
-    known = _known()
-    place = known.index(name) if name in known else zlib.crc32(name.encode())
+    places = _places()
+    if name not in places:  # the row of an ablation, say: the next look that is nobody's
+        wanted = zlib.crc32(name.encode())
+        free = (at % 100 for at in range(wanted, wanted + 100) if at % 100 not in places.values())
+        places[name] = next(free, wanted % 100)
+    place = places[name]
     return {
         "color": sns.color_palette("colorblind")[place % 10],
         "marker": _MARKERS[(place + place // 10) % len(_MARKERS)],
@@ -132,10 +136,10 @@ def _look(name: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _known() -> list[str]:
+def _places() -> dict[str, int]:
     from defenses.base import defense
 
-    return sorted(name for name in defense if name != BASELINE)
+    return {name: place for place, name in enumerate(sorted(name for name in defense if name != BASELINE))}
 
 
 @contextmanager
@@ -260,12 +264,15 @@ def _heatmap(grid: _Grid) -> Figure | None:
         for axis, title, (_, part) in zip(axes, titles, places, strict=True):
             wide = 100 * part.pivot(index="defense", columns="attack", values="asr_mean")
             wide = wide.reindex(index=part.defense.unique(), columns=part.attack.unique())
+            texts = wide.map("{:.1f}".format)
+            for row in records(part[part.done < part.seeds]):
+                texts.loc[row.defense, row.attack] += "†"
             # A cell without a figure stays grey; a white one would read as an ASR of zero.
             axis.set_facecolor("0.88")
             sns.heatmap(
                 wide,
-                annot=True,
-                fmt=".1f",
+                annot=texts,
+                fmt="",
                 vmin=0,
                 vmax=100,
                 cmap="rocket_r",
@@ -285,7 +292,9 @@ def _heatmap(grid: _Grid) -> Figure | None:
         # It would anchor the panels anew.
         bar: dict[str, Any] = {"shrink": 0.6, "aspect": 30, "fraction": 0.04, "pad": 0.02, "panchor": False}
         figure.colorbar(axes[0].collections[0], ax=axes, label="ASR (%)", **bar)
-        return _titled(figure, grid.caption("Attack success rate; grey: no figure.", table, common))
+        return _titled(
+            figure, grid.caption("Attack success rate; grey: no figure; †: not all seeds are done.", table, common)
+        )
 
 
 def _scatter(grid: _Grid) -> Figure | None:
@@ -338,7 +347,8 @@ def _robust(grid: _Grid) -> Figure | None:
         grid.table,
         names,
         "accuracy under attack (%)",
-        "Robust accuracy: mean over attacks and the clean model (its figure at the right); dots: one of them.",
+        "Robust accuracy: mean over attacks and the clean model (its figure at the right, † where not all cells are "
+        "done); dots: one of them.",
     )
 
 
@@ -346,7 +356,7 @@ def _relearn(grid: _Grid) -> Figure | None:
     names = [
         name
         for name in ("asr", "relearn_asr", "relearn_asr_control", "reactivate_asr", "reactivate_asr_control")
-        if f"{name}_mean" in grid.attacked and grid.attacked[f"{name}_mean"].notna().any()
+        if grid.attacked[f"{name}_mean"].notna().any()
     ]
     if len(names) < 2:
         return None
@@ -357,7 +367,7 @@ def _relearn(grid: _Grid) -> Figure | None:
         "ASR (%)",
         "Does it hold? ASR after the defense, and after fine-tuning on a few "
         "poisoned images (relearn) and under an optimised trigger (reactivate); control: a model without "
-        "backdoor. Mean over attacks (its figure at the right); dots: one of them.",
+        "backdoor. Mean over attacks (its figure at the right, † where not all cells are done); dots: one of them.",
     )
 
 
@@ -380,10 +390,10 @@ def _bars(grid: _Grid, table: pd.DataFrame, names: list[str], label: str, what: 
                 color = colors[index] if len(names) > 1 else [_look(str(defense))["color"] for defense in part.defense]
                 figure_name = COLUMN[name].heading if len(names) > 1 else None
                 axis.barh(at, 100 * part[name], thick * 0.9, color=color, label=figure_name)
-                for where, defense, mean in zip(at, part.defense, 100 * part[name], strict=True):
-                    values = 100 * own[own.defense == defense][f"{name}_mean"]
+                for where, row, mean in zip(at, records(part), 100 * part[name], strict=True):
+                    values = 100 * own[own.defense == row.defense][f"{name}_mean"]
                     axis.scatter(values, np.full(len(values), where), s=4, color="black", alpha=0.5, linewidths=0)
-                    text = "no figure" if math.isnan(mean) else f"{mean:.1f}"
+                    text = "no figure" if math.isnan(mean) else f"{mean:.1f}{'' if grid.whole(row) else '†'}"
                     beside: dict[str, Any] = {"transform": axis.get_yaxis_transform(), "va": "center", "ha": "right"}
                     axis.text(1, where, text, size=5.5, color="0.25", **beside)
             axis.set_yticks(range(len(part)), [_short(defense) for defense in part.defense])
@@ -399,11 +409,11 @@ def _bars(grid: _Grid, table: pd.DataFrame, names: list[str], label: str, what: 
 
 def _ranks(grid: _Grid) -> Figure | None:
     """Critical-difference diagrams (Demsar, JMLR 7, 2006), one for each setting."""
-    from bench.reporting.statistics import cliques
+    from bench.reporting.statistics import cliques, p_text
 
     found = {
-        setting: ranking
-        for setting, ranking in marks(grid.trials, grid.cells).overall.items()
+        place: ranking
+        for place, ranking in marks(grid.trials, grid.cells).overall.items()
         if len(ranking.ranks) > 2 and not math.isnan(ranking.p)
     }
     if not found:
@@ -411,7 +421,7 @@ def _ranks(grid: _Grid) -> Figure | None:
     with _paper() as plt:
         most = max(len(ranking.ranks) for ranking in found.values())
         figure, axes = _panels(plt, len(found), WIDTH, 0.95 + 0.1 * most)
-        for axis, (setting, ranking) in zip(axes, found.items(), strict=True):
+        for axis, (place, ranking) in zip(axes, found.items(), strict=True):
             ordered = sorted(ranking.ranks.items(), key=lambda pair: pair[1])
             count, half = len(ordered), -(-len(ordered) // 2)
             axis.hlines(0, 1, count, color="black", linewidth=0.8)
@@ -436,8 +446,7 @@ def _ranks(grid: _Grid) -> Figure | None:
             axis.set_xlim(1 - 0.55 * count, count + 0.55 * count)
             axis.set_ylim(start - 0.42 * half, 1.9)
             axis.set_axis_off()
-            p = "< 0.001" if ranking.p < 0.001 else f"= {ranking.p:.3f}"
-            axis.set_title(f"setting {_short(setting)}: {ranking.blocks} blocks, Friedman p {p}")
+            axis.set_title(f"setting {_place(place)}\n{ranking.blocks} blocks, Friedman p {p_text(ranking.p)}")
         what = "Average ranks by ASR over attacks, data sets and architectures, 1 is best; a bar joins defenses that "
         return _titled(figure, grid.caption(what + "cannot be told apart (Nemenyi, 5 %)."))
 
@@ -484,7 +493,7 @@ def _averaged(panels: list[pd.DataFrame]) -> str:
 def _sweep(grid: _Grid) -> Figure | None:
     """Curves over each numeric setting that the grid sweeps."""
     found = []
-    for row in records(grid.table[grid.table.variant != ""]):
+    for row in records(grid.table[(grid.table.variant != "") & (grid.table.done == grid.table.seeds)]):
         pairs = [pair.partition("=") for pair in row.variant.split(", ")]
         for index, (key, _, value) in enumerate(pairs):
             rest = ", ".join("=".join((k, v)) for i, (k, _, v) in enumerate(pairs) if i != index)
@@ -515,7 +524,7 @@ def _sweep(grid: _Grid) -> Figure | None:
                 axis.minorticks_off()
             axis.set(title=title, xlabel=place[0], ylabel=f"{COLUMN[place[5]].heading} (%)")
         _legend(figure, axes)
-        what = f"What the grid sweeps; {_averaged([part for _, part in panels])}; wrecked: no point."
+        what = f"What the grid sweeps; {_averaged([part for _, part in panels])}; no point where a seed is not done."
         return _titled(figure, grid.caption(what, place=common))
 
 

@@ -284,25 +284,26 @@ def read_reported(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
     if (table.provenance.str.strip() == "").any():
         raise UserError(f"report.reported: {path} has a row without provenance; say where its figures were printed")
     rows: dict[str, Any] = {axis: table[axis].astype(object) if axis in table else "" for axis in AXES}
-    rates = table.poison_rate if "poison_rate" in table else pd.Series("", index=table.index)
-    rows["poison_rate"] = pd.to_numeric(rates.replace("", "nan"), errors="coerce")
+    rows["poison_rate"] = math.nan
+    goals = [("poison_rate", "poison_rate", "%"), ("seeds", "seeds", "")]
     for name, column in COLUMN.items():
-        for figure, goal in ((name, f"{name}_mean"), (f"{name}_std", f"{name}_std")):
-            if figure in table:
-                values = pd.to_numeric(table[figure].replace("", "nan"), errors="coerce")
-                wrong = values.isna() & ~table[figure].str.lower().isin(["", "nan"])
-                if column.unit == "%":
-                    wrong |= (values < 0) | (values > 1)
-                if wrong.any():
-                    raise UserError(
-                        f"report.reported: {path}: {figure} is {table[figure][wrong].iloc[0]!r}; write a number"
-                        + (", a share in [0, 1] (0.93 for 93 %)" if column.unit == "%" else "")
-                    )
-                rows[goal] = values
+        goals += [(name, f"{name}_mean", column.unit), (f"{name}_std", f"{name}_std", column.unit)]
+    for figure, goal, unit in goals:
+        if figure in table:
+            values = pd.to_numeric(table[figure].replace("", "nan"), errors="coerce")
+            wrong = values.isna() & ~table[figure].str.lower().isin(["", "nan"])
+            if unit == "%":
+                wrong |= (values < 0) | (values > 1)
+            if wrong.any():
+                raise UserError(
+                    f"report.reported: {path}: {figure} is {table[figure][wrong].iloc[0]!r}; write a number"
+                    + (", a share in [0, 1] (0.93 for 93 %)" if unit == "%" else "")
+                )
+            rows[goal] = values
     found = pd.DataFrame(rows)
     found["provenance"] = table.provenance
     found["protocol"] = table.protocol if "protocol" in table else ""
-    found["seeds"] = pd.to_numeric(table.seeds, errors="coerce").fillna(1).astype(int) if "seeds" in table else 1
+    found["seeds"] = found.seeds.fillna(1).astype(int) if "seeds" in found else 1
     found["kind"] = "reported"
     return found
 
@@ -316,9 +317,8 @@ def reported_of(path: Path, trials: pd.DataFrame) -> pd.DataFrame:
     from bench.config import UserError
 
     found = read_reported(path)
-    poisoned = trials[trials.poison_rate > 0]
-    own = {attack: part.poison_rate.unique() for attack, part in poisoned.groupby("attack")}
-    usual = poisoned.poison_rate.mode()  # for an attack that this table does not have
+    own = {attack: part.poison_rate.unique() for attack, part in trials.groupby("attack")}
+    usual = trials.poison_rate[trials.poison_rate > 0].mode()  # for an attack that this table does not have
     found = found[
         [
             np.isnan(rate) or bool(np.isclose(rate, own.get(attack, usual)).any())
@@ -353,13 +353,14 @@ class Marks:
         cells: (row of the table of cells, figure) -> `best` or `alike`.
         rows: (data set, model, variant, setting, defense, figure) -> the same, for means over attacks.
         rankings: (data set, model, variant, setting) -> ranks over attacks.
-        overall: setting -> ranks over all attacks, data sets, architectures and variants.
+        overall: (setting, variant) -> ranks over all attacks, data sets and architectures: a swept value's infected
+            models are no further blocks beside another's.
     """
 
     cells: dict[tuple[int, str], str] = field(default_factory=dict)
     rows: dict[tuple[str, ...], str] = field(default_factory=dict)
     rankings: dict[tuple[str, ...], statistics.Ranking] = field(default_factory=dict)
-    overall: dict[str, statistics.Ranking] = field(default_factory=dict)
+    overall: dict[tuple[str, str], statistics.Ranking] = field(default_factory=dict)
 
 
 def shown(table: pd.DataFrame, everything: bool = False) -> list[Column]:
@@ -367,9 +368,7 @@ def shown(table: pd.DataFrame, everything: bool = False) -> list[Column]:
     return [
         column
         for column in (*MEASURES, *COSTS)
-        if (column.shown or everything)
-        and f"{column.name}_mean" in table
-        and table[f"{column.name}_mean"].notna().any()
+        if (column.shown or everything) and table[f"{column.name}_mean"].notna().any()
     ]
 
 
@@ -434,10 +433,10 @@ def marks(trials: pd.DataFrame, table: pd.DataFrame) -> Marks:
                 mark = BEST if f"{rank:.1f}" == f"{min(first.values()):.1f}" else ""
                 if mark or (reachable and name in ranking.alike):
                     found.rows[(*place, name, "rank")] = mark or ALIKE
-    for setting, part in parts(rivals, "setting"):
-        ranking = _ranking(part, [*BOARD, "attack"])
+    for (setting, variant), part in parts(rivals, ["setting", "variant"]):
+        ranking = _ranking(part, ["dataset", "model", "attack"])
         if ranking:
-            found.overall[str(setting)] = ranking
+            found.overall[str(setting), str(variant)] = ranking
     return found
 
 
@@ -571,7 +570,7 @@ def _boards(trials: pd.DataFrame, table: pd.DataFrame, marked: Marks, protocol: 
         sources = []
         for (kind, setting), group in parts(part, ["kind", "setting"]):
             remark = "" if kind == "measured" else "; reported, not measured here, not ranked"
-            board.rows.append([Entry(((f"setting: {setting}{remark}", ""),))])
+            board.rows.append([Entry(((f"setting: {setting or 'not named'}{remark}", ""),))])
             group = group[~_foreign(group)]  # a row of nothing but n/a tells nothing; the notes name it
             board.rows += _group((*place, str(setting)), group, attacks, clean, rest, marked)
             if kind == "reported":
@@ -586,7 +585,7 @@ def _boards(trials: pd.DataFrame, table: pd.DataFrame, marked: Marks, protocol: 
             for (*where, setting), ranking in marked.rankings.items()
             if tuple(where) == place
         ]
-        own = trials[(trials[BOARD].astype(str) == place).all(axis=1)]
+        own = trials[(trials[BOARD].astype(str) == list(place)).all(axis=1)]
         board.notes = _notes(part[part.kind == "measured"], own) + sources + rankings + list(RULES) + protocol
         found.append(board)
     return found
@@ -599,9 +598,9 @@ def summary(row: pd.DataFrame) -> dict[str, float]:
     """
     found = {}
     for column in (*MEASURES, *COSTS):
-        values = row[f"{column.name}_mean"].dropna() if f"{column.name}_mean" in row else pd.Series(dtype=float)
+        values = row[f"{column.name}_mean"]
         found[column.name] = float(values.max() if column.name == "peak_memory_mib" else values.mean())
-    asr = row.asr_mean.dropna() if "asr_mean" in row else pd.Series(dtype=float)
+    asr = row.asr_mean.dropna()
     found |= {"asr_median": float(asr.median()), "asr_high": int((asr > HIGH_ASR).sum()), "asr_cells": len(asr)}
     return found
 
@@ -673,9 +672,7 @@ def _or_inf(value: float) -> float:
 
 def _foreign(cells: pd.DataFrame) -> pd.Series:
     """Which cells are of a defense that does not work in their setting at all, whatever the attack and the network."""
-    if "not_applicable_reason" not in cells:
-        return pd.Series(False, index=cells.index)
-    return cells.not_applicable_reason.fillna("").str.contains("does not work in the setting", regex=False)
+    return cells.not_applicable_reason.str.contains("does not work in the setting", regex=False)
 
 
 def _notes(part: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
@@ -745,8 +742,8 @@ def wide(table: pd.DataFrame, marked: Marks) -> pd.DataFrame:
         out["rank"] = ranking.ranks.get(out["defense"], math.nan) if ranking else math.nan
         out |= summary(row)
         for column in shown(table, everything=True):
-            stds = row.get(f"{column.name}_std", pd.Series(math.nan, row.index))
-            for attack, mean, std in zip(row.attack, row[f"{column.name}_mean"], stds, strict=True):
+            figures = row[["attack", f"{column.name}_mean", f"{column.name}_std"]]
+            for attack, mean, std in figures.itertuples(index=False):
                 out[f"{attack}: {column.name}"], out[f"{attack}: {column.name}_std"] = mean, std
         rows.append(out)
     return pd.DataFrame(rows)
