@@ -6,7 +6,7 @@ The definitions of the figures are in bench/engine; here they meet an attack, it
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -89,10 +89,12 @@ class Case:
     @torch.no_grad()
     def predict_triggered(self, model: nn.Module, data: ImageSet, shift: Tensor | float = 0.0) -> Tensor:
         """(N,) int64, the classes of a set with the trigger, `shift` added behind it."""
-        if data is self.test and self.attacker.quantise and isinstance(shift, float) and shift == 0:
+        kept = data is self.test and self.attacker.quantise
+        if kept and isinstance(shift, float) and shift == 0:
             return predict(model, self.triggered)
         model.eval()
-        found = [model((self.trigger(images) + shift).clamp(0, 1)).argmax(1) for images, _ in data.chunks()]
+        chunks = self.triggered.chunks() if kept else ((self.trigger(images), None) for images, _ in data.chunks())
+        found = [model((images + shift).clamp(0, 1)).argmax(1) for images, _ in chunks]
         return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
 
     def success(self, model: nn.Module, data: ImageSet, shift: Tensor | float = 0.0) -> float | None:
@@ -244,7 +246,8 @@ def relearned(model: Classifier, case: Case, counts: list[int]) -> list[dict[str
     clean, victims = train[order[:size]], train[rest[case.attacker.judged(train.labels[rest])][: max(counts)]]
     stamped = torch.cat([to_uint8(case.trigger(images)) for images, _ in victims.chunks()])
     poisoned = ImageSet(stamped, case.wanted(victims.labels))
-    probe = fixed_part(case.judged(case.test), PROBE_IMAGES)
+    # A case of its own keeps its triggered images, which are looked at in every step.
+    probe = replace(case, test=fixed_part(case.judged(case.test), PROBE_IMAGES))
     rows = []
     for count in counts:
         try:
@@ -252,7 +255,7 @@ def relearned(model: Classifier, case: Case, counts: list[int]) -> list[dict[str
                 model,
                 clean,
                 poisoned[:count],
-                success=lambda candidate: case.success(candidate, probe) or 0.0,
+                success=lambda candidate: probe.success(candidate, probe.test) or 0.0,
                 augmentation=case.augmentation,
                 seed=generator(case.seed, "relearn").initial_seed(),
                 precision=case.precision,
@@ -275,7 +278,10 @@ def relearned(model: Classifier, case: Case, counts: list[int]) -> list[dict[str
 def reactivated(model: Classifier, case: Case) -> float | None:
     """ASR on the test images under the perturbation of the trigger that was best on training images."""
     data = fixed_part(case.judged(case.train()), PROBE_IMAGES)
-    shift = reactivation.reactivate(model, data, case.wanted(data.labels), case.trigger, seed=case.seed)
+    wanted, trigger = case.wanted(data.labels), case.trigger
+    if case.attacker.quantise:  # stamped once, not in every step
+        data, trigger = replace(case, test=data).triggered, lambda images: images
+    shift = reactivation.reactivate(model, data, wanted, trigger, seed=case.seed)
     return case.success(model, case.test, shift)
 
 

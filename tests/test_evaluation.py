@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -426,6 +427,29 @@ def test_the_perturbation_is_looked_for_on_judged_training_images_and_scored_on_
     assert (len(data), len(case.test)) == (60, 40)  # of 80 training images, without the target class
     assert (data.labels != 1).all()
     assert (wanted == 1).all()
+
+
+def test_a_reactivation_and_a_relearning_stamp_each_image_once_and_change_nothing_by_it(monkeypatch):
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(16, CLASSES))
+    case, found = case_of(Dim(), linear), []
+    judged = case.judged(case.train())
+    data = evaluation.fixed_part(judged, len(judged))
+    each_step = evaluation.reactivation.reactivate(linear, data, case.wanted(data.labels), case.trigger, seed=case.seed)
+    monkeypatch.setattr(evaluation.Case, "success", lambda self, model, data, shift=0.0: found.append(shift))
+    stamped_counts.clear()
+    evaluation.reactivated(linear, case)
+    assert stamped_counts == [len(data)]
+    assert torch.equal(found[0], each_step)
+    monkeypatch.undo()
+
+    def look(model: nn.Module, *_: object, success: Callable[[nn.Module], float], **__: object) -> Relearned:
+        return Relearned(model, None, [(step, success(model)) for step in range(3)])
+
+    monkeypatch.setattr(evaluation.reactivation, "relearn", look)
+    stamped_counts.clear()
+    evaluation.relearned(linear, case, [5])
+    probe = int((case.test.labels != 1).sum())
+    assert sorted(stamped_counts) == [5, probe, len(case.test)]
 
 
 def test_the_connection_is_shown_on_judged_images_that_every_model_has_right():
