@@ -93,7 +93,7 @@ def test_a_gallery_is_drawn_from_what_is_stored(run_grid, tiny, tmp_path, capsys
             moved = model(triggered).argmax(1) == 8
         assert float(row["clean_model_floor"]) == pytest.approx(sent.double().mean().item())
         assert float(row["clean_model_asr"]) == pytest.approx(moved.double().mean().item())
-    assert float(lines[1].split(",")[2]) == pytest.approx(4 / 256, abs=1e-3)  # the 2x2 patch on 16x16, at most
+    assert float(rows[0]["l0"]) == pytest.approx(4 / 256, abs=1e-3)  # the 2x2 patch on 16x16, at most
 
 
 def test_the_trigger_that_an_attack_finds_on_its_network_is_shown_behind_the_cells_of_that_network(run_grid, tiny):
