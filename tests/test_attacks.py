@@ -212,6 +212,8 @@ def test_what_is_checked_before_any_compute_has_its_bounds_where_they_are_said_t
     attack["badnets"](poison_rate=0.005).check([20] * 10, shape)  # one image
     with pytest.raises(ValueError, match=r"less than one of 200 images; write at least 0\.005"):
         attack["badnets"](poison_rate=0.002).check([20] * 10, shape)
+    with pytest.raises(ValueError, match=r"is 0\.05 and cover_rate 0\.08, but .* write at most 0\.1000 in all"):
+        attack["badnets"](**clean, poison_rate=0.05, cover_rate=0.08).check([20] * 10, shape)
     attack["badnets"](poison_rate=0.5, cover_rate=0.5)
     with pytest.raises(ValueError, match="more than all images; lower one"):
         attack["badnets"](poison_rate=0.6, cover_rate=0.5)
@@ -256,7 +258,7 @@ def test_the_picture_of_shapes_has_hard_colours_and_soft_edges():
     assert (picture[..., 1:] - picture[..., :-1]).abs().mean() < 0.1  # of uniform noise 1 / 3
 
 
-@pytest.mark.parametrize("settings", [{"alpha": 1.1}, {"alpha": -0.1}, {"alpha_train": 1.1}])
-def test_an_opacity_above_one_is_refused(settings):
-    with pytest.raises(ValueError, match=r"an opacity is in \[0, 1\]"):
-        attack["blended"](**settings)
+@pytest.mark.parametrize(("key", "value"), [("alpha", 1.1), ("alpha", -0.1), ("alpha_train", 1.1)])
+def test_an_opacity_above_one_is_refused(key, value):
+    with pytest.raises(ValueError, match=rf"attack\.blended\.{key} is {value}; an opacity is in \[0, 1\]"):
+        attack["blended"](**{key: value})

@@ -212,25 +212,21 @@ def test_a_server_with_postgresql_gives_the_leaderboard_of_the_store_and_keeps_i
     assert password not in words
 
 
-def test_a_defense_that_needs_no_image_is_a_run_in_each_setting(run_grid, tiny, uri):
-    two = ["grid.attacks=[badnets]", "grid.defenses=[no_defense]", "grid.settings=[reserve,trainset]"]
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ["grid.defenses=[no_defense]", "grid.settings=[reserve,trainset]"],  # needs no image: alike in each setting
+        [
+            "grid.defenses=[fine_tuning,again]",
+            "grid.ablations=[{name:again,defense:fine_tuning,set:{batch_size:256}}]",
+        ],
+    ],
+    ids=["settings", "ablation"],
+)
+def test_two_rows_that_are_one_stage_are_two_runs(run_grid, tiny, uri, rows):
+    two = ["grid.attacks=[badnets]", *rows]
     run_grid(*two, "tracking.enabled=true", f"tracking.uri={uri}")
     opened = plan([*tiny, *two])
     stored = of_trials(opened.trials, opened.store)
-    mirrored = tracking.read(uri, "quick", opened.trials)
-    print(stored[["setting", "defense", "trial"]], mirrored[["setting", "defense", "trial"]])
-    pd.testing.assert_frame_equal(mirrored, stored, check_exact=True)
-
-
-def test_two_rows_of_the_same_settings_are_two_runs(run_grid, tiny, uri):
-    two = [
-        "grid.attacks=[badnets]",
-        "grid.defenses=[fine_tuning,again]",
-        "grid.ablations=[{name:again,defense:fine_tuning,set:{batch_size:256}}]",
-    ]
-    run_grid(*two, "tracking.enabled=true", f"tracking.uri={uri}")
-    opened = plan([*tiny, *two])
-    stored = of_trials(opened.trials, opened.store)
-    mirrored = tracking.read(uri, "quick", opened.trials)
-    print(stored[["setting", "defense", "trial"]], mirrored[["setting", "defense", "trial"]])
-    pd.testing.assert_frame_equal(mirrored, stored, check_exact=True)
+    assert stored.trial.nunique() == 1 < len(stored)
+    pd.testing.assert_frame_equal(tracking.read(uri, "quick", opened.trials), stored, check_exact=True)
