@@ -104,8 +104,9 @@ def main(arguments: list[str]) -> int:
     bench = Workbench(settings, size, batch, pick_device("auto"))
     try:  # what is wrong is found before anything is timed
         bench.spec.check()
-        for key in ("attacks", "triggers"):
-            bench.named(key)
+        bench.named("triggers")
+        for cls in bench.named("attacks"):
+            cls(regime="per_batch")
     except (LookupError, ValueError) as error:
         raise UserError(str(error.args[0])) from error
     known = provenance()

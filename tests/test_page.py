@@ -543,8 +543,17 @@ def test_a_reported_figure_is_held_against_the_poison_rate_of_its_own_attack(tmp
     assert table.reported_of(source, trials).asr_mean.tolist() == [0.3]
 
 
-@pytest.mark.parametrize(("rate", "seeds"), [("10 %", "3"), ("10", "3"), ("0.1", "three")])
-def test_a_reported_rate_or_number_of_seeds_that_is_none_is_refused(tmp_path, rate, seeds):
+@pytest.mark.parametrize(
+    ("rate", "seeds", "due"),
+    [
+        ("10 %", "3", "poison_rate is '10 %'; write a number, a share"),
+        ("10", "3", "poison_rate is '10'; write a number, a share"),
+        ("0.1", "three", "seeds is 'three'; write a whole number, at least 1"),
+        ("0.1", "-2", "seeds is '-2'; write a whole number, at least 1"),
+        ("0.1", "2.5", "seeds is '2.5'; write a whole number, at least 1"),
+    ],
+)
+def test_a_reported_rate_or_number_of_seeds_that_is_none_is_refused(tmp_path, rate, seeds, due):
     from bench.config import UserError
 
     source = tmp_path / "reported.csv"
@@ -552,7 +561,7 @@ def test_a_reported_rate_or_number_of_seeds_that_is_none_is_refused(tmp_path, ra
         "dataset,model,setting,attack,defense,provenance,poison_rate,asr,seeds\n"
         f"digits,net,reserve,badnets,closed,Paper,{rate},0.5,{seeds}\n"
     )
-    with pytest.raises(UserError, match="write a number"):
+    with pytest.raises(UserError, match=due):
         table.read_reported(source)
 
 

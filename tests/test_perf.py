@@ -50,6 +50,7 @@ def test_path_and_roofline_take_turns_and_the_first_rounds_do_not_count():
         ("model=resnet1", "no architecture"),
         ("stem=tiny", "write one of small"),
         ("triggers=nosuch", "no attack"),
+        ("attacks=adaptive_blend", "this attack takes static"),
     ],
 )
 def test_a_wrong_argument_is_refused(argument, message):

@@ -292,13 +292,15 @@ def read_reported(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
         if figure in table:
             values = pd.to_numeric(table[figure].replace("", "nan"), errors="coerce")
             wrong = values.isna() & ~table[figure].str.lower().isin(["", "nan"])
+            due = "a number"
             if unit == "%":
                 wrong |= (values < 0) | (values > 1)
+                due = "a number, a share in [0, 1] (0.93 for 93 %)"
+            elif figure == "seeds":
+                wrong |= (values < 1) | (values % 1 != 0)
+                due = "a whole number, at least 1"
             if wrong.any():
-                raise UserError(
-                    f"report.reported: {path}: {figure} is {table[figure][wrong].iloc[0]!r}; write a number"
-                    + (", a share in [0, 1] (0.93 for 93 %)" if unit == "%" else "")
-                )
+                raise UserError(f"report.reported: {path}: {figure} is {table[figure][wrong].iloc[0]!r}; write {due}")
             rows[goal] = values
     found = pd.DataFrame(rows)
     found["provenance"] = table.provenance
