@@ -127,6 +127,14 @@ def test_a_defense_returns_a_finite_model_of_the_same_architecture_or_says_why_n
         assert value is None or value.shape == (32,)
 
 
+@pytest.mark.parametrize("name", sorted(defense))
+def test_a_defense_takes_the_precision_of_gpus(name):
+    view = replace(view_for(defense[name], "test_resnet", 3), progress=Journal(precision="bfloat16"))
+    weights = smallest(name).defend(view).model.state_dict()
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert {value.dtype for value in weights.values()} == {torch.float32, torch.int64}  # and keeps float32 weights
+
+
 def test_the_smallest_settings_shrink_what_is_counted_and_leave_the_rest():
     fine_pruning = smallest("fine_pruning")
     assert fine_pruning == replace(defense["fine_pruning"](), epochs=1, batch_size=16)
