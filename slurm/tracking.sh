@@ -6,9 +6,11 @@
 #   slurm/tracking.sh uri       what tracking.uri=... or $MLFLOW_TRACKING_URI must be
 #
 # Needs Debian's postgresql (as root: apt-get install postgresql) and psycopg beside mlflow (uv pip install
-# 'psycopg[binary]'). All lives in $TRACKING (results/tracking); both listen on $TRACKING_HOST (127.0.0.1), at
-# $TRACKING_PORT (5000) and the port above it. Another address lets in whoever reaches it: MLflow asks for no password
-# (--app-name basic-auth adds one). PostgreSQL's own is drawn at random and kept in $TRACKING/password.
+# 'psycopg[binary]'). All lives in $TRACKING (results/tracking). MLflow listens on $TRACKING_HOST (127.0.0.1) at
+# $TRACKING_PORT (5000), PostgreSQL on 127.0.0.1 at the port above it. Another address lets in whoever reaches it: MLflow
+# asks for no password (--app-name basic-auth adds one). It answers to this machine's names and private addresses; what
+# else it is called by, list in $MLFLOW_SERVER_ALLOWED_HOSTS, with the port or `:*`. PostgreSQL's password is drawn at
+# random and kept in $TRACKING/password.
 set -euo pipefail
 
 home=$(realpath -m "${TRACKING:-results/tracking}")
@@ -31,6 +33,15 @@ as_owner() {
 
 answers() {
   "$python" -c "import urllib.request as u; u.urlopen('http://$host:$port/health', timeout=5)" 2>/dev/null
+}
+
+# What a request may call the server; MLflow's own list knows no host name, and refuses all but /health to others.
+names() {
+  local name
+  printf '10.*,192.168.*,172.1[6-9].*,172.2[0-9].*,172.3[01].*,fc00:*,fd00:*,[[]::1]:*'
+  for name in localhost 127.0.0.1 0.0.0.0 "$host" "$(hostname)" "$(hostname -f 2>/dev/null || hostname)"; do
+    printf ',%s,%s:*' "$name" "$name"
+  done
 }
 
 up() {
@@ -59,6 +70,7 @@ up() {
   # The address in the environment, not among the words, which every user of the machine can read. And a worker that a
   # busy machine keeps waiting for five seconds would be killed for it.
   MLFLOW_BACKEND_STORE_URI="postgresql+psycopg://mlflow:$(cat "$home/password")@127.0.0.1:$((port + 1))/mlflow" \
+    MLFLOW_SERVER_ALLOWED_HOSTS="$(names)${MLFLOW_SERVER_ALLOWED_HOSTS:+,$MLFLOW_SERVER_ALLOWED_HOSTS}" \
     MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_DISABLE_TELEMETRY=true setsid "$python" -m mlflow server \
     --artifacts-destination "$home/files" --host "$host" --port "$port" --workers "${TRACKING_WORKERS:-2}" \
     --uvicorn-opts "--timeout-worker-healthcheck 120" >"$home/mlflow.log" 2>&1 </dev/null &

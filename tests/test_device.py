@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY
 from torch.utils import backend_registration
+
+from tests.conftest import TINY
 
 HERE = Path(__file__).parent
 

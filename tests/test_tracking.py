@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import math
 import os
 import shutil
@@ -205,6 +206,12 @@ def test_a_server_with_postgresql_gives_the_leaderboard_of_the_store_and_keeps_i
     stored = of_trials(opened.trials, opened.store)
     pd.testing.assert_frame_equal(tracking.read(uri, "quick", opened.trials), stored, check_exact=True)
     assert tracking.sync(opened.trials, opened.store, uri, "quick", Path("unused")) == 0
+    # It answers to this machine's name, as other nodes call it, and not to a stranger's.
+    port = uri.rpartition(":")[2]
+    for name, status in ((socket.gethostname(), 200), ("127.0.0.1", 200), ("elsewhere.example", 403)):
+        found = http.client.HTTPConnection("127.0.0.1", int(port))
+        found.request("GET", "/api/2.0/mlflow/experiments/search?max_results=1", headers={"Host": f"{name}:{port}"})
+        assert found.getresponse().status == status, name
     # The password is among nobody's words.
     password = Path(f"/tmp/tracking-{os.getpid()}/password").read_text().strip()
     words = subprocess.run(["ps", "-A", "-o", "args"], capture_output=True, text=True, check=True).stdout
