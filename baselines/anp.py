@@ -5,7 +5,8 @@ Differs: the threshold is the largest that a held-out part of the reserve allows
 the test set and leaves the choice open (`prune_by=threshold` is the fixed rule, at 0.2). Batches are drawn without
 replacement. Units are the channels of every norm layer; in a network of layer norms, which the paper does not treat,
 a unit scales one coordinate of all tokens, and epsilon is halved until random noise of that size leaves most of the
-held-out accuracy: relative noise of 0.4 on each of them would leave no function to defend.
+held-out accuracy: relative noise of 0.4 on each of them would leave no function to defend. With batch norm epsilon is
+the paper's in every network, also where depth-wise convolutions make it thousands of units.
 """
 
 from __future__ import annotations

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.engine.data import ImageSet, generator
+from bench.engine.data import ImageSet
 from bench.engine.metrics import features
 from bench.engine.models import Classifier
+from bench.engine.pruning import split_off
 from bench.engine.training import Hooks, Recipe, fit
 from defenses.base import Defense, ReserveView, Verdict, defense
 
@@ -50,11 +51,7 @@ class FinePruning(Defense):
                 raise ValueError(f"defense.fine_pruning.{key} is {getattr(self, key):g}; it is a share in [0, 1)")
 
     def defend(self, view: ReserveView) -> Verdict:
-        if len(view.reserve) < 2:
-            raise ValueError("fine_pruning needs a reserve of two images: one to train on, one to judge by")
-        order = torch.randperm(len(view.reserve), generator=generator(view.seed, "held out")).to(view.device)
-        judges = max(1, round(self.held_out * len(view.reserve)))
-        held_out, kept = view.reserve[order[:judges]], view.reserve[order[judges:]]
+        held_out, kept = split_off(view.reserve, self.held_out, view.seed)
         silent_first = loudness(view.model, kept).argsort(stable=True)
         pruned = silent_first[: self._how_many(view.model, held_out, silent_first)]
         cut(view.model, pruned)

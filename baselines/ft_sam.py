@@ -3,7 +3,8 @@
 Paper: Zhu et al., ICCV 2023, arXiv:2304.11823.
 Differs: the cosine schedule falls once over all epochs; the released code steps it with each batch, so that its rate
 rises and falls many times. rho is 2 for every data set, as the released code runs: the 8 that its settings name for
-GTSRB (without label smoothing) and Tiny-ImageNet is overridden by the defaults of its command line.
+GTSRB (without label smoothing) and Tiny-ImageNet is overridden by the defaults of its command line. Epochs are 100
+everywhere, where it has 50 on GTSRB (`defense.ft_sam.epochs`).
 """
 
 from __future__ import annotations

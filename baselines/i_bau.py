@@ -4,8 +4,9 @@ Paper: Zeng et al., ICLR 2022, arXiv:2110.03735.
 Differs: each round goes through the reserve in a new order (released: always the same), so that the patched images,
 which are the first of their batch, change. At least one image of a batch is patched: the released floor(0.01 * batch)
 is none for batches below 100, which turns the method into a fine-tune. The penalty is a sum of squares: the square of a
-norm has no second derivative at 0. As released, the perturbation is added without clamping or projection (`radius`
-sets a ball), the inner step of the fixed point uses the true labels, and the network stays in eval mode.
+norm has no second derivative at 0. As released, the hypergradient is taken on the first batch of the round
+(`phi_batch=random` draws another), the perturbation is added without clamping or projection (`radius` sets a ball), the
+inner step of the fixed point uses the true labels, and the network stays in eval mode.
 What K = 5 at a rate of 0.1 leaves out, as released: with a curvature c the fixed point's error falls as |1 - 0.1 c|^K;
 at c = 1 it is 0.59 after 5 steps, and where 0.1 c is far below 1 the correction is 0.1 K times a mixed derivative.
 """

@@ -4,7 +4,8 @@ Paper: Zhu, Wei, Zha and Wu, NeurIPS 2023, arXiv:2306.16697.
 Differs: the polarizer is the 1x1 convolution alone, which the released code offers as `onlyconv`; its default has a
 batch norm behind it. A map without a shift folds exactly into the weight of the layer that follows it, also where that
 one pads with zeros, so the repaired model keeps its architecture. Without the batch norm there are no statistics to
-warm up, and the warm-up is left out. The place is the last but one layer that mixes channels before the head: in a
+warm up, and the warm-up is left out. The radius is 3 everywhere, where the released code has 5 on GTSRB and 6 on
+Tiny-ImageNet (`defense.npd.epsilon`). The place is the last but one layer that mixes channels before the head: in a
 ResNet-18 the first convolution of the last block, the place in the paper.
 """
 

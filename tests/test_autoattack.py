@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from bench.engine import robustness
 from bench.engine.autoattack import (
+    ITERATIONS,
+    QUERIES,
+    TARGETS,
     Ball,
     _new_hills,
     _new_square,
@@ -104,6 +107,100 @@ def test_each_attack_with_gradients_alone_finds_what_lies_within_the_radius_and_
             fooled |= model(found).argmax(1) != labels
     sure = (exact / ball.epsilon - 1).abs() > 0.02
     assert torch.equal(fooled[sure], (exact < ball.epsilon)[sure])
+
+
+class Wavy(nn.Module):
+    """Class 0 of 2 by a margin that has hills and no other class within reach; keeps each image that it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slopes = torch.randn(36, dtype=torch.float64, generator=generator(2, "slopes")) * 10
+        self.seen: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.append(images.detach().clone())
+        margin = 3 + torch.sin(images.flatten(1) * self.slopes).mean(1)
+        return torch.stack([margin, torch.zeros_like(margin)], dim=1)
+
+    def climbed(self, point: np.ndarray) -> tuple[float, np.ndarray]:
+        """The cross-entropy of one image and its slope, by hand."""
+        slopes = self.slopes.numpy()
+        margin = 3 + np.sin(point * slopes).mean()
+        return np.log1p(np.exp(-margin)), -np.cos(point * slopes) * slopes / len(point) / (1 + np.exp(margin))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_apgd_goes_where_algorithm_1_of_its_paper_goes(norm):
+    model, steps, epsilon = Wavy(), 60, 0.1
+    image = torch.rand(1, 1, 6, 6, dtype=torch.float64, generator=generator(0, "image"))
+    apgd(model, image, torch.tensor([0]), None, Ball(norm, epsilon), generator(0, "start"), steps)
+    seen, origin = [points.flatten().numpy() for points in model.seen], image.flatten().numpy()
+    assert len(seen) == steps + 1
+
+    def project(point: np.ndarray) -> np.ndarray:
+        if norm == "linf":
+            return np.clip(np.clip(point, origin - epsilon, origin + epsilon), 0, 1)
+        change = point - origin
+        return np.clip(origin + change * min(1, epsilon / np.linalg.norm(change)), 0, 1)
+
+    def step_from(point: np.ndarray, slope: np.ndarray, length: float) -> np.ndarray:
+        return project(point + length * (np.sign(slope) if norm == "linf" else slope / np.linalg.norm(slope)))
+
+    ends, length, halvings = checkpoints(steps), 2 * epsilon, 0
+    before = now = best = seen[0]
+    loss, slope = model.climbed(now)
+    best_loss, best_slope, checked_loss, rises, last, halved = loss, slope, loss, 0, 0, False
+    for step in range(1, steps + 1):
+        moved = step_from(now, slope, length)
+        if step > 1:
+            moved = project(now + 0.75 * (moved - now) + 0.25 * (now - before))
+        np.testing.assert_allclose(seen[step], moved, rtol=0, atol=1e-6)
+        before, now, before_loss = now, seen[step], loss  # its own rounding is not carried on
+        loss, slope = model.climbed(now)
+        rises += loss > before_loss
+        if loss > best_loss:
+            best, best_loss, best_slope = now, loss, slope
+        if step in ends:
+            halved = rises <= 0.75 * (step - last) or (not halved and best_loss <= checked_loss)
+            if halved:
+                length, now, slope, halvings = length / 2, best, best_slope, halvings + 1
+            checked_loss, rises, last = best_loss, 0, step
+    assert halvings >= 2
+    assert norm == "linf" or halvings < len(ends)  # both branches were taken
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_fab_goes_where_its_paper_goes_between_a_plane_and_the_image(norm):
+    model, seen = Linear(2).double(), []
+    model.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().flatten().numpy()))
+    image = torch.full((1, 1, 6, 6), 0.5, dtype=torch.float64)
+    image[0, 0, 0, 0] = 0.7
+    with torch.no_grad():
+        label = model(image).argmax(1)
+    seen.clear()
+    out_of_reach = Ball(norm, 1e-6)
+    fab(model, image, label, 1 - label, out_of_reach, generator(0, "start"), steps=6)
+    slope = (model.weight[1 - label] - model.weight[label])[0].detach().numpy()
+    origin = now = image.flatten().numpy()
+
+    def onto(point: np.ndarray) -> np.ndarray:
+        """The least change that ends on the plane where both classes are equal."""
+        gain = -slope @ (point - 0.5)
+        return gain * (np.sign(slope) / np.abs(slope).sum() if norm == "linf" else slope / (slope @ slope))
+
+    size = {"linf": lambda change: np.abs(change).max(), "l2": np.linalg.norm}[norm]
+    for looked, landed in zip(seen[::2], seen[1::2], strict=True):
+        np.testing.assert_allclose(looked, now, atol=1e-9)
+        here, there = onto(now), onto(origin)
+        pull = min(max(size(here), 1e-8) / (max(size(here), 1e-8) + max(size(there), 1e-8)), 0.1)
+        now = (1 - pull) * (now + 1.05 * here) + pull * (origin + 1.05 * there)
+        np.testing.assert_allclose(landed, now, atol=1e-9)
+        if slope @ (now - 0.5) > 0:
+            now = origin + 0.9 * (now - origin)
+
+
+def test_the_budget_is_that_of_the_standard_version():
+    assert (ITERATIONS, TARGETS, QUERIES) == (100, 9, 5000)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

@@ -267,3 +267,7 @@ def test_a_reserve_of_one_image_is_refused_in_words():
     # One image judges; none is left to rank the units by.
     with pytest.raises(ValueError, match="reserve"):
         FinePruning(epochs=1).defend(view(units(), noise(1)))
+
+
+def test_one_image_is_left_to_train_on_however_many_are_to_judge():
+    FinePruning(epochs=1, held_out=0.9, batch_size=1).defend(view(units(), noise(3)))

@@ -90,14 +90,29 @@ def test_deepfool_says_which_images_do_not_get_there_and_leaves_those_at_their_t
     assert all(weight.requires_grad for weight in model.parameters())
 
 
-def test_the_optimised_pattern_fools_more_than_noise_does():
-    # Two smooth classes apart by their brightness in opposite halves: what a smooth pattern can turn.
+def halves() -> Setup:
+    """Two smooth classes apart by their brightness in opposite halves: what a smooth pattern can turn."""
     half = torch.cat([torch.ones(1, 32, 16), -torch.ones(1, 32, 16)], dim=2).flatten()
     model = linear(torch.stack([half, -half]) * 0.01, torch.tensor([-1.0, 0.0]))
     images = torch.randint(90, 160, (60, 1, 32, 32), dtype=torch.uint8, generator=generator(1, "test"))
     data = ImageSet(images, torch.ones(60, dtype=torch.long))
-    made = Setup(data, 2, 0, lambda seed: model, Recipe(epochs=0), Augmentation(), Journal())
-    attack = LowFrequency()
+    return Setup(data, 2, 0, lambda seed: model, Recipe(epochs=0), Augmentation(), Journal())
+
+
+@pytest.mark.parametrize(("settings", "passes"), [({}, 7), ({"passes": 3}, 3), ({"fooling_rate": 0.08}, 3)])
+def test_the_search_ends_when_five_passes_lie_within_a_point_at_its_last_pass_or_at_its_rate(settings, passes):
+    made = setup()
+    LowFrequency(**settings).prepare(made)
+    rates = [rate for _, rate in made.journal.curves["low_frequency/fooling_rate"]]
+    assert len(rates) == passes
+    windows = [max(rates[at : at + 5]) - min(rates[at : at + 5]) for at in range(len(rates) - 4)]
+    assert [window <= 0.01 for window in windows] == [False, False, True][: len(windows)]
+    assert all(rate < settings.get("fooling_rate", 0.2) for rate in rates[:-1])
+
+
+def test_the_optimised_pattern_fools_more_than_noise_does():
+    made, attack = halves(), LowFrequency()
+    model, images = made.surrogate(), made.trainset.images
     tensors = attack.prepare(made)
     with torch.no_grad():
         assert (model(images / 255).argmax(1) == 1).all()

@@ -278,7 +278,7 @@ def test_flags_are_judged_by_their_own_rule():
     assert found == {"detection_tpr": 0.5, "detection_fpr": 1 / 3, "detection_precision": 0.5}
 
 
-def test_detection_without_poison_has_a_false_positive_rate_alone():
+def test_detection_without_poison_has_a_false_positive_rate_and_no_alarm_that_is_right():
     found = detection(
         suspicion=tensor([0.2, 0.1]), flagged=tensor([True, False]), poisoned=torch.zeros(2, dtype=torch.bool)
     )

@@ -14,7 +14,7 @@ from bench.engine import connection
 from bench.engine.connection import Traces, compare, trace
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import ModelSpec
-from bench.engine.reactivation import RELEARN, reactivate, relearn
+from bench.engine.reactivation import CLEAN_SHARE, RELEARN, reactivate, relearn
 from bench.pipeline import Bench
 from bench.store import Store, key_of
 
@@ -44,7 +44,27 @@ def cornered(images: Tensor) -> Tensor:
 
 def test_relearning_takes_five_epochs_of_plain_momentum_at_a_constant_rate():
     assert (RELEARN.epochs, RELEARN.batch_size, RELEARN.lr, RELEARN.momentum) == (5, 128, 0.01, 0.9)
-    assert (RELEARN.optimizer, RELEARN.schedule) == ("sgd_plain", "constant")
+    assert (RELEARN.optimizer, RELEARN.schedule, RELEARN.weight_decay) == ("sgd_plain", "constant", 0.0)
+
+
+def test_relearning_has_two_percent_of_the_training_images_clean():
+    assert CLEAN_SHARE == 0.02
+
+
+def test_the_connection_is_looked_for_at_five_radii_in_twenty_steps_of_a_fifth_from_the_image_itself(monkeypatch):
+    asked = []
+
+    def pgd(model: nn.Module, images: Tensor, labels: Tensor, **how: object) -> Tensor:
+        asked.append(how)
+        return images
+
+    monkeypatch.setattr(connection, "pgd", pgd)
+    monkeypatch.setattr(Linear, "features", lambda self, images: images.flatten(1), raising=False)
+    for epsilon in connection.EPSILONS:
+        trace(Linear(), grey(4), cornered, epsilon=epsilon)
+    assert [round(how["epsilon"] * 255) for how in asked] == [1, 2, 4, 6, 8]
+    # No random start is asked for, and `pgd` has none by itself.
+    assert asked == [{"epsilon": how["epsilon"], "step_size": how["epsilon"] / 5, "steps": 20} for how in asked]
 
 
 @pytest.mark.parametrize(("half_at", "steps"), [(0, 0), (1, 1), (7, 7), (99, None)])

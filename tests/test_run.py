@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import timm
 import torch
+from safetensors.torch import load_file
 
 from bench import list as listing
 from bench import report, status
@@ -493,6 +495,25 @@ def test_every_figure_can_be_traced_to_a_config_a_seed_and_a_commit(run_grid, ti
     config = json.loads((opened.store.folder("implant", trial.keys()[0]) / "config.json").read_text())
     assert config["seed"] == trial.seed
     assert config["attack"]["patch_size"] == 3
+
+
+def test_the_figures_of_a_stored_repair_come_back_from_its_weights_and_timm_alone(run_grid, tiny):
+    _, trials = run_grid("grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "defense.fine_tuning.lr=0.01")
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "defense.fine_tuning.lr=0.01"])
+    (trial,) = opened.trials
+    stored = load_file(opened.store.folder("defend", trial.keys()[1]) / "model.safetensors")
+    net = timm.create_model("test_resnet", num_classes=10, in_chans=1).eval()
+    net.load_state_dict({name.removeprefix("net."): value for name, value in stored.items() if name.startswith("net.")})
+    test = opened.infos["digits"].load("test")
+    images, labels = test.images.float() / 255, test.labels
+    triggered = images.clone()
+    triggered[..., -2:, -2:] = 1.0  # three white pixels of 32 are two of 16
+    with torch.no_grad():
+        clean, fooled = (net((x - stored["mean"]) / stored["std"]).argmax(1) for x in (images, triggered))
+    (row,) = trials.itertuples()
+    assert row.clean_accuracy == pytest.approx((clean == labels).double().mean().item(), abs=1e-9)
+    assert row.asr == pytest.approx((fooled == 0)[labels != 0].double().mean().item(), abs=1e-9)
+    assert row.recovery_accuracy == pytest.approx((fooled == labels)[labels != 0].double().mean().item(), abs=1e-9)
 
 
 @pytest.mark.parametrize(

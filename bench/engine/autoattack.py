@@ -7,6 +7,8 @@ the plain difference of logits, since the DLR needs the third and fourth. An ima
 once, which saves most of the time and changes no verdict. FAB stops at the radius instead of looking for the least
 perturbation. Square draws a window for each image (L2: one for the batch, as the released code does for both); its
 windows leave out the last row and column, as the released code's do and the paper's do not: see `_places`.
+Ours in place of a package, because fooled images leave the batch, every draw comes of the trial's seed alone, and what
+each attack leaves is kept for the signs of masked gradients.
 """
 
 from __future__ import annotations
