@@ -3,8 +3,8 @@
 Paper: Wei et al., Shared Adversarial Unlearning, NeurIPS 2023, arXiv:2307.10562.
 Differs: an adversarial example that both networks already send to one wrong class is left alone for the rest of its
 attack; its gradient is zero, so the result is that of the released code, for fewer passes. As released, examples may
-leave [0, 1], batch norm is frozen, images go in without augmentation, and the rate is constant. The rounds are 100 everywhere, where the released code has 20
-on Tiny-ImageNet (`defense.sau.epochs`).
+leave [0, 1], batch norm is frozen, images go in without augmentation, and the rate is constant. The rounds are 100
+everywhere, where the released code has 20 on Tiny-ImageNet (`defense.sau.epochs`).
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -561,3 +563,159 @@ def test_what_failed_too_often_is_left_alone_and_with_an_infected_model_all_that
     ]
     opened.store.fail("implant", last[0], "implant: cancelled", "", counts=False)
     assert opened.store.tries("implant", last[0]) == 0
+
+
+class Cluster:
+    """A queue in a list: what is submitted is pending, until a test says what became of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, root: Path, array: int = 1000) -> None:
+        from slurm import dispatch
+
+        self.root, self.arrays, self.elements = root, [], {}
+        root.mkdir()
+        monkeypatch.setattr(dispatch, "_executor", self._executor)
+        monkeypatch.setattr(dispatch, "_max_array", lambda: array)
+        monkeypatch.setattr(jobs, "queue", lambda _: list(self.elements.values()))
+        monkeypatch.setattr(jobs, "slurm", self._refuse)
+
+    def _refuse(self, *words: str) -> str:
+        raise jobs.QueueError("accounting is off")
+
+    def _executor(self, settings: object, log: Path, name: str, after: str, workers: int) -> Cluster:
+        self.name, self.after, self.made = name.removeprefix(jobs.PREFIX), after, []
+        return self
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        yield
+        self.arrays.append((self.after, [job.job_id for job in self.made]))
+
+    def submit(self, pack: object) -> SimpleNamespace:
+        job = SimpleNamespace(job_id=f"{len(self.arrays) + 1}_{len(self.made)}")
+        self.made.append(job)
+        self.elements[job.job_id] = jobs.Element(job.job_id, "PENDING", self.name, len(self.made) - 1)
+        return job
+
+    def driver(self, opened, tasks=None):
+        from bench.dispatch import pending
+        from slurm import dispatch
+
+        tasks = pending(opened.trials, opened.store) if tasks is None else tasks
+        settings = opened.cfg.dispatch
+        return dispatch._Driver(
+            tasks, opened.store, opened.infos, opened.device, settings, [], self.root, lambda progress: None
+        )
+
+
+def test_arrays_stay_within_the_cluster_s_limit_and_each_repair_waits_for_its_own_model(tiny, tmp_path, monkeypatch):
+    from bench.dispatch import IMPLANT, pending
+
+    cluster = Cluster(monkeypatch, tmp_path / "slurm", array=2)
+    left = Counter({"badnets": 3, "blended": 1, "sig": 2, "ftrojan": 1, "bpp": 1})
+    opened = plan([*tiny, f"grid.attacks=[{','.join(left)}]", "grid.defenses=[no_defense,fine_tuning,aft]"])
+    tasks = []
+    for task in pending(opened.trials, opened.store):
+        if task.stages == IMPLANT or left[task.trial.attack]:
+            left[task.trial.attack] -= task.stages != IMPLANT
+            tasks.append(task)
+    driver = cluster.driver(opened, tasks)
+    driver._look()
+    attack_of = {}
+    for element in cluster.elements.values():
+        (task,) = driver._pack(element)
+        attack_of[element.job] = task.trial.attack
+    assert Counter(attack_of.values()) == {"badnets": 4, "blended": 2, "sig": 3, "ftrojan": 2, "bpp": 2}
+    assert all(1 <= len(made) <= 2 for _, made in cluster.arrays)
+    size = {made[0].partition("_")[0]: len(made) for _, made in cluster.arrays}
+    for after, made in cluster.arrays:
+        for place, job in enumerate(made):
+            how, _, parent = after.partition(":")
+            if how == "aftercorr":
+                assert attack_of[f"{parent}_{place}"] == attack_of[job]
+            elif how:
+                assert (how, len(made)) == ("afterok", 1)
+                # One of an array is waited for, and not all of it.
+                assert parent.endswith("_0") == (size[parent.partition("_")[0]] > 1)
+                assert attack_of[parent if "_" in parent else f"{parent}_0"] == attack_of[job]
+
+
+def test_repairs_whose_models_are_there_wait_for_nothing_in_arrays_within_the_limit(tiny, tmp_path, monkeypatch):
+    cluster = Cluster(monkeypatch, tmp_path / "slurm", array=2)
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning,aft]"])
+    finished = {opened.trials[0].keys()[0]}
+    monkeypatch.setattr(type(opened.store), "is_finished", lambda self, stage, key: key in finished)
+    driver = cluster.driver(opened)
+    driver._look()
+    assert [(after, len(made)) for after, made in cluster.arrays] == [("", 2), ("", 1)]
+
+
+def test_without_accounting_a_job_that_vanishes_is_failed_with_that_reason_and_tried_by_the_next_run(
+    tiny, tmp_path, monkeypatch
+):
+    cluster = Cluster(monkeypatch, tmp_path / "slurm")
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
+    implant = opened.trials[0].keys()[0]
+    for tries in (1, 2):
+        driver = cluster.driver(opened)
+        driver._look()
+        assert len(driver.left) == 2
+        cluster.elements.clear()  # all that was submitted is gone, and nothing says how
+        driver._look()
+        assert not driver.left
+        assert driver.progress.failed == 2  # the model, and what needs it
+        assert "ended as UNKNOWN" in opened.store.failure("implant", implant)
+        assert opened.store.tries("implant", implant) == tries
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_repairs_of_a_model_whose_job_died_are_blamed_for_nothing_and_sent_again_if_the_model_is_there(
+    tiny, tmp_path, monkeypatch, there
+):
+    cluster = Cluster(monkeypatch, tmp_path / "slurm")
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"])
+    driver = cluster.driver(opened)
+    driver._look()
+    (model,) = (job for after, made in cluster.arrays for job in made if not after)
+    repairs, submitted = cluster.elements.keys() - {model}, len(cluster.arrays)
+    implant = opened.trials[0].keys()[0]
+    if there:  # killed after its last write, say
+        monkeypatch.setattr(type(opened.store), "is_finished", lambda self, stage, key: key == implant)
+        monkeypatch.setattr(type(opened.store), "keys", lambda self, stage: {implant} if stage == "implant" else set())
+        monkeypatch.setattr(type(opened.store), "result", lambda self, stage, key: None)
+    for job, element in cluster.elements.items():
+        state, reason = ("OUT_OF_MEMORY", "") if job == model else ("CANCELLED", "DependencyNeverSatisfied")
+        cluster.elements[job] = replace(element, state=state, reason=reason)
+    driver._look()
+    assert not any(opened.store.failure(stage, key) for trial in opened.trials for stage, key in trial.places()[1:])
+    if there:
+        assert {place[0] for place in driver.left} == {"evaluate"}
+        assert driver.progress.failed == 0
+        assert sum(len(made) for _, made in cluster.arrays[submitted:]) == len(repairs)
+    else:
+        assert not driver.left
+        assert driver.progress.failed == 1 + len(repairs)
+        assert "ended as OUT_OF_MEMORY" in opened.store.failure("implant", implant)
+        assert len(cluster.arrays) == submitted  # and nothing is sent again
+
+
+def test_a_job_whose_infected_model_is_not_there_computes_nothing_and_says_so(tiny, tmp_path, capsys):
+    from dataclasses import asdict
+
+    from bench.dispatch import IMPLANT, pending
+    from slurm.worker import Pack
+
+    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
+    repairs = [task for task in pending(opened.trials, opened.store) if task.stages != IMPLANT]
+    settings = {
+        "store": str(opened.store.root),
+        "infos": {name: {**asdict(info), "folder": str(info.folder)} for name, info in opened.infos.items()},
+        "device": "cpu",
+        "threads": 1,
+        "workers": 1,
+        "checkpoint_s": 600,
+        "plugins": [],
+    }
+    batch = jobs.Batch.new(tmp_path / "slurm", settings, [repairs])
+    Pack(str(batch.folder), 0)()
+    assert f"left out: {repairs[0].title}: its infected model" in capsys.readouterr().out
+    assert not any(opened.store.is_finished(stage, key) for trial in opened.trials for stage, key in trial.places())
