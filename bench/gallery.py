@@ -6,8 +6,10 @@ Drawn from the infected models that are in the store, with the tensors of the tr
 computes nothing else. Writes gallery.png and gallery.csv beside the leaderboard. The scores are means over 100 test
 images: L0 (share of pixels changed), L2 (norm, pixels in [0, 1]), L-infinity (levels of 255) and SSIM (1: no
 difference). Where the grid has the clean model (attack `none`) of the same seed, `clean_model_asr` is the ASR of the
-trigger on it, and `clean_model_floor` the same without any trigger: a trigger far above its floor moves every model,
-and its ASR is not that of a backdoor alone.
+trigger on it, `clean_model_recovery` the share of the same images that it still knows, and `clean_model_floor` the ASR
+without any trigger: a trigger far above its floor moves every model, and its ASR is not that of a backdoor alone. Where
+another seed is stored, `other_seed_asr` is the infected model's ASR under that seed's trigger: has it learned this
+trigger or any of the kind?
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def main(arguments: list[str]) -> int:
         drawn[title_of(opened, trial)] = images[:3], triggered[:3]
         place = {"attack": trial.attack, "dataset": trial.dataset, "model": trial.model}
         place |= {"variant": swept(trial.variant)} if swept(trial.variant) else {}
-        rows.append({**place, **scores(images, triggered), **on_clean_model(opened, bench, trial)})
+        figures = on_clean_model(opened, bench, trial) | with_another_trigger(opened, bench, trial)
+        rows.append({**place, **scores(images, triggered), **figures})
     if not rows:
         raise UserError(f"no infected model of grid {opened.cfg.grid.name} is stored yet; run it with bench.run first")
     opened.folder.mkdir(parents=True, exist_ok=True)
@@ -124,26 +127,44 @@ def stamped(opened: Plan, bench: Bench, count: int) -> Iterator[tuple[Trial, Ten
 
 
 def on_clean_model(opened: Plan, bench: Bench, trial: Trial) -> dict[str, float | None]:
-    """`clean_model_asr` and `clean_model_floor` of a trigger; nothing if no clean model of its seed is stored."""
-    from bench.engine.metrics import attack_figures, predict
-
+    """`clean_model_asr`, `_recovery` and `_floor` of a trigger; nothing if no clean model of its seed is stored."""
     axes = ("dataset", "model", "seed")
     for clean in opened.trials:
         alike = all(getattr(clean, axis) == getattr(trial, axis) for axis in axes)
         if alike and clean.attack == "none" and opened.store.has("implant", clean.keys()[0], "model"):
-            break
-    else:
-        return {}
-    case, model = bench.case(trial), bench.stored(clean, "implant", clean.keys()[0])
+            figures = _figures(bench, trial, clean)
+            names = {"asr": "asr", "recovery": "recovery_accuracy", "floor": "false_target_rate"}
+            return {f"clean_model_{name}": figures[figure] for name, figure in names.items()}
+    return {}
+
+
+def with_another_trigger(opened: Plan, bench: Bench, trial: Trial) -> dict[str, float | None]:
+    """`other_seed_asr`: of the infected model, under the trigger of the next stored seed; nothing if there is none.
+
+    It is low where a network has learned this trigger and not its kind (WaNet's field, a generator's pattern), and the
+    ASR itself where the trigger is the same for every seed (a white patch).
+    """
+    axes = ("dataset", "model", "attack", "variant")
+    for other in opened.trials:
+        alike = all(getattr(other, axis) == getattr(trial, axis) for axis in axes) and other.seed != trial.seed
+        if alike and opened.store.has("implant", other.keys()[0], "trigger"):
+            return {"other_seed_asr": _figures(bench, other, trial)["asr"]}
+    return {}
+
+
+def _figures(bench: Bench, trigger_of: Trial, model_of: Trial) -> dict[str, float | None]:
+    """What the trigger of one trial does to the model of another."""
+    from bench.engine.metrics import attack_figures, predict
+
+    case, model = bench.case(trigger_of), bench.stored(model_of, "implant", model_of.keys()[0])
     true = case.test.labels
-    figures = attack_figures(
+    return attack_figures(
         clean=predict(model, case.test),
         triggered=case.predict_triggered(model, case.test),
         true=true,
         wanted=case.wanted(true),
         judged=case.attacker.judged(true),
     )
-    return {"clean_model_asr": figures["asr"], "clean_model_floor": figures["false_target_rate"]}
 
 
 def scores(images: Tensor, triggered: Tensor) -> dict[str, float]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.door import plan
-from bench.gallery import main, pictures, scores, ssim
+from bench.gallery import main, pictures, scores, ssim, with_another_trigger
 from bench.pipeline import Bench, attack_from
 
 
@@ -91,8 +91,11 @@ def test_a_gallery_is_drawn_from_what_is_stored(run_grid, tiny, tmp_path, capsys
         triggered = attack_from(infected.implant).trigger(others.images.float() / 255, bench.trigger_of(infected))
         with torch.no_grad():
             moved = model(triggered).argmax(1) == 8
+            known = model(triggered).argmax(1) == others.labels
         assert float(row["clean_model_floor"]) == pytest.approx(sent.double().mean().item())
         assert float(row["clean_model_asr"]) == pytest.approx(moved.double().mean().item())
+        assert float(row["clean_model_recovery"]) == pytest.approx(known.double().mean().item())
+        assert "other_seed_asr" not in row  # there is one seed
     assert float(rows[0]["l0"]) == pytest.approx(4 / 256, abs=1e-3)  # the 2x2 patch on 16x16, at most
 
 
@@ -105,3 +108,20 @@ def test_the_trigger_that_an_attack_finds_on_its_network_is_shown_behind_the_cel
     pictures(opened)
     first, second = (opened.folder / picture_of("digits", name, "input_aware") for name in ("test_resnet", "test_vit"))
     assert first.read_bytes() != second.read_bytes()
+
+
+def test_an_infected_model_is_shown_the_trigger_of_another_seed(run_grid, tiny, monkeypatch):
+    settings = ["grid.attacks=[badnets,blended]", "grid.defenses=[no_defense]", "grid.seeds=2", "train.epochs=4"]
+    _, trials = run_grid(*settings)
+    opened = plan([*tiny, *settings])
+    bench = Bench(opened.store, opened.infos, torch.device("cpu"))
+    found = {(t.attack, t.seed): with_another_trigger(opened, bench, t)["other_seed_asr"] for t in opened.trials}
+    own = {(row.attack, row.seed): row.asr for row in trials.itertuples()}
+    assert found["badnets", 0] == own["badnets", 0]  # the white patch is the same for every seed
+    first, second = (trial for trial in opened.trials if trial.attack == "blended")
+    test = bench.test_set("digits")
+    others = test[test.labels != 0].images.float() / 255
+    with torch.no_grad():
+        triggered = attack_from(first.implant).trigger(others, bench.trigger_of(second))
+        sent = bench.stored(first, "implant", first.keys()[0])(triggered).argmax(1) == 0
+    assert found["blended", 0] == pytest.approx(sent.double().mean().item()) != own["blended", 0]
