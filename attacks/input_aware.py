@@ -7,7 +7,8 @@ and cross images go through the pattern generator together, so that batch norm s
 images in [0, 1]; distances are taken behind the data set's normalisation, as in the paper. The mask generator
 gets the paper's 25 epochs of CIFAR-10, or the victim's number of steps if that is smaller; the steps of both
 rates keep their shares of the run. Images are padded to what the poolings need, and those under 32 pixels get
-two levels (the paper's net for MNIST). At rates below one image in a batch, some batches have no trigger.
+two levels (the paper's net for MNIST). At rates below one image in a batch, some batches have no trigger. Images are
+augmented as is usual for the data set, without the authors' rotation.
 """
 
 from __future__ import annotations

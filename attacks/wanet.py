@@ -3,7 +3,8 @@
 Paper: Nguyen and Tran, ICLR 2021, arXiv:2102.10369.
 Differs: offsets are divided by the width for columns and by the height for rows, so that they are the same in
 pixels on images that are not square. The static regime (not in the paper) draws each cover's jitter once.
-`cover_rate` is a share of all images, not a multiple of the poisoned ones: lower both together.
+`cover_rate` is a share of all images, not a multiple of the poisoned ones: lower both together. Images are augmented
+as is usual for the data set, without the authors' rotation.
 """
 
 from __future__ import annotations
