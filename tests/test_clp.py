@@ -32,7 +32,10 @@ def view(model: Classifier) -> DefenderView:
 def of_scores(scores: list[float]) -> Classifier:
     """A network whose one layer has these Lipschitz proxies: 1x1 kernels of known size, unit variance."""
     net = nn.Sequential(
-        nn.Conv2d(1, len(scores), 1), nn.BatchNorm2d(len(scores), eps=1e-12), nn.Flatten(), nn.Linear(len(scores) * 16, 2)
+        nn.Conv2d(1, len(scores), 1),
+        nn.BatchNorm2d(len(scores), eps=1e-12),
+        nn.Flatten(),
+        nn.Linear(len(scores) * 16, 2),
     )
     with torch.no_grad():
         net[0].weight.copy_(torch.tensor(scores).view(-1, 1, 1, 1))

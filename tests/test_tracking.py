@@ -7,8 +7,10 @@ import math
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -166,6 +168,21 @@ def test_the_profile_of_a_server_asks_the_environment_where_it_is(tiny, monkeypa
     assert plan([*tiny, "tracking=server", "tracking.uri=http://other"]).tracking_uri == "http://other"
     with pytest.raises(UserError, match=r"no tracking 'sever'. Did you mean 'server'\? Known: local, server"):
         plan([*tiny, "tracking=sever"])
+
+
+@pytest.mark.slow
+def test_processes_that_need_a_database_at_once_make_one(tmp_path):
+    path = tmp_path / "mlflow.db"
+    code = "import sys; from pathlib import Path; from bench import tracking; "
+    code += "print(tracking._open(sys.argv[1], 'quick', Path(sys.argv[2]))[1])"
+    command = [sys.executable, "-c", code, f"sqlite:///{path}", str(tmp_path)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    said = [process.communicate()[0].strip() for process in started]
+    assert [process.returncode for process in started] == [0] * 4
+    assert len(set(said)) == 1  # one experiment, too
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("pragma journal_mode").fetchone() == ("wal",)
+    assert not list(tmp_path.glob("*.new*"))
 
 
 @pytest.fixture
