@@ -511,6 +511,8 @@ def _global_sources_untouched(name: str) -> Iterator[None]:
         ValueError: after the method, naming the source.
     """
 
+    import rich.style  # noqa: F401  draws when it is first imported, which scikit-learn may do within a method
+
     def states() -> dict[str, bytes]:
         kind, keys, *rest = np.random.get_state()
         return {
@@ -525,7 +527,8 @@ def _global_sources_untouched(name: str) -> Iterator[None]:
     if changed:
         raise ValueError(
             f"{name} drew from the global random source of {' and '.join(changed)}; "
-            "draw from bench.engine.data.generator(view.seed, 'what for'), so that a repeat gives the same figures"
+            "draw from bench.engine.data.generator(view.seed, 'what for'), so that a repeat gives the same figures (a "
+            "library that draws when it is imported belongs at the top of the file)"
         )
 
 

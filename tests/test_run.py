@@ -292,6 +292,13 @@ def test_outcomes_have_five_names_and_each_is_shown_with_its_reason(run_grid, pl
     assert "RuntimeError" in capsys.readouterr().out
 
 
+def test_who_is_the_first_to_import_scikit_learn_is_not_blamed_for_what_its_import_draws():
+    code = "from bench.pipeline import _global_sources_untouched as untouched\n"
+    code += "with untouched('first'):\n    import sklearn.decomposition"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_repaired_model_that_is_more_than_its_weights_is_refused_and_not_measured_as_undefended(run_grid, plugin):
     code, trials = run_grid("grid.attacks=[badnets]", "grid.defenses=[hooked]", plugin)
     assert code == 1
