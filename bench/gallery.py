@@ -128,14 +128,26 @@ def stamped(opened: Plan, bench: Bench, count: int) -> Iterator[tuple[Trial, Ten
 
 def on_clean_model(opened: Plan, bench: Bench, trial: Trial) -> dict[str, float | None]:
     """`clean_model_asr`, `_recovery` and `_floor` of a trigger; nothing if no clean model of its seed is stored."""
+    from bench.engine.metrics import attack_figures, predict
+
     axes = ("dataset", "model", "seed")
     for clean in opened.trials:
         alike = all(getattr(clean, axis) == getattr(trial, axis) for axis in axes)
         if alike and clean.attack == "none" and opened.store.has("implant", clean.keys()[0], "model"):
-            figures = _figures(bench, trial, clean)
-            names = {"asr": "asr", "recovery": "recovery_accuracy", "floor": "false_target_rate"}
-            return {f"clean_model_{name}": figures[figure] for name, figure in names.items()}
-    return {}
+            break
+    else:
+        return {}
+    case, model = bench.case(trial), bench.stored(clean, "implant", clean.keys()[0])
+    true = case.test.labels
+    figures = attack_figures(
+        clean=predict(model, case.test),
+        triggered=case.predict_triggered(model, case.test),
+        true=true,
+        wanted=case.wanted(true),
+        judged=case.attacker.judged(true),
+    )
+    names = {"asr": "asr", "recovery": "recovery_accuracy", "floor": "false_target_rate"}
+    return {f"clean_model_{name}": figures[figure] for name, figure in names.items()}
 
 
 def with_another_trigger(opened: Plan, bench: Bench, trial: Trial) -> dict[str, float | None]:
@@ -148,23 +160,9 @@ def with_another_trigger(opened: Plan, bench: Bench, trial: Trial) -> dict[str, 
     for other in opened.trials:
         alike = all(getattr(other, axis) == getattr(trial, axis) for axis in axes) and other.seed != trial.seed
         if alike and opened.store.has("implant", other.keys()[0], "trigger"):
-            return {"other_seed_asr": _figures(bench, other, trial)["asr"]}
+            case, model = bench.case(other), bench.stored(trial, "implant", trial.keys()[0])
+            return {"other_seed_asr": case.success(model, case.test)}
     return {}
-
-
-def _figures(bench: Bench, trigger_of: Trial, model_of: Trial) -> dict[str, float | None]:
-    """What the trigger of one trial does to the model of another."""
-    from bench.engine.metrics import attack_figures, predict
-
-    case, model = bench.case(trigger_of), bench.stored(model_of, "implant", model_of.keys()[0])
-    true = case.test.labels
-    return attack_figures(
-        clean=predict(model, case.test),
-        triggered=case.predict_triggered(model, case.test),
-        true=true,
-        wanted=case.wanted(true),
-        judged=case.attacker.judged(true),
-    )
 
 
 def scores(images: Tensor, triggered: Tensor) -> dict[str, float]:

@@ -518,8 +518,17 @@ def test_a_batch_comes_back_from_its_file_as_it_was(tiny, tmp_path):
         assert [task.place for task in alone.packs[0]] == [task.place for task in pack]
 
 
-def test_a_driver_submits_nothing_of_what_was_called_off_after_it_began(tiny, tmp_path, monkeypatch):
+def driver_of(opened, root: Path, tasks=None):
+    """A driver of these tasks, of all that is left by default, which shows nothing."""
     from bench.dispatch import pending
+    from slurm import dispatch
+
+    tasks = pending(opened.trials, opened.store) if tasks is None else tasks
+    settings = opened.cfg.dispatch
+    return dispatch._Driver(tasks, opened.store, opened.infos, opened.device, settings, [], root, lambda progress: None)
+
+
+def test_a_driver_submits_nothing_of_what_was_called_off_after_it_began(tiny, tmp_path, monkeypatch):
     from slurm import dispatch
 
     opened = plan([*tiny, "grid.attacks=[none,badnets]"])
@@ -528,19 +537,13 @@ def test_a_driver_submits_nothing_of_what_was_called_off_after_it_began(tiny, tm
     monkeypatch.setattr(dispatch._Driver, "_submit", lambda self, tasks: submitted.append([t.place for t in tasks]))
     root.mkdir()
 
-    def driver() -> dispatch._Driver:
-        tasks, settings = pending(opened.trials, opened.store), opened.cfg.dispatch
-        return dispatch._Driver(
-            tasks, opened.store, opened.infos, opened.device, settings, [], root, lambda progress: None
-        )
-
-    first = driver()
+    first = driver_of(opened, root)
     first._look()
     badnets = {key for trial in opened.trials if trial.attack == "badnets" for _, key in trial.places()}
     jobs.call_off(root, badnets)
     first._look()
     # Asked for again behind it: wanted again.
-    driver()._look()
+    driver_of(opened, root)._look()
     assert submitted[0] == submitted[2]
     assert [place for place in submitted[0] if place[1] not in badnets] == submitted[1]
     assert first.progress.failed == len(submitted[0]) - len(submitted[1]) > 0
@@ -597,14 +600,7 @@ class Cluster:
         return job
 
     def driver(self, opened, tasks=None):
-        from bench.dispatch import pending
-        from slurm import dispatch
-
-        tasks = pending(opened.trials, opened.store) if tasks is None else tasks
-        settings = opened.cfg.dispatch
-        return dispatch._Driver(
-            tasks, opened.store, opened.infos, opened.device, settings, [], self.root, lambda progress: None
-        )
+        return driver_of(opened, self.root, tasks)
 
 
 def test_arrays_stay_within_the_cluster_s_limit_and_each_repair_waits_for_its_own_model(tiny, tmp_path, monkeypatch):
@@ -699,23 +695,13 @@ def test_repairs_of_a_model_whose_job_died_are_blamed_for_nothing_and_sent_again
 
 
 def test_a_job_whose_infected_model_is_not_there_computes_nothing_and_says_so(tiny, tmp_path, capsys):
-    from dataclasses import asdict
-
     from bench.dispatch import IMPLANT, pending
     from slurm.worker import Pack
 
     opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
     repairs = [task for task in pending(opened.trials, opened.store) if task.stages != IMPLANT]
-    settings = {
-        "store": str(opened.store.root),
-        "infos": {name: {**asdict(info), "folder": str(info.folder)} for name, info in opened.infos.items()},
-        "device": "cpu",
-        "threads": 1,
-        "workers": 1,
-        "checkpoint_s": 600,
-        "plugins": [],
-    }
-    batch = jobs.Batch.new(tmp_path / "slurm", settings, [repairs])
+    root = tmp_path / "slurm"
+    batch = jobs.Batch.new(root, driver_of(opened, root, repairs).settings, [repairs])
     Pack(str(batch.folder), 0)()
     assert f"left out: {repairs[0].title}: its infected model" in capsys.readouterr().out
     assert not any(opened.store.is_finished(stage, key) for trial in opened.trials for stage, key in trial.places())
