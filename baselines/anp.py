@@ -38,7 +38,7 @@ class AdversarialNeuronPruning(Defense):
         steps: of the ascent, epsilon / steps each, from a random start in the ball.
         project: keep the noise in the ball; the paper's code lets it reach twice epsilon.
         updates, lr, momentum, batch_size: of SGD on the masks, at a constant rate.
-        prune_by: `held_out`, `threshold` or `count`.
+        prune_by: `held_out`, `threshold` or `count`; or `random`, a control: as many as `held_out` takes, at random.
         tolerance: largest loss of held-out accuracy through pruning, in [0, 1).
         held_out: share of the reserve that judges the pruning and is not learned from, in (0, 1).
         threshold: channels with a mask at or below it go, for `prune_by=threshold`.
@@ -113,6 +113,7 @@ class AdversarialNeuronPruning(Defense):
             threshold=self.threshold,
             count=self.count,
             tolerance=self.tolerance,
+            seed=view.seed,
             journal=view.progress,
             name="anp",
         )

@@ -10,17 +10,18 @@ A pruned unit stays pruned while fine-tuning.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.engine.data import ImageSet
+from bench.engine.data import ImageSet, generator
 from bench.engine.metrics import features
 from bench.engine.models import Classifier
 from bench.engine.pruning import split_off
+from bench.engine.registry import LATER
 from bench.engine.training import Hooks, Recipe, fit
 from defenses.base import Defense, ReserveView, Verdict, defense
 
@@ -34,6 +35,7 @@ class FinePruning(Defense):
         tolerance: largest loss of held-out accuracy through pruning, in [0, 1].
         step: share of the units pruned between two looks at the accuracy.
         held_out: share of the reserve that judges the pruning and is not trained on.
+        units: which go: the most `silent`, or `random` ones, as many: a control.
         epochs, lr, batch_size: of the fine-tune; SGD with momentum 0.9, weight decay 5e-4, cosine to zero.
     """
 
@@ -44,16 +46,22 @@ class FinePruning(Defense):
     epochs: int = 100
     lr: float = 0.01
     batch_size: int = 128
+    units: str = field(default="silent", metadata=LATER)
 
     def __post_init__(self) -> None:
         for key in ("tolerance", "step", "held_out"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"defense.fine_pruning.{key} is {getattr(self, key):g}; it is a share in [0, 1)")
+        if self.units not in ("silent", "random"):
+            raise ValueError(f"defense.fine_pruning.units is {self.units!r}; write silent or random")
 
     def defend(self, view: ReserveView) -> Verdict:
         held_out, kept = split_off(view.reserve, self.held_out, view.seed)
         silent_first = loudness(view.model, kept).argsort(stable=True)
         pruned = silent_first[: self._how_many(view.model, held_out, silent_first)]
+        if self.units == "random":
+            at_random = torch.randperm(len(silent_first), generator=generator(view.seed, "random units"))
+            pruned = at_random[: len(pruned)].to(pruned.device)
         cut(view.model, pruned)
         view.progress.log("fine_pruning/pruned", len(pruned) / len(silent_first), 0)
         recipe = Recipe(epochs=self.epochs, lr=self.lr, batch_size=self.batch_size, optimizer="sgd_plain")

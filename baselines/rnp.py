@@ -39,7 +39,7 @@ class ReconstructiveNeuronPruning(Defense):
         recover_epochs, recover_lr: of SGD on the masks, at a constant rate.
         alpha: factor of the recovery's loss.
         batch_size, momentum: of both.
-        prune_by: `held_out`, `threshold` or `count`.
+        prune_by: `held_out`, `threshold` or `count`; or `random`, a control: as many as `held_out` takes, at random.
         tolerance: largest loss of held-out accuracy through pruning, in [0, 1).
         held_out: share of the reserve that judges the pruning and is not learned from, in (0, 1).
         threshold: channels with a mask at or below it go, for `prune_by=threshold`.
@@ -112,6 +112,7 @@ class ReconstructiveNeuronPruning(Defense):
             threshold=self.threshold,
             count=self.count,
             tolerance=self.tolerance,
+            seed=view.seed,
             journal=view.progress,
             name="rnp",
         )

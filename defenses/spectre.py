@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, ClassVar
 
@@ -26,9 +26,11 @@ from torch import Tensor
 
 from bench.engine.data import generator
 from bench.engine.metrics import features
+from bench.engine.registry import LATER
 from defenses.base import Filter, TrainsetView, assumed_poison, defense
 
 FLOOR = 1e-10  # eigenvalues below this share of the largest are rounding
+CENTERS = ("overall", "robust")
 TOO_FEW = 50  # rows of a class with which its strength says nothing
 
 
@@ -44,7 +46,7 @@ class Spectre(Filter):
         poison_rate: assumed poisoned / all training images, all in the target class; see `assumed_poison`.
         search_share: assumed share of poison in a class while the target is searched, in (0, 0.33].
         search_ratio: least strength of the target, in medians over the classes, at least 1.
-        alpha, components, fast: of `quantum_scores`.
+        alpha, components, fast, center, skip_k1: of `quantum_scores`.
     """
 
     paper: ClassVar[str] = "arXiv:2104.11315"
@@ -54,6 +56,8 @@ class Spectre(Filter):
     alpha: float = 4.0
     components: int = 100
     fast: bool = True
+    center: str = field(default="overall", metadata=LATER)
+    skip_k1: bool = field(default=True, metadata=LATER)
 
     def __post_init__(self) -> None:
         if not 0 < self.poison_rate < 1:
@@ -64,10 +68,12 @@ class Spectre(Filter):
             raise ValueError(f"defense.spectre.search_ratio is {self.search_ratio:g}; write 1 or more, e.g. 1.3")
         if self.components < 1 or self.alpha < 0:
             raise ValueError("defense.spectre.components must be at least 1, alpha at least 0")
+        if self.center not in CENTERS:
+            raise ValueError(f"defense.spectre.center is {self.center!r}; write {' or '.join(CENTERS)}")
 
     def inspect(self, view: TrainsetView) -> tuple[Tensor, Tensor]:
         rows, labels = features(view.model, view.trainset), view.trainset.labels
-        how: dict[str, Any] = {"alpha": self.alpha, "components": self.components, "fast": self.fast}
+        how = {key: getattr(self, key) for key in ("alpha", "components", "fast", "center", "skip_k1")}
         strengths = class_strengths(rows, labels, seed=view.seed, share=self.search_share, **how)
         for label, value in strengths.items():
             view.progress.log("spectre/strength", value, label)
@@ -139,8 +145,8 @@ def quantum_scores(
         raise ValueError(f"features are {tuple(features.shape)}; give (n, d) with n of 4 or more")
     if budget < 1:
         raise ValueError(f"budget is {budget}; write the assumed number of poisoned images, 1 or more")
-    if center not in ("overall", "robust"):
-        raise ValueError(f"center is {center!r}; write overall or robust")
+    if center not in CENTERS:
+        raise ValueError(f"center is {center!r}; write {' or '.join(CENTERS)}")
     if not torch.isfinite(features).all():
         raise ValueError("features hold a value that is not finite; look at the model's weights")
     count = len(features)

@@ -21,7 +21,7 @@ from bench.engine.metrics import features
 from bench.engine.models import Classifier
 from bench.engine.training import Journal, Recipe
 from defenses.base import TrainsetView, assumed_poison
-from defenses.spectre import Spectre
+from defenses.spectre import Spectre, class_strengths, quantum_scores, strongest_class
 
 CLASSES, CLEAN, POISON = 4, 150, 18
 
@@ -341,3 +341,21 @@ def test_spectre_flags_one_and_a_half_times_the_assumed_poison_of_the_whole_set_
     verdict = Spectre(components=9, poison_rate=0.01, retrain=False).defend(view(data))
     # 0.01 of 618 images is 6.
     assert torch.bincount(data.labels[verdict.flagged], minlength=CLASSES).tolist() == [0, 0, 9, 0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"center": "robust"}, {"skip_k1": False}, {"alpha": 0.0}, {"fast": False}, {"components": 4}],
+    ids=str,
+)
+def test_spectre_scores_and_compares_classes_with_the_settings_given(settings):
+    data, _ = poisoned_set()
+    given, how = view(data), {"components": 9, **settings}
+    verdict = Spectre(**how, retrain=False).defend(given)
+    rows = features(given.model, data)
+    strengths = class_strengths(rows, data.labels, seed=given.seed, **how)
+    assert dict(given.progress.curves["spectre/strength"]) == strengths
+    for label in set(range(CLASSES)) - {strongest_class(strengths)}:
+        members = (data.labels == label).nonzero().flatten()
+        found = quantum_scores(rows[members], round(0.12 * len(members)), **how)
+        assert torch.equal(verdict.suspicion[members], found.scores)

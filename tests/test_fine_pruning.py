@@ -237,6 +237,24 @@ def test_a_unit_that_only_the_trigger_wakes_is_cut_and_the_backdoor_is_gone():
     assert share(found, split(reserve, 0.5)[0]) == 1.0
 
 
+def test_the_control_cuts_as_many_units_whatever_they_say():
+    reserve = as_the_model_says(units(), noise(140))
+    settings = {"tolerance": 0.4, "held_out": 0.35, "epochs": 0}
+    found = silent(FinePruning(**settings).defend(view(units(), reserve)).model)
+    drawn = [silent(FinePruning(units="random", **settings).defend(view(units(), reserve)).model) for _ in range(2)]
+    assert 1 < len(found) < 15
+    assert [len(cut_) for cut_ in drawn] == [len(found)] * 2
+    assert drawn[0] == drawn[1] != found
+    louder = units()
+    with torch.no_grad():  # the same function, its units in another order of loudness: the draw does not look
+        factor = torch.linspace(8, 0.2, 16)
+        louder.net.first.weight.mul_(factor[:, None])
+        louder.head.weight.div_(factor)
+    settings["tolerance"] = 0.99
+    ordered, other = (FinePruning(units="random", **settings).defend(view(m, reserve)).model for m in (units(), louder))
+    assert silent(ordered) == silent(other)
+
+
 def test_the_held_out_images_are_not_trained_on():
     model = timm_model("test_resnet")
     reserve = noise(40, 3, 16)
@@ -261,6 +279,11 @@ def test_shares_outside_zero_to_one_are_refused(setting):
     (key,) = setting
     with pytest.raises(ValueError, match=rf"defense\.fine_pruning\.{key} is .*; it is a share in \[0, 1\)"):
         FinePruning(**setting)
+
+
+def test_an_unknown_order_of_units_is_refused():
+    with pytest.raises(ValueError, match=r"defense\.fine_pruning\.units is 'loud'; write silent or random"):
+        FinePruning(units="loud")
 
 
 def test_a_reserve_of_one_image_is_refused_in_words():

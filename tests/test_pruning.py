@@ -178,7 +178,7 @@ def test_a_pruned_channel_is_the_constant_that_folding_its_shift_gives():
 
 def choose(model: Classifier, mask: Tensor, judges: ImageSet, **settings) -> tuple[Tensor, Journal]:
     journal = Journal()
-    rules = {"prune_by": "held_out", "threshold": 0.2, "count": 0, "tolerance": 0.02, **settings}
+    rules = {"prune_by": "held_out", "threshold": 0.2, "count": 0, "tolerance": 0.02, "seed": 0, **settings}
     return units_to_prune(model, model.norms(), mask, judges, journal=journal, name="x", **rules), journal
 
 
@@ -220,6 +220,17 @@ def test_pruning_by_count_takes_the_lowest_masks_and_the_first_of_equal_ones():
     for count, expected in ((0, []), (1, [1]), (3, [1, 2, 3]), (8, list(range(8)))):
         units, _ = choose(model, mask, judges, prune_by="count", count=count)
         assert units.nonzero().flatten().tolist() == expected
+
+
+def test_the_control_takes_as_many_units_as_the_held_out_rule_and_each_as_often():
+    model, judges = small(), noise(10)
+    mask = torch.tensor([0.1, 0.2, 0.3, 1.0, 1.0, 1.0, 1.0, 1.0])
+    rules = {"tolerance": 1.0, "prune_by": "random"}
+    drawn = torch.stack([choose(model, mask, judges, **rules, seed=seed)[0] for seed in range(200)])
+    assert choose(model, mask, judges, tolerance=1.0)[0].sum() == 3
+    assert (drawn.sum(1) == 3).all()
+    assert (drawn.double().mean(0) - 3 / 8).abs().max() < 4 * (3 / 8 * 5 / 8 / 200) ** 0.5
+    assert torch.equal(choose(model, mask, judges, **rules, seed=7)[0], drawn[7])
 
 
 def test_the_curve_of_the_pruned_share_is_the_cumulative_histogram_of_the_masks():

@@ -307,7 +307,15 @@ def test_classes_of_few_rows_are_left_out_of_the_search():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"poison_rate": 10}, {"search_share": 0.5}, {"search_ratio": 0.5}, {"components": 0}, {"alpha": -1}]
+    "settings",
+    [
+        {"poison_rate": 10},
+        {"search_share": 0.5},
+        {"search_ratio": 0.5},
+        {"components": 0},
+        {"alpha": -1},
+        {"center": "mean"},
+    ],
 )
 def test_wrong_settings_are_refused_before_any_compute(settings):
     with pytest.raises(ValueError, match=r"defense\.spectre\."):

@@ -19,7 +19,7 @@ from .metrics import accuracy, predict
 from .models import Classifier, Norm
 from .training import Journal, Tensors
 
-PRUNE_BY = ("held_out", "threshold", "count")
+PRUNE_BY = ("held_out", "threshold", "count", "random")
 THRESHOLDS = [step / 20 for step in range(19)]  # 0, 0.05, ..., 0.9
 
 
@@ -104,6 +104,7 @@ def units_to_prune(
     threshold: float,
     count: int,
     tolerance: float,
+    seed: int,
     journal: Journal,
     name: str,
 ) -> Tensor:
@@ -117,6 +118,7 @@ def units_to_prune(
         mask: (U,) in [0, 1].
         prune_by: `held_out` takes the largest threshold of 0, 0.05, ..., 0.9 that costs at most `tolerance` of the
             held-out accuracy (none if there is no such), `threshold` the one given, `count` the lowest masks.
+            `random` is the control: as many units as `held_out` takes, drawn without a look at the mask.
     """
     channels, chosen = Channels(norms), -1.0
     whole = accuracy(predict(model, held_out), held_out.labels)
@@ -142,4 +144,10 @@ def units_to_prune(
         return units
     chosen = threshold if prune_by == "threshold" else chosen
     journal.log(f"{name}/threshold", chosen, 0)
-    return mask <= chosen
+    units = mask <= chosen
+    return shuffled(units, seed) if prune_by == "random" else units
+
+
+def shuffled(units: Tensor, seed: int) -> Tensor:
+    """(U,) bool: as many units, drawn at random."""
+    return units[torch.randperm(len(units), generator=generator(seed, "random units")).to(units.device)]
