@@ -277,6 +277,10 @@ def report(opened: Plan, again: bool = True) -> Any:
     stamp.unlink(missing_ok=True)
     _keep_lost(opened, trials)
     boards = table.write(trials, lines, opened.folder, opened.title, reported)
+    (opened.folder / "steps.csv").unlink(missing_ok=True)  # of other settings
+    steps = table.steps(opened.trials, store)
+    if not steps.empty:
+        steps.to_csv(opened.folder / "steps.csv", index=False)
     _keep_settings(opened)
     evidence = [page.evidence(trial, store, command(opened, trial)) for trial in opened.trials]
     name = f"Grid {opened.cfg.grid.name}"

@@ -3,9 +3,10 @@
     python -m bench.report [grid=NAME] [key=value ...]     the same settings as bench.run
 
 Writes into results/NAME/: leaderboard.html (one page with everything, opens offline), leaderboard.md, leaderboard.tex,
-leaderboard.csv (a row for each cell), wide.csv (a row for each defense), trials.csv (a row for each trial), and plots
-(report.plots=false leaves them out). report.reported=FILE.csv adds figures that others report: its columns are dataset,
-model, setting, attack, defense, provenance and figures such as asr as shares in [0, 1]; they are never ranked.
+leaderboard.csv (a row for each cell), wide.csv (a row for each defense), trials.csv (a row for each trial), steps.csv
+(a row for each step of a progressive method), and plots (report.plots=false leaves them out).
+report.reported=FILE.csv adds figures that others report: its columns are dataset, model, setting, attack, defense,
+provenance and figures such as asr as shares in [0, 1]; they are never ranked.
 """
 
 from __future__ import annotations

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pandas as pd
 import pytest
 import torch
 from test_families import smallest
 
 from attacks.base import POISON, Attack
-from bench.door import plan
+from bench.door import plan, report
 from bench.engine.training import Journal
 from bench.pipeline import Bench, split
 from bench.store import Store
@@ -236,6 +238,29 @@ def test_what_a_method_says_of_its_images_is_scored_against_the_truth_by_the_eva
     assert first["clean_accuracy"] == figures["clean_accuracy"]
     assert first["asr"] == figures["asr"]
     assert "asr" not in second
+
+
+def test_the_steps_of_a_method_are_a_table_of_the_report(tiny, monkeypatch):
+    monkeypatch.setitem(defense, "telling", Telling)
+    words = [*tiny, "grid.attacks=[badnets]", "grid.settings=[trainset]", "report.plots=false"]
+    opened = plan([*words, "grid.defenses=[no_defense,telling]"])
+    bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    for trial in opened.trials:
+        bench.run(trial)
+    report(opened)
+    steps = pd.read_csv(opened.folder / "steps.csv")
+    assert steps[["attack", "defense", "seed", "step", "name"]].to_numpy().tolist() == [
+        ["badnets", "telling", 0, 0, "step 0"],
+        ["badnets", "telling", 0, 1, "step 1"],
+    ]
+    first, second = bench.store.result("evaluate", opened.trials[1].keys()[2])["rounds"]
+    for name in ("asr", "clean_accuracy", "detection_auroc", "selected", "selected_poison", "random_poison"):
+        assert steps[name][0] == first[name]
+    assert steps.selected_poison[1] == second["selected_poison"]
+    assert math.isnan(steps.asr[1])
+    assert set(steps.trial) == {opened.trials[1].keys()[2]}
+    report(plan([*words, "grid.defenses=[no_defense]"]))  # the same folder
+    assert not (opened.folder / "steps.csv").exists()
 
 
 def test_scores_for_another_number_of_images_are_refused(tiny, monkeypatch):

@@ -49,6 +49,9 @@ has it; the others stand in the files, and on the page when switched on."""
 _FILES = r"""## Files
 
 - `trials.csv`: a row for each trial, figures to the last bit.
+- `steps.csv`, where a method is progressive: a row for each step of each trial. `name`; `selected`, how many images it
+  trusted, `selected_poison`, the poisoned share of these, and `random_poison`, of a random pick; the figures of the
+  model behind it; `detection_` figures of the scores that it gave.
 - `leaderboard.csv`: a row for each cell. `NAME_mean` and `NAME_std` (sample standard deviation) over the seeds that are
   done, `NAME_t95` half of the 95 % t-interval (the one to print), `NAME_low` and `NAME_high` the bootstrap's, one count
   for each state, and the first reason of each. `kind` is `measured` or `reported`.

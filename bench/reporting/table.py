@@ -760,6 +760,21 @@ def _compact(table: pd.DataFrame) -> pd.DataFrame:
     return table.drop(columns=empty)
 
 
+def steps(trials: Sequence[Trial], store: Store) -> pd.DataFrame:
+    """A row for each step of each trial of a progressive method, in the order of the steps.
+
+    What its scores look like (`suspicion`) is left to the figure `scores`.
+    """
+    rows = []
+    for trial in trials:
+        result = store.result("evaluate", trial.keys()[2]) or {}
+        place = {name: getattr(trial, name) for name in (*AXES, "seed")}
+        for number, step in enumerate(result.get("rounds", [])):
+            figures = {name: value for name, value in step.items() if name not in ("name", "suspicion")}
+            rows.append({**place, "step": number, "name": step["name"], **figures, "trial": trial.keys()[2]})
+    return pd.DataFrame(rows)
+
+
 def write(
     trials: pd.DataFrame, protocol: list[str], folder: Path, title: str, reported: pd.DataFrame | None = None
 ) -> list[Board]:
