@@ -5,14 +5,14 @@ Differs: `pud` is the unified defense of the paper's claim: its mean-teacher sta
 rate of 1e-2 with a cosine to zero. `pud_code` is the released schedule, whose last adversarial update comes long
 before. Beyond that, what the released code leaves open or undone is done: the infected weights are loaded, the attack
 runs in eval mode and in pixel units, adversarial images are clamped to [0, 1], training images are augmented as is
-usual for the data set. The target label is not known: detectors name it (`elected`), and without two that agree SPECTRE
-is left out. Its features are what the head reads (`last_stage`: all maps of the last stage, where the released code
-takes its first block), its budgets follow the class (at most a third of it) instead of fixed numbers. The anchor of
-unlearning is the weights on entering the stage, its ascent is bounded, and clean and poisoned images pass in one batch,
-30 passes over the clean ones. The teacher follows after each optimizer step, running statistics of batch norm
-included. A step makes at least `min_updates` updates, as in PBE; on 50,000 images without SPECTRE every count of the
-steps is the released code's. `guard` is ours, as in PBE. The released rates have a fifth, 0.9, whose set nothing trains
-on.
+usual for the data set. The target label is not known: detectors name it (`elected`); without two that agree, or where
+no class stands out for SPECTRE, it is left out. Its features are what the head reads (`last_stage`: all maps of the
+last stage, where the released code takes its first block), its budgets follow the class (at most a third of it) instead
+of fixed numbers. The anchor of unlearning is the weights on entering the stage, its ascent is bounded, and clean and
+poisoned images pass in one batch, 30 passes over the clean ones. The teacher follows after each optimizer step, running
+statistics of batch norm included. A step makes at least `min_updates` updates, as in PBE; on 50,000 images without
+SPECTRE every count of the steps is the released code's. `guard` is ours, as in PBE. The released rates have a fifth,
+0.9, whose set nothing trains on.
 Limits: PBE's, which all steps share. SPECTRE needs poison to be the smaller part of its class (see its own file), and
 in a small reserve its classes are too small to be asked.
 """

@@ -39,8 +39,9 @@ TOO_FEW = 50  # rows of a class with which its strength says nothing
 class Spectre(Filter):
     """Name the class whose flagged images stand out most, filter it, and train a fresh network on the rest.
 
-    Each image is scored within the class of its label. Scores are in units of the class's clean images, whose mean is
-    near 1 in every class, so they compare across classes.
+    Each image is scored within the class of its label: by the budget of the search, but in the class that is named by
+    that of `poison_rate`. Scores are in units of the class's clean images, whose mean is near 1 in every class, so they
+    compare across classes.
 
     Attributes:
         poison_rate: assumed poisoned / all training images, all in the target class; see `assumed_poison`.
