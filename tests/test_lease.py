@@ -176,7 +176,7 @@ def test_of_many_processes_at_most_one_is_inside(tmp_path):
         process.start()
     start.set()
     for process in processes:
-        process.join(60)
+        process.join(300)  # a hang, not a busy machine, is what this ends
         assert process.exitcode == 0
     # What was left inside when one came out: somebody else, if two ever were.
     assert inside[60] == 0
