@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.engine.data import ImageSet, generator
+from bench.engine.data import ImageSet
 from bench.engine.metrics import features
 from bench.engine.models import Classifier
-from bench.engine.pruning import split_off
+from bench.engine.pruning import random_order, split_off
 from bench.engine.registry import LATER
 from bench.engine.training import Hooks, Recipe, fit
 from defenses.base import Defense, ReserveView, Verdict, defense
@@ -60,8 +60,7 @@ class FinePruning(Defense):
         silent_first = loudness(view.model, kept).argsort(stable=True)
         pruned = silent_first[: self._how_many(view.model, held_out, silent_first)]
         if self.units == "random":
-            at_random = torch.randperm(len(silent_first), generator=generator(view.seed, "random units"))
-            pruned = at_random[: len(pruned)].to(pruned.device)
+            pruned = random_order(len(silent_first), view.seed, pruned.device)[: len(pruned)]
         cut(view.model, pruned)
         view.progress.log("fine_pruning/pruned", len(pruned) / len(silent_first), 0)
         recipe = Recipe(epochs=self.epochs, lr=self.lr, batch_size=self.batch_size, optimizer="sgd_plain")

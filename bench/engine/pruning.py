@@ -145,9 +145,9 @@ def units_to_prune(
     chosen = threshold if prune_by == "threshold" else chosen
     journal.log(f"{name}/threshold", chosen, 0)
     units = mask <= chosen
-    return shuffled(units, seed) if prune_by == "random" else units
+    return units[random_order(len(units), seed, units.device)] if prune_by == "random" else units
 
 
-def shuffled(units: Tensor, seed: int) -> Tensor:
-    """(U,) bool: as many units, drawn at random."""
-    return units[torch.randperm(len(units), generator=generator(seed, "random units")).to(units.device)]
+def random_order(units: int, seed: int, device: torch.device) -> Tensor:
+    """(U,) int64: all units in a random order, for the controls that do not look at them."""
+    return torch.randperm(units, generator=generator(seed, "random units")).to(device)
