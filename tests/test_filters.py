@@ -345,7 +345,7 @@ def test_spectre_flags_one_and_a_half_times_the_assumed_poison_of_the_whole_set_
 
 @pytest.mark.parametrize(
     "settings",
-    [{"center": "robust"}, {"skip_k1": False}, {"alpha": 0.0}, {"fast": False}, {"components": 4}],
+    [{"center": "robust"}, {"skip_k1": False}, {"alpha": 0.0}, {"fast": False, "components": 16}, {"components": 4}],
     ids=str,
 )
 def test_spectre_scores_and_compares_classes_with_the_settings_given(settings):
