@@ -5,6 +5,9 @@ file with a number for a name, made by `link`, which fails everywhere if the nam
 Its owner touches it now and then. A claim that nobody touches, or whose process is known to be dead, is taken over by
 making the next number. A process that fell asleep between looking and taking may make a number below one that was made
 meanwhile: it looks again behind making it, and then has nothing.
+
+Nothing in the folder of a claim can make everybody wait for ever: a name that `take` never writes is ignored, and
+whatever else lies under such a name (a folder, a damaged file) counts as a claim whose owner is unknown.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -24,7 +28,10 @@ from pathlib import Path
 
 BEAT_S = 10.0  # between touches
 LOOKS = 10  # at a claim that changes hands while we look
-STALE_S = 90.0  # untouched for so long: the owner is dead, or cut off. NFS may show an mtime a minute late.
+# A time stamp that is further from the file server's clock than this, in either direction, is nobody's who lives: the
+# owner touches its claim every BEAT_S. NFS may show an mtime a minute late; one in the future comes from a clock that
+# was set back, or from a copy.
+STALE_S = 90.0
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,16 @@ class Owner:
     job: str
     since: float
 
+    def __str__(self) -> str:
+        """Where it is and since when, for people."""
+        job = f"job {self.job}, " if self.job else ""
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        return f"{job}process {self.pid} on {self.host}, since {began}"
+
 
 @dataclass(frozen=True)
 class Claim:
-    """The newest claim on a stage; `owner` is None if its file is torn."""
+    """The newest claim on a stage; `owner` is None if its file is damaged, or no file."""
 
     path: Path
     number: int
@@ -127,33 +140,57 @@ def read(folder: Path) -> Claim | None:
         if not numbers:
             return None
         path = folder / str(max(numbers))
-        try:
-            with path.open() as file:  # opening asks the server: a bare stat may be answered from a cache
-                touched = os.fstat(file.fileno()).st_mtime
-                text = file.read()
+        found = _content(path)
+        if found is not None:
             break
-        except FileNotFoundError:  # taken over, or given back, since we listed them
-            continue
-        except OSError:
-            return None
+        # taken over, or given back, since we listed them
     else:
         return None
-    try:
-        owner = Owner(**json.loads(text))
-    except (json.JSONDecodeError, TypeError):
-        owner = None
+    touched, owner = found
     if touched == 0:
         return Claim(path, int(path.name), owner, alive=False, released=True)
     if owner and owner.machine == machine():
         alive = _started(owner.pid) == owner.started
     else:
-        alive = _server_time(folder.parent) - touched < STALE_S
+        # The remembered distance of the clocks may be off: who seems dead is judged by a fresh look.
+        alive = any(abs(_server_time(folder.parent, age_s) - touched) < STALE_S for age_s in (60, 0))
     return Claim(path, int(path.name), owner, alive, released=False)
 
 
-def _numbers(folder: Path) -> list[int]:
+def _content(path: Path) -> tuple[float, Owner | None] | None:
+    """When a claim was touched, and whose it is; None if there is no such claim any more."""
     try:
-        return [int(name) for name in os.listdir(folder) if name.isdigit()]
+        # Opening asks the server: a bare stat may be answered from a cache. Nothing blocks, not even a named pipe.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        try:
+            return os.lstat(path).st_mtime, None  # there, but not for us: a broken link, or another user's
+        except OSError:
+            return None
+    try:
+        touched = os.fstat(handle).st_mtime
+        with suppress(OSError):  # a folder
+            return touched, _owner(os.read(handle, 65_536))
+        return touched, None
+    finally:
+        os.close(handle)
+
+
+def _owner(text: bytes) -> Owner | None:
+    """The owner that a claim names; None if it is damaged."""
+    try:
+        owner = Owner(**json.loads(text))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    words = (owner.host, owner.machine, owner.started, owner.job)
+    is_whole = all(isinstance(word, str) for word in words) and type(owner.pid) is int
+    return owner if is_whole and type(owner.since) in (int, float) and 0 <= owner.since < 1e11 else None
+
+
+def _numbers(folder: Path) -> list[int]:
+    """The claims in a folder, by the names that `take` gives: decimal, without leading zeros."""
+    try:
+        return [int(name) for name in os.listdir(folder) if re.fullmatch("[1-9][0-9]*", name)]
     except OSError:
         return []
 
@@ -170,10 +207,14 @@ def _started(pid: int) -> str:
 _ahead: tuple[float, float] | None = None  # how far the file server's clock is ahead of ours, and when we asked
 
 
-def _server_time(folder: Path) -> float:
-    """Now, by the clock that stamps the files: two hosts' clocks may differ by more than a claim lasts."""
+def _server_time(folder: Path, age_s: float) -> float:
+    """Now, by the clock that stamps the files: two hosts' clocks may differ by more than a claim lasts.
+
+    Args:
+        age_s: how old the last comparison of the two clocks may be, in seconds.
+    """
     global _ahead
-    if _ahead is None or time.monotonic() - _ahead[1] > 60:
+    if _ahead is None or time.monotonic() - _ahead[1] > age_s:
         probe = folder / f"{uuid.uuid4().hex}.clock"
         try:
             probe.touch()

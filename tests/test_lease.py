@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -192,3 +193,85 @@ def test_a_full_disk_keeps_nobody_from_giving_back(tmp_path, monkeypatch):
     assert claim
     assert claim.released
     assert not claim.alive
+
+
+def _foreign(folder: Path, **changes: object) -> Path:
+    """A claim of a process on another host, touched just now."""
+    folder.mkdir(parents=True)
+    owner = {"host": "node7", "machine": "node7 boot", "pid": 4711, "started": "1", "job": "", "since": time.time()}
+    path = folder / "1"
+    path.write_text(json.dumps({**owner, **changes}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("seconds", "alive"), [(0, True), (-30, True), (30, True), (-3600, False), (3600, False), (10**9, False)]
+)
+def test_a_claim_is_alive_within_what_clocks_may_differ_in_both_directions(tmp_path, seconds, alive):
+    path = _foreign(tmp_path / "locks" / "implant-k")
+    stamp = time.time() + seconds
+    os.utime(path, (stamp, stamp))
+    store = Store(tmp_path)
+    assert store.is_running("implant", "k") is alive
+    with store.lock("implant", "k") as ours:
+        assert ours is not alive
+
+
+def test_a_step_of_this_host_s_clock_takes_no_living_claim(tmp_path, monkeypatch):
+    _foreign(tmp_path / "locks" / "implant-k")
+    store, true = Store(tmp_path), time.time
+    for hours in (0, -5, 5):  # the distance of the clocks is remembered from before the step
+        monkeypatch.setattr(time, "time", lambda hours=hours: true() + hours * 3600)
+        assert store.is_running("implant", "k")
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+    (path / "inside").touch()
+
+
+DAMAGED = {
+    "folder": _folder,
+    "binary": lambda path: path.write_bytes(b"\xff\x00\x80"),
+    "list": lambda path: path.write_text("[1, 2]"),
+    "nested": lambda path: path.write_text("[" * 50_000),
+    "empty": lambda path: path.touch(),
+    "wrong types": lambda path: path.write_text(
+        '{"host": 1, "machine": 2, "pid": "x", "started": null, "job": [], "since": NaN}'
+    ),
+    "pipe": os.mkfifo,
+    "broken link": lambda path: path.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+@pytest.mark.parametrize("number", ["1", "5"])
+def test_whatever_lies_in_a_claim_s_place_is_waited_for_no_longer_than_a_claim(tmp_path, monkeypatch, kind, number):
+    folder = tmp_path / "locks" / "implant-k"
+    folder.mkdir(parents=True)
+    DAMAGED[kind](folder / number)
+    store = Store(tmp_path)
+    with store.lock("implant", "k") as ours:
+        assert not ours  # it may be a claim that is being written
+    (claim,) = store.claims().values()
+    assert claim.owner is None
+    monkeypatch.setattr(lease, "STALE_S", 0.1)
+    time.sleep(0.3)
+    for _ in range(2):
+        with store.lock("implant", "k") as ours:
+            assert ours
+            with store.lock("implant", "k") as second:
+                assert not second
+
+
+@pytest.mark.parametrize("name", ["x", "07", "0", "\u00b2", "\u0663", "-1", "1.5", "1 ", "3.new"])
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir])
+def test_a_name_that_is_no_number_is_no_claim(tmp_path, name, make):
+    folder = tmp_path / "locks" / "implant-k"
+    folder.mkdir(parents=True)
+    make(folder / name)
+    store = Store(tmp_path)
+    assert not store.is_running("implant", "k")
+    for _ in range(2):
+        with store.lock("implant", "k") as ours:
+            assert ours

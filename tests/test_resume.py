@@ -122,3 +122,18 @@ def test_a_stage_that_cannot_be_locked_says_why(run_grid, tiny):
     code, trials = run_grid(*settings)
     assert code == 1
     assert "FileExistsError" in trials.reason.item()
+
+
+def test_two_processes_with_one_process_id_write_no_common_file(tmp_path, monkeypatch):
+    """Two containers may share an id; each writes a checkpoint under a name of its own before it renames it."""
+    from bench.engine import training
+
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    written = []
+    monkeypatch.setattr(training, "save_tensors", lambda tensors, path, notes: (written.append(path), path.touch()))
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for _ in range(2):
+        training._save(tmp_path / "part.safetensors", model, optimizer, training.Hooks(), training.Journal(), 1)
+    assert len(set(written)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["part.safetensors"]

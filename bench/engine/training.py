@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -335,7 +336,7 @@ def _save(
     kept = {"epoch": str(epoch), "curves": json.dumps(journal.curves), "images": str(journal.images)}
     kept |= {"seconds": str(journal.seconds), "passes": str(journal.passes)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}")
+    beside = path.with_suffix(f".{uuid.uuid4().hex}")  # two containers may share a process id
     save_tensors({name: value.contiguous() for name, value in tensors.items()}, beside, kept)
     os.replace(beside, path)
 
