@@ -106,7 +106,7 @@ class SlurmConfig:
     constraint: str | None = None
     gpus: int = 0  # of each job; with none, trials are computed on CPUs
     cpus: int | None = None  # null: dispatch.threads for each trial that runs at once
-    memory_gb: float = 8.0
+    memory_gb: float | None = 8.0  # null asks for none: for clusters that give it by CPU, or want mem-per-cpu
     timeout_min: int = 240  # a job that needs longer is requeued, and goes on from its checkpoint ...
     max_timeouts: int = 3  # ... so often
     signal_delay_s: int = 90  # the warning before the end of the time

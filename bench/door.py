@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ class Plan:
 
     Attributes:
         published: rows of `published=FILE`, by the key of the evaluation; the store goes before them.
+        missing: data sets whose files are not here, each with how to get it; they are planned by their published sizes,
+            and stages of theirs in the store are not recognised.
     """
 
     cfg: DictConfig
@@ -42,6 +44,7 @@ class Plan:
     explicit: frozenset[str]
     arguments: list[str]
     published: dict[str, dict[str, Any]]
+    missing: dict[str, str] = field(default_factory=dict)
 
     @property
     def own(self) -> list[Trial]:
@@ -64,29 +67,30 @@ class Plan:
         return f"Grid {self.cfg.grid.name}" + (f": {self.cfg.grid.purpose}" if self.cfg.grid.purpose else "")
 
 
-def plan(arguments: list[str]) -> Plan:
+def plan(arguments: list[str], dry: bool = False) -> Plan:
     """Everything that a grid will do, with every mistake found before compute is spent.
+
+    Args:
+        dry: nothing will be computed, here or by Slurm, whatever `dry_run` says: neither data nor Slurm need be here.
 
     Raises:
         UserError: something is wrong with the command line, the grid or the data.
     """
-    from bench.config import UserError, load, said
-    from bench.grid import check, expand, names
+    from bench.config import load
+
+    return planned(load(arguments), arguments, dry)
+
+
+def planned(cfg: DictConfig, arguments: list[str], dry: bool = False) -> Plan:
+    """`plan`, of a configuration that is loaded."""
+    from bench.config import UserError
+    from bench.grid import check, expand
     from bench.store import Store
 
-    cfg = load(arguments)
     check(cfg)
-    from bench.engine.datasets import prepare
     from bench.pipeline import pick_device
 
-    dataset = cfg.dataset
-    try:
-        infos = {
-            name: prepare(name, Path(dataset.root), Path(dataset.cache), dataset.size)
-            for name in names(cfg)["datasets"]
-        }
-    except (LookupError, OSError) as error:
-        raise UserError(said(error)) from error
+    infos, missing = _data(cfg, dry)
     try:
         device = _device(cfg, pick_device)
     except ValueError as error:
@@ -94,11 +98,41 @@ def plan(arguments: list[str]) -> Plan:
     if cfg.dispatch.kind == "slurm":
         from slurm.dispatch import check as check_slurm
 
-        check_slurm(cfg.dispatch)
+        check_slurm(cfg.dispatch, dry)
     explicit = frozenset(argument.partition("=")[0].lstrip("+") for argument in arguments)
     trials = expand(cfg, infos, "bfloat16" if device.type == "cuda" else "float32", explicit)
     store = Store(Path(cfg.results) / "store")
-    return Plan(cfg, trials, infos, store, device, explicit, arguments, _published(cfg, trials))
+    return Plan(cfg, trials, infos, store, device, explicit, arguments, _published(cfg, trials), missing)
+
+
+def _data(cfg: DictConfig, dry: bool) -> tuple[dict[str, DatasetInfo], dict[str, str]]:
+    """What is known of each data set of the grid, and of those whose files are missing how to get them.
+
+    Raises:
+        UserError: a data set has an unknown name, or its files are missing and needed; the message lists all of them.
+    """
+    from bench.config import UserError, said
+    from bench.engine.datasets import as_published, prepare
+    from bench.grid import names
+
+    infos: dict[str, DatasetInfo] = {}
+    missing: dict[str, str] = {}
+    needed = False
+    for name in names(cfg)["datasets"]:
+        try:
+            infos[name] = prepare(name, Path(cfg.dataset.root), Path(cfg.dataset.cache), cfg.dataset.size)
+        except FileNotFoundError as error:
+            missing[name] = said(error)
+            info = as_published(name, cfg.dataset.size) if dry else None
+            needed = needed or info is None
+            if info is not None:
+                infos[name] = info
+        except (LookupError, OSError) as error:
+            raise UserError(said(error)) from error
+    if needed:
+        count = f"{len(missing)} data sets are missing:\n  " if len(missing) > 1 else ""
+        raise UserError(count + "\n  ".join(missing.values()))
+    return infos, missing
 
 
 def _published(cfg: DictConfig, trials: list[Trial]) -> dict[str, dict[str, Any]]:

@@ -42,7 +42,7 @@ ASSUMED, UNKNOWN = "assumed", "nothing"
 def main(arguments: list[str]) -> int:
     options = dict(argument[2:].partition("=")[::2] for argument in arguments if argument.startswith("--"))
     width, job_seconds, assumed = _read(options)
-    opened = plan([argument for argument in arguments if not argument.startswith("--")])
+    opened = plan([argument for argument in arguments if not argument.startswith("--")], dry=True)
     from bench.dispatch import pending
 
     tasks = pending(opened.own, opened.store, opened.cfg.dispatch.max_tries)
@@ -86,6 +86,8 @@ def summary(opened: Plan, tasks: list[Task]) -> None:
         trial.keys()[2] in opened.published or Task(trial, STAGES).is_finished(opened.store) for trial in applicable
     )
     print(opened.title)
+    for name, how in opened.missing.items():
+        print(f"planned by the published size of {name}, and without what is stored of it: {how}")
     print(f"trials: {len(trials)}, of them {there} finished, {len(trials) - len(applicable)} not applicable")
     own = {trial.keys()[0] for trial in applicable}
     implants = [task.trial.keys()[0] for task in tasks if task.stages == IMPLANT]

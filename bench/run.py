@@ -36,17 +36,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.door import Plan, duration, enter, plan, report, show
+from bench.door import Plan, duration, enter, planned, report, show
 
 if TYPE_CHECKING:
     from bench.dispatch import Progress, Task
 
 
 def main(arguments: list[str]) -> int:
-    opened = plan(arguments)
+    from bench.config import load
+
+    cfg = load(arguments)
+    opened = planned(cfg, arguments, dry=cfg.dry_run)
     from bench import dispatch
 
-    cfg, store = opened.cfg, opened.store
+    store = opened.store
     store.sweep()
     tasks = dispatch.pending(opened.own, store, cfg.dispatch.max_tries)
     if cfg.dry_run:
@@ -55,6 +58,8 @@ def main(arguments: list[str]) -> int:
         summary(opened, tasks)
         for task in tasks:
             print(f"  {task.title}")
+        if cfg.dispatch.kind == "slurm":
+            _rehearse(opened, tasks)
         return 0
     _print_fits(opened)
     with _Display(opened) as display:
@@ -102,6 +107,25 @@ def _dispatch(opened: Plan, tasks: list[Task], show: Callable[[Progress], None])
         plugins=plugins,
         show=show,
     )
+
+
+def _rehearse(opened: Plan, tasks: list[Task]) -> None:
+    """Print the job script that Slurm would be given first, on any machine."""
+    import slurm.dispatch
+
+    cfg, root = opened.cfg, Path(opened.cfg.results) / "slurm"
+    scripts = slurm.dispatch.rehearsed(
+        tasks,
+        opened.store,
+        opened.infos,
+        device=opened.device,
+        dispatch=cfg.dispatch,
+        plugins=list(cfg.plugins),
+        root=root,
+    )
+    if scripts:
+        print(f"\n{len(scripts)} job arrays would be submitted at first, with scripts such as the first one:\n")
+        print(scripts[0])
 
 
 def _default_workers(opened: Plan) -> int:

@@ -18,10 +18,11 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from submitit import AutoExecutor, SlurmExecutor
 
 from bench import lease
 from bench.config import UserError
@@ -38,28 +39,42 @@ Place = tuple[str, str]
 RESUBMITS = 3
 
 
-def check(dispatch: DictConfig) -> None:
+def check(dispatch: DictConfig, dry: bool = False) -> None:
     """Refuse wrong parameters before anything is computed.
 
+    Args:
+        dry: nothing will be submitted, so that Slurm's programs need not be here.
+
     Raises:
-        UserError: Slurm is not there, or it or submitit has no such parameter; the message lists those it has.
+        UserError: Slurm is not there, or it or submitit has no such parameter (the message lists those it has), or the
+            dispatcher sets the parameter itself.
     """
     missing = [name for name in ("sbatch", "squeue", "scancel", "srun") if shutil.which(name) is None]
-    if missing:
+    if missing and not dry:
         raise UserError(f"dispatch=slurm needs {', '.join(missing)} on PATH: log in to the cluster, or dispatch=local")
+    ask = dispatch.slurm
+    for name in ("timeout_min", "cpus"):
+        if ask[name] is not None and ask[name] < 1:
+            raise UserError(f"dispatch.slurm.{name} is {ask[name]}; write at least 1")
     options = _sbatch_options()
-    for key in dispatch.slurm.additional:
-        if options and str(key).replace("_", "-") not in options:
+    for key in ask.additional:
+        option = _option(key)
+        if options and option not in options:
             raise UserError(
-                f"dispatch.slurm.additional.{key}: sbatch has no --{key}.{near(str(key), options)} "
+                f"dispatch.slurm.additional.{key}: sbatch has no --{option}.{near(option, options)} "
                 f"Known: {', '.join(options)}."
             )
-    ours = {*PARAMETERS, *FIXED}
-    for key in dispatch.slurm.submitit:
-        if str(key) in ours:
-            instead = PARAMETERS.get(str(key))
-            advice = f"write dispatch.slurm.{instead} instead" if instead else "leave it out"
-            raise UserError(f"dispatch.slurm.submitit.{key} is set by the dispatcher; {advice}")
+        _refuse_ours(f"dispatch.slurm.additional.{key}", [p for p in PARAMETERS if p.option == option])
+    for key in ask.submitit:
+        option = _option(str(key).removeprefix("slurm_"))
+        found = [p for p in PARAMETERS if key == p.submitit or option == p.option]
+        _refuse_ours(f"dispatch.slurm.submitit.{key}", found)
+    for group in ("additional", "submitit"):
+        for key in ask[group]:
+            if _option(str(key).removeprefix("slurm_")).startswith("mem-per-") and ask.memory_gb is not None:
+                raise UserError(
+                    f"dispatch.slurm.{group}.{key}: sbatch refuses it beside --mem; write dispatch.slurm.memory_gb=null"
+                )
     with tempfile.TemporaryDirectory() as folder:
         _executor(dispatch, Path(folder), "check", "", workers=1)
 
@@ -72,24 +87,68 @@ def _sbatch_options() -> list[str]:
     return []
 
 
-# What submitit calls our settings.
-PARAMETERS = {
-    "timeout_min": "timeout_min",
-    "mem_gb": "memory_gb",
-    "cpus_per_task": "cpus",
-    "gpus_per_node": "gpus",
-    "slurm_partition": "partition",
-    "slurm_account": "account",
-    "slurm_qos": "qos",
-    "slurm_constraint": "constraint",
-    "slurm_signal_delay_s": "signal_delay_s",
-    "slurm_array_parallelism": "array_parallelism",
-    "slurm_setup": "setup",
-    "slurm_python": "python",
-    "slurm_max_num_timeout": "max_timeouts",
-    "slurm_additional_parameters": "additional",
-}
-FIXED = ("name", "nodes", "tasks_per_node", "stderr_to_stdout", "slurm_dependency", "slurm_stderr_to_stdout")
+def _option(key: Any) -> str:
+    """A key as sbatch spells it; submitit writes dashes for underscores."""
+    return str(key).replace("_", "-")
+
+
+class Parameter(NamedTuple):
+    """One thing that the dispatcher asks for.
+
+    Attributes:
+        option: of sbatch, without the dashes; empty where it is none.
+        submitit: what submitit calls it; empty where it sets the option by itself or has no such parameter.
+        setting: ours, under `dispatch.slurm`; empty where it is no one's to choose.
+    """
+
+    option: str
+    submitit: str = ""
+    setting: str = ""
+
+
+PARAMETERS = (
+    Parameter("time", "timeout_min", "timeout_min"),
+    Parameter("mem", "mem_gb", "memory_gb"),
+    Parameter("cpus-per-task", "cpus_per_task", "cpus"),
+    Parameter("gpus-per-node", "gpus_per_node", "gpus"),
+    Parameter("partition", "slurm_partition", "partition"),
+    Parameter("account", "slurm_account", "account"),
+    Parameter("qos", "slurm_qos", "qos"),
+    Parameter("constraint", "slurm_constraint", "constraint"),
+    Parameter("signal", "slurm_signal_delay_s", "signal_delay_s"),
+    Parameter("", "slurm_array_parallelism", "array_parallelism"),
+    Parameter("", "slurm_setup", "setup"),
+    Parameter("", "slurm_python", "python"),
+    Parameter("", "slurm_max_num_timeout", "max_timeouts"),
+    Parameter("", "slurm_additional_parameters", "additional"),
+    # A driver finds its jobs by their name, number and index, and their logs by submitit's file names.
+    Parameter("job-name", "name"),
+    Parameter("array"),
+    Parameter("dependency", "slurm_dependency"),
+    Parameter("nodes", "nodes"),
+    Parameter("ntasks-per-node", "tasks_per_node"),
+    Parameter("ntasks"),
+    Parameter("output"),
+    Parameter("error", "stderr_to_stdout"),
+    Parameter("open-mode"),
+    Parameter("", "slurm_stderr_to_stdout"),
+    # submitit reads the job's number from what sbatch prints, and squeue asks this cluster alone.
+    *map(Parameter, ("clusters", "cluster", "parsable", "quiet", "test-only", "wait", "wrap")),
+)
+
+
+def _refuse_ours(key: str, found: list[Parameter]) -> None:
+    if found:
+        advice = f"write dispatch.slurm.{found[0].setting} instead" if found[0].setting else "leave it out"
+        raise UserError(f"{key} is set by the dispatcher; {advice}")
+
+
+class _Unchecked(SlurmExecutor):  # type: ignore[misc]
+    """An executor that is made also where there is no Slurm: a job can be shown there."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
 
 
 def _executor(dispatch: DictConfig, folder: Path, name: str, dependency: str, workers: int) -> Any:
@@ -98,36 +157,39 @@ def _executor(dispatch: DictConfig, folder: Path, name: str, dependency: str, wo
     Raises:
         UserError: a parameter is wrong; submitit's own message, which lists the valid ones.
     """
-    from submitit import AutoExecutor
-
     ask: dict[str, Any] = OmegaConf.to_container(dispatch.slurm, resolve=True)  # type: ignore[assignment]
-    cpus = ask["cpus"] or dispatch.threads * workers
-    executor = AutoExecutor(
-        folder, cluster="slurm", slurm_max_num_timeout=ask["max_timeouts"], slurm_python=ask["python"]
-    )
+    ask["cpus"] = ask["cpus"] or dispatch.threads * workers
+    ask["gpus"] = ask["gpus"] or None
+    ask["setup"] = [*environment(dispatch.threads), *ask["setup"]]
+    # A job whose infected model will never come must not wait for ever.
+    ask["additional"] = {"requeue": True, "kill-on-invalid-dep": "yes", **ask["additional"]}
+    values = {parameter.submitit: ask[parameter.setting] for parameter in PARAMETERS if parameter.setting}
+    # Made as `debug`, since `slurm` asks for srun at once.
+    executor = AutoExecutor(folder, cluster="debug")
+    executor.cluster, executor._executor = "slurm", _Unchecked(folder, values.pop("slurm_max_num_timeout"))
+    executor._executor.python = values.pop("slurm_python") or executor._executor.python
     try:
         executor.update_parameters(
             name=name,
-            timeout_min=ask["timeout_min"],
-            mem_gb=ask["memory_gb"],
-            cpus_per_task=cpus,
-            gpus_per_node=ask["gpus"] or None,
             stderr_to_stdout=True,
-            slurm_partition=ask["partition"],
-            slurm_account=ask["account"],
-            slurm_qos=ask["qos"],
-            slurm_constraint=ask["constraint"],
-            slurm_signal_delay_s=ask["signal_delay_s"],
-            slurm_array_parallelism=ask["array_parallelism"],
-            slurm_setup=[*environment(dispatch.threads), *ask["setup"]],
             slurm_dependency=dependency or None,
-            # A job whose infected model will never come must not wait for ever.
-            slurm_additional_parameters={"requeue": True, "kill-on-invalid-dep": "yes", **ask["additional"]},
+            **values,
             **ask["submitit"],
         )
     except (NameError, ValueError, AssertionError, TypeError) as error:
         raise UserError(f"dispatch.slurm.submitit: {' '.join(str(error).split())}") from error
     return executor
+
+
+def _workers(dispatch: DictConfig) -> int:
+    """Trials that one job computes at once."""
+    return int(dispatch.trials_per_gpu * max(1, dispatch.slurm.gpus))
+
+
+def _packs(tasks: list[Task], dispatch: DictConfig) -> list[list[Task]]:
+    """The tasks of each job."""
+    size = dispatch.trials_per_job * _workers(dispatch)
+    return [tasks[start : start + size] for start in range(0, len(tasks), size)]
 
 
 def run(
@@ -154,6 +216,26 @@ def run(
         _Driver(tasks, store, infos, device, dispatch, plugins, root.resolve(), show).drive()
 
 
+def rehearsed(
+    tasks: list[Task],
+    store: Store,
+    infos: dict[str, DatasetInfo],
+    *,
+    device: torch.device,
+    dispatch: DictConfig,
+    plugins: list[str],
+    root: Path,
+) -> list[str]:
+    """The scripts that sbatch would be given first if nothing were in the queue, in order; nothing is submitted.
+
+    Dependencies name an array by its place in this list, from 1; the name of a batch, which is made when it is
+    submitted, is BATCH.
+    """
+    driver = _Rehearsal(tasks, store, infos, device, dispatch, plugins, root.resolve(), lambda progress: None)
+    driver._submit(tasks)
+    return driver.scripts
+
+
 class _Driver:
     """One look after another, until every task is done or has failed."""
 
@@ -170,7 +252,7 @@ class _Driver:
     ) -> None:
         self.store, self.dispatch, self.root, self.show = store, dispatch, root, show
         self.left = {task.place: task for task in tasks}
-        self.workers = dispatch.trials_per_gpu * max(1, dispatch.slurm.gpus)
+        self.workers = _workers(dispatch)
         self.settings = {
             "store": str(store.root.resolve()),
             "infos": {name: {**asdict(info), "folder": str(info.folder.resolve())} for name, info in infos.items()},
@@ -365,14 +447,14 @@ class _Driver:
         for wanted in (True, False):
             group = [task for task in implants if (task.trial.keys()[0] in twins) is wanted]
             families = []
-            for pack in self._packs(group):
-                repairs = self._packs([task for first in pack for task in own[first.trial.keys()[0]]])
+            for pack in _packs(group, self.dispatch):
+                repairs = _packs([task for first in pack for task in own[first.trial.keys()[0]]], self.dispatch)
                 families.append((pack, repairs))
             room = self._families(families, room)
         for job, waiting in attached.items():
             # Slurm lets it start however its model's job ends: the job looks whether the model is there.
-            room = self._arrays(self._packs(waiting), f"afterany:{job}", room)
-        self._arrays(self._packs(ready), "", room)
+            room = self._arrays(_packs(waiting, self.dispatch), f"afterany:{job}", room)
+        self._arrays(_packs(ready, self.dispatch), "", room)
 
     def _families(self, families: list[tuple[list[Task], list[list[Task]]]], room: int) -> int:
         """Submit packs of models, each with the packs of its repairs behind it; gives the room that is left."""
@@ -400,10 +482,6 @@ class _Driver:
     def _is_lost(self, implant: str) -> bool:
         """Is this model neither there nor in any job?"""
         return ("implant", implant) not in self.holder and not self.store.is_finished("implant", implant)
-
-    def _packs(self, tasks: list[Task]) -> list[list[Task]]:
-        size = self.dispatch.trials_per_job * self.workers
-        return [tasks[start : start + size] for start in range(0, len(tasks), size)]
 
     def _arrays(self, packs: list[list[Task]], after: str, room: int) -> int:
         packs = packs[: max(0, room)]
@@ -435,7 +513,7 @@ class _Driver:
             shutil.rmtree(batch.folder, ignore_errors=True)
             lines = [line for line in str(error).splitlines() if "sbatch:" in line or "rror" in line]
             reason = " ".join(" ".join(lines[-3:] or [str(error)]).split())
-            if "contact" in reason or "timed out" in reason:
+            if _is_away(reason):
                 raise QueueError(reason) from error  # the controller is away: that is no refusal
             if not self.elements:
                 raise UserError(f"Slurm refuses the job: {reason}") from error
@@ -468,6 +546,22 @@ class _Driver:
         self.show(progress)
 
 
+class _Rehearsal(_Driver):
+    """Keeps the scripts of the arrays in place of submitting them."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.scripts: list[str] = []
+
+    def _sbatch(self, packs: list[list[Task]], after: str) -> str:
+        folder, name = self.root / "BATCH" / "log", f"{jobs.PREFIX}BATCH"
+        executor = _executor(self.dispatch, folder, name, after, self.workers)._executor
+        if len(packs) > 1:
+            executor.parameters["map_count"] = len(packs)  # as submitit does for an array
+        self.scripts.append(executor._make_submission_file_text(executor._submitit_command_str, ""))
+        return str(len(self.scripts))
+
+
 def _alive(found: dict[str, Element], job: str) -> bool:
     return job in found and found[job].is_alive
 
@@ -476,8 +570,26 @@ def _stages(task: Task) -> list[Place]:
     return [place for place in zip(STAGES, task.trial.keys(), strict=True) if place[0] in task.stages]
 
 
-@cache
 def _max_array() -> int:
-    """How many elements this cluster's arrays may have."""
-    found = re.search(r"MaxArraySize\s*=\s*(\d+)", jobs.slurm("scontrol", "show", "config"))
+    """How many elements this cluster's arrays may have; Slurm's default where it cannot be asked.
+
+    Raises:
+        QueueError: Slurm does not answer now.
+    """
+    try:
+        found = re.search(r"MaxArraySize\s*=\s*(\d+)", _configuration())
+    except QueueError as error:
+        if _is_away(str(error)):
+            raise
+        found = None  # no scontrol here, or not for this user; where arrays are smaller, sbatch says so
     return max(1, int(found.group(1))) if found else 1000
+
+
+@cache
+def _configuration() -> str:
+    return jobs.slurm("scontrol", "show", "config")
+
+
+def _is_away(reason: str) -> bool:
+    """Is the controller away, which passes, by what one of Slurm's programs says?"""
+    return "contact" in reason or "timed out" in reason

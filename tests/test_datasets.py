@@ -506,3 +506,30 @@ def test_the_cache_holds_no_pickle(tmp_path):
     for path in folder.glob("*.npy"):
         np.load(path, allow_pickle=False)
     assert json.loads((folder / "meta.json").read_text())["shape"] == [1, 16, 16]
+
+
+# Images, classes, channels and pixels as the publications of the data sets give them.
+PUBLISHED = {
+    "cifar10": (50_000, 10_000, 10, 3, 32),
+    "cifar10_jpeg": (50_000, 10_000, 10, 3, 32),
+    "cifar100": (50_000, 10_000, 100, 3, 32),
+    "svhn": (73_257, 26_032, 10, 3, 32),
+    "fashion_mnist": (60_000, 10_000, 10, 1, 28),
+    "gtsrb": (39_209, 12_630, 43, 3, 32),
+    "tiny_imagenet": (100_000, 10_000, 200, 3, 64),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_size_of_a_data_set_is_known_without_it(name):
+    train, test, classes, channels, pixels = PUBLISHED[name]
+    info = datasets.as_published(name)
+    assert (sum(info.train_counts), sum(info.test_counts)) == (train, test)
+    assert (len(info.train_counts), len(info.test_counts), info.num_classes) == (classes, classes, classes)
+    assert info.shape == (channels, pixels, pixels)
+    assert datasets.as_published(name, 48).shape == (channels, 48, 48)
+    assert not info.digest  # it names no stored stage
+
+
+def test_of_a_folder_of_images_no_size_is_known():
+    assert datasets.as_published("folder:anything") is None

@@ -167,3 +167,47 @@ def test_nor_does_what_came_to_nothing_with_other_settings(tiny):
     finish(before, before.trials[0], "implant", 1.0, status="diverged")
     opened = plan([*tiny, *GRID])
     assert cost(opened, ("implant", opened.trials[0].keys()[0])).basis == UNKNOWN
+
+
+# Without data -------------------------------------------------------------------------------------------------------
+
+FOUR = ["grid.datasets=[cifar10,cifar100,gtsrb,tiny_imagenet]", "grid.models=[test_resnet]", "grid.attacks=[badnets]"]
+
+
+def test_a_grid_is_planned_by_published_sizes_where_its_data_are_missing(tiny, tmp_path, capsys):
+    from bench.run import main as run
+
+    nowhere = [*tiny, *FOUR, "grid.defenses=[no_defense]", f"dataset.root={tmp_path / 'nowhere'}"]
+    nowhere.append(f"dataset.cache={tmp_path / 'no_cache'}")
+    assert main([*nowhere, "--assume=implant:3600,defend:0,inspect:0,evaluate:0"]) == 0
+    printed = capsys.readouterr().out
+    assert "work: 4.00 core hours" in printed  # one model for each data set
+    assert run([*nowhere, "dry_run=true"]) == 0
+    dry = capsys.readouterr().out
+    for name in ("cifar10", "cifar100", "gtsrb", "tiny_imagenet"):
+        assert [line for line in printed.splitlines() if line.startswith("planned") and f" {name}, " in line]
+        assert f"{name}/test_resnet/badnets/0: implant" in dry
+    assert not (tmp_path / "no_cache").exists()
+
+
+def test_what_computes_names_every_missing_data_set_and_how_to_get_it(tiny, tmp_path):
+    from bench.run import main as run
+
+    nowhere = [*tiny, *FOUR, f"dataset.root={tmp_path / 'nowhere'}", f"dataset.cache={tmp_path / 'no_cache'}"]
+    with pytest.raises(UserError) as error:
+        run(nowhere)
+    lines = str(error.value).splitlines()
+    for name in ("cifar10", "cifar100", "gtsrb"):
+        assert [line for line in lines if f"{name} " in line and f"python -m bench.data {name}`" in line]
+    assert [line for line in lines if "tiny-imagenet-200.zip" in line]
+
+
+def test_a_folder_of_unknown_size_is_named_with_all_that_are_missing(tiny, tmp_path):
+    places = [f"dataset.root={tmp_path / 'nowhere'}", f"dataset.cache={tmp_path / 'no_cache'}"]
+    with pytest.raises(UserError) as error:
+        main([*tiny, "grid.datasets=[cifar10,'folder:signs']", *places])
+    assert "cifar10" in str(error.value)
+    assert "signs/train/<class>" in str(error.value)
+    with pytest.raises(UserError, match="signs") as error:
+        main([*tiny, "grid.datasets=['folder:signs']", *places])
+    assert "\n" not in str(error.value)

@@ -459,6 +459,8 @@ def fake_slurm(tmp_path, monkeypatch) -> Path:
         ("dispatch.slurm.submitit.mem_gb=8", ["dispatch.slurm.memory_gb"]),
         ("dispatch.slurm.gpu=1", ["no setting 'gpu'", "'gpus'"]),
         ("dispatch.trials_per_job=0", ["at least 1"]),
+        ("dispatch.slurm.timeout_min=-5", ["dispatch.slurm.timeout_min", "-5"]),
+        ("dispatch.slurm.cpus=0", ["dispatch.slurm.cpus", "0"]),
         ("dispatch=slrum", ["there is no dispatch 'slrum'", "'slurm'", "university"]),
     ],
 )
@@ -473,6 +475,115 @@ def test_a_wrong_parameter_is_refused_with_the_right_ones(fake_slurm, tiny, sett
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# What a driver finds its jobs by, or what our own settings say: option of sbatch, and what to write instead.
+OWNED = {
+    "job_name": "leave it out",
+    "job-name": "leave it out",
+    "array": "leave it out",
+    "output": "leave it out",
+    "error": "leave it out",
+    "open_mode": "leave it out",
+    "dependency": "leave it out",
+    "ntasks": "leave it out",
+    "ntasks_per_node": "leave it out",
+    "nodes": "leave it out",
+    "clusters": "leave it out",
+    "parsable": "leave it out",
+    "wait": "leave it out",
+    "time": "dispatch.slurm.timeout_min",
+    "mem": "dispatch.slurm.memory_gb",
+    "cpus-per-task": "dispatch.slurm.cpus",
+    "gpus_per_node": "dispatch.slurm.gpus",
+    "partition": "dispatch.slurm.partition",
+    "account": "dispatch.slurm.account",
+    "qos": "dispatch.slurm.qos",
+    "constraint": "dispatch.slurm.constraint",
+    "signal": "dispatch.slurm.signal_delay_s",
+}
+
+
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize("key", OWNED)
+def test_an_option_that_the_dispatcher_sets_is_refused_before_anything_is_submitted(
+    fake_slurm, tiny, monkeypatch, key, dry
+):
+    from bench.config import UserError
+    from slurm import dispatch
+
+    monkeypatch.setattr(dispatch, "_sbatch_options", list)  # a cluster whose help cannot be read
+    with pytest.raises(UserError, match=key) as error:
+        plan([*tiny, "dispatch=slurm", f"dispatch.slurm.additional.{key}=3"], dry=dry)
+    assert OWNED[key] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key", ["name", "slurm_time", "slurm_mem", "slurm_job_name", "slurm_partition", "slurm_setup", "slurm_dependency"]
+)
+def test_and_so_is_a_parameter_of_submitit_by_either_of_its_names(fake_slurm, tiny, monkeypatch, key):
+    from bench.config import UserError
+    from slurm import dispatch
+
+    monkeypatch.setattr(dispatch, "_sbatch_options", list)
+    with pytest.raises(UserError, match=f"submitit.{key}"):
+        plan([*tiny, "dispatch=slurm", f"dispatch.slurm.submitit.{key}=3"])
+
+
+@pytest.mark.parametrize("key", ["additional.mem-per-cpu", "additional.mem_per_gpu", "submitit.slurm_mem_per_cpu"])
+def test_memory_is_asked_for_in_one_way(fake_slurm, tiny, monkeypatch, key):
+    from bench.config import UserError
+    from slurm import dispatch
+
+    monkeypatch.setattr(dispatch, "_sbatch_options", list)
+    arguments = [*tiny, "dispatch=slurm", f"dispatch.slurm.{key}=2G"]
+    with pytest.raises(UserError, match=r"memory_gb=null"):
+        plan(arguments)
+    opened = plan([*arguments, "dispatch.slurm.memory_gb=null"])
+    executor = dispatch._executor(opened.cfg.dispatch, fake_slurm, "name", "", workers=1)
+    lines = executor._executor._make_submission_file_text("true", "x").splitlines()
+    asked = [line for line in lines if line.startswith("#SBATCH --mem")]
+    assert asked == [f"#SBATCH --{key.rpartition('.')[2].removeprefix('slurm_').replace('_', '-')}=2G"]
+
+
+def test_without_scontrol_arrays_have_slurm_s_default_size_and_a_silent_controller_is_asked_again(monkeypatch):
+    from slurm import dispatch
+
+    said = {"": "scontrol: No such file or directory"}
+
+    def scontrol(*words: str) -> str:
+        if "" in said:
+            raise jobs.QueueError(said[""])
+        return "MaxArraySize            = 77"
+
+    monkeypatch.setattr(jobs, "slurm", scontrol)
+    dispatch._configuration.cache_clear()
+    assert dispatch._max_array() == 1000
+    said[""] = "slurm_load_ctl_conf error: Unable to contact slurm controller (connect failure)"
+    with pytest.raises(jobs.QueueError):
+        dispatch._max_array()
+    del said[""]
+    assert dispatch._max_array() == 77
+    dispatch._configuration.cache_clear()
+
+
+def test_a_dry_run_prints_the_job_script_where_there_is_no_slurm(tiny, monkeypatch, tmp_path, capsys):
+    from bench.run import main
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.setenv("PATH", str(empty))
+    grid = ["grid.attacks=[none,badnets]", "grid.defenses=[no_defense]", "grid.seeds=3", "dispatch=slurm"]
+    ask = ["dispatch.slurm.partition=night", "dispatch.slurm.memory_gb=6", "dispatch.slurm.timeout_min=90"]
+    ask += ["dispatch.slurm.gpus=2", "dispatch.slurm.array_parallelism=4", "dispatch.slurm.additional.reservation=mine"]
+    assert main([*tiny, *grid, *ask, "dry_run=true"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    asked = {line.removeprefix("#SBATCH --") for line in lines if line.startswith("#SBATCH --")}
+    wanted = {"array=0-2%3", "partition=night", "mem=6GB", "time=90", "gpus-per-node=2", "cpus-per-task=2"}
+    assert wanted | {"reservation=mine", "requeue", "kill-on-invalid-dep=yes", "signal=USR2@90"} <= asked
+    assert any(line.startswith("srun ") and "submitit.core._submit" in line for line in lines)
+    assert not (tmp_path / "results" / "slurm").exists()  # nothing is submitted, and no batch is made
 
 
 @pytest.mark.parametrize("profile", ["university", "cloud"])

@@ -53,6 +53,8 @@ class DataSource:
         augmentation: what is usual for such images.
         how: how to get it, one line.
         download: true if `read` can fetch it by itself.
+        channels, train_counts, test_counts: its published size, images of each class in each split, by which a grid is
+            planned where the files are missing; no counts where nothing is published.
     """
 
     name: ClassVar[str]
@@ -61,6 +63,9 @@ class DataSource:
     augmentation: ClassVar[Augmentation] = CROP_AND_FLIP
     how: ClassVar[str] = ""
     download: ClassVar[bool] = True
+    channels: ClassVar[int] = 3
+    train_counts: ClassVar[tuple[int, ...]] = ()
+    test_counts: ClassVar[tuple[int, ...]] = ()
 
     def read(self, root: Path, size: int, download: bool) -> Splits:
         """Raises FileNotFoundError or RuntimeError where the files are missing."""
@@ -114,6 +119,32 @@ def source(name: str) -> DataSource:
         return ImageFolder(name.removeprefix("folder:"))
     found: DataSource = dataset[name]()
     return found
+
+
+def as_published(name: str, size: int | None = None) -> DatasetInfo | None:
+    """What is known of a data set without its files, for a plan; None where no size is published.
+
+    It has no digest, so that no stored stage is found by it, and no folder to load from.
+
+    Raises:
+        LookupError: no such data set.
+    """
+    kind = source(name)
+    if not kind.train_counts:
+        return None
+    pixels = size or kind.size
+    channels = kind.channels
+    return DatasetInfo(
+        name=name,
+        title=kind.title,
+        digest="",
+        shape=(channels, pixels, pixels),
+        train_counts=kind.train_counts,
+        test_counts=kind.test_counts,
+        mean=(0.5,) * channels,
+        std=(0.25,) * channels,
+        folder=Path(),
+    )
 
 
 def prepare(name: str, root: Path, cache: Path, size: int | None = None, download: bool = False) -> DatasetInfo:
@@ -266,6 +297,8 @@ class Cifar10(DataSource):
     """60,000 photographs of ten things, 32x32."""
 
     title = "CIFAR-10"
+    train_counts = (5_000,) * 10
+    test_counts = (1_000,) * 10
 
     def read(self, root: Path, size: int, download: bool) -> Splits:
         return _torchvision("CIFAR10", root, download, size, train=(True, False))
@@ -276,6 +309,8 @@ class Cifar100(DataSource):
     """60,000 photographs of a hundred things, 32x32."""
 
     title = "CIFAR-100"
+    train_counts = (500,) * 100
+    test_counts = (100,) * 100
 
     def read(self, root: Path, size: int, download: bool) -> Splits:
         return _torchvision("CIFAR100", root, download, size, train=(True, False))
@@ -286,6 +321,8 @@ class Svhn(DataSource):
     """99,289 house numbers, 32x32."""
 
     title = "SVHN"
+    train_counts = (4_948, 13_861, 10_585, 8_497, 7_458, 6_882, 5_727, 5_595, 5_045, 4_659)
+    test_counts = (1_744, 5_099, 4_149, 2_882, 2_523, 2_384, 1_977, 2_019, 1_660, 1_595)
     augmentation = Augmentation(crop=1 / 8)
 
     def read(self, root: Path, size: int, download: bool) -> Splits:
@@ -297,6 +334,9 @@ class FashionMnist(DataSource):
     """70,000 grey pictures of clothes, 28x28."""
 
     title = "Fashion-MNIST"
+    channels = 1
+    train_counts = (6_000,) * 10
+    test_counts = (1_000,) * 10
     size = 28
 
     def read(self, root: Path, size: int, download: bool) -> Splits:
@@ -320,6 +360,10 @@ def _idx(path: Path) -> Array:
     return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split()))
+
+
 @dataset("gtsrb")
 class Gtsrb(DataSource):
     """51,839 German traffic signs of 43 classes, scaled to 32x32.
@@ -329,6 +373,14 @@ class Gtsrb(DataSource):
     """
 
     title = "GTSRB"
+    train_counts = _counts(
+        "210 2220 2250 1410 1980 1860 420 1440 1410 1470 2010 1320 2100 2160 780 630 420 1110 1200 210 360 "
+        "330 390 510 270 1500 600 240 540 270 450 780 240 689 420 1200 390 210 2070 300 360 240 240"
+    )
+    test_counts = _counts(
+        "60 720 750 450 660 630 150 450 450 480 660 420 690 720 270 210 150 360 390 60 90 90 120 150 90 480 "
+        "180 60 150 90 150 270 60 210 120 390 120 60 690 90 90 60 90"
+    )
     images: ClassVar[tuple[int, int]] = (39_209, 12_630)
     url = "https://sid.erda.dk/public/archives/daaeac0d7ce1152aea9b61d9f1e19370"
     archives: ClassVar[dict[str, str]] = {
@@ -426,6 +478,8 @@ class Cifar10Jpeg(ImageFolder):
     """CIFAR-10 with every image saved once as JPEG: clean accuracy is a little lower than on CIFAR-10."""
 
     title = "CIFAR-10 (JPEG)"
+    train_counts = (5_000,) * 10
+    test_counts = (1_000,) * 10
 
     def __init__(self) -> None:
         super().__init__("cifar10_jpeg")
@@ -440,6 +494,8 @@ class TinyImageNet(DataSource):
     """110,000 photographs of 200 things, 64x64, as `tiny-imagenet-200/` is unpacked."""
 
     title = "Tiny-ImageNet"
+    train_counts = (500,) * 200
+    test_counts = (50,) * 200
     size = 64
     download = False
     how = "unpack tiny-imagenet-200.zip there"
