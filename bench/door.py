@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.messages import masked
+
 if TYPE_CHECKING:
     import pandas as pd
     import torch
@@ -88,6 +90,7 @@ def planned(cfg: DictConfig, arguments: list[str], dry: bool = False) -> Plan:
     from bench.store import Store
 
     check(cfg)
+    _check_address(cfg)
     from bench.pipeline import pick_device
 
     infos, missing = _data(cfg, dry)
@@ -133,6 +136,30 @@ def _data(cfg: DictConfig, dry: bool) -> tuple[dict[str, DatasetInfo], dict[str,
         count = f"{len(missing)} data sets are missing:\n  " if len(missing) > 1 else ""
         raise UserError(count + "\n  ".join(missing.values()))
     return infos, missing
+
+
+def _check_address(cfg: DictConfig) -> None:
+    """Refuse a tracking server's address that a sign in its password makes another one.
+
+    Raises:
+        UserError: it has no host, no port where one should be, or an @ behind them.
+    """
+    from urllib.parse import urlsplit
+
+    from bench.config import UserError
+
+    uri = cfg.tracking.uri or ""
+    try:
+        parts = urlsplit(uri)
+        port_is_number = parts.port is None or parts.port >= 0
+    except ValueError:
+        parts, port_is_number = None, False
+    after = f"{parts.path}{parts.query}{parts.fragment}" if parts and parts.netloc else ""
+    if not port_is_number or "@" in after or (uri.startswith("http") and not (parts and parts.hostname)):
+        raise UserError(
+            f"tracking.uri is {masked(uri)!r}, which has no valid host and port; write http://HOST:PORT, and signs "
+            "such as / ? # @ in a user name or password as %2F %3F %23 %40"
+        )
 
 
 def _published(cfg: DictConfig, trials: list[Trial]) -> dict[str, dict[str, Any]]:
@@ -218,7 +245,7 @@ def protocol(opened: Plan) -> list[str]:
             f"computed elsewhere, each row with its commit in trials.csv: trials of {', '.join(cfg.published)}"
         )
     words = [word for word in opened.arguments if not LOCAL.match(word.lstrip("+"))]
-    lines.append(f"command: {shlex.join(['python', '-m', 'bench.run', *words])}")
+    lines.append(f"command: {masked(shlex.join(['python', '-m', 'bench.run', *words]))}")
 
     def settings(changed: dict[str, Any]) -> str:
         return ", ".join(f"{key}={written(value)}" for key, value in changed.items())
@@ -281,7 +308,7 @@ def command(opened: Plan, trial: Trial) -> str:
     words.append("results=reproduced")
     if "train.precision=" not in trial.variant:  # what is swept cannot be set beside the sweep
         words.append(f"train.precision={trial.implant['train']['precision']}")
-    return shlex.join(["python", "-m", "bench.run", *words, f"grid.seeds=[{trial.seed}]"])
+    return masked(shlex.join(["python", "-m", "bench.run", *words, f"grid.seeds=[{trial.seed}]"]))
 
 
 def report(opened: Plan, again: bool = True) -> Any:
@@ -370,7 +397,8 @@ def _keep_settings(opened: Plan) -> None:
     for group, names in (("attack", cfg.grid.attacks), ("defense", [method_of(cfg, n) for n in cfg.grid.defenses])):
         cfg[group] = {name: cfg[group][name] for name in dict.fromkeys(names)}
     command = shlex.join(["python", "-m", "bench.run", *opened.arguments])
-    (opened.folder / "config.yaml").write_text(f"# {command}\n{OmegaConf.to_yaml(cfg)}")
+    # The file is uploaded, and published: no password of a tracking server stands in it.
+    (opened.folder / "config.yaml").write_text(masked(f"# {command}\n{OmegaConf.to_yaml(cfg)}"))
 
 
 def _made_of(opened: Plan, trials: pd.DataFrame, lines: list[str]) -> str:
@@ -441,7 +469,7 @@ def enter(main: Callable[[list[str]], int], usage: str) -> None:
     try:
         sys.exit(main(arguments))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {masked(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)

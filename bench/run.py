@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.door import Plan, duration, enter, planned, report, show
+from bench.messages import masked
 
 if TYPE_CHECKING:
     from bench.dispatch import Progress, Task
@@ -62,12 +63,13 @@ def main(arguments: list[str]) -> int:
             _rehearse(opened, tasks)
         return 0
     _print_fits(opened)
+    told = bool(tasks) and _tracking_is_away(opened)
     with _Display(opened) as display:
         _dispatch(opened, tasks, display.show)
     boards, trials = report(opened, again=False)
     show(boards)
-    _track(opened)
-    print(f"Tables and plots: {opened.folder}/   the store: {store.root}/   MLflow: {opened.tracking_uri}")
+    _track(opened, told)
+    print(f"Tables and plots: {opened.folder}/   the store: {store.root}/   MLflow: {masked(opened.tracking_uri)}")
     counts = trials.status.value_counts()
     for state in ("diverged", "wrecked"):
         if state in counts:
@@ -149,8 +151,26 @@ def _print_fits(opened: Plan) -> None:
             print(f"{model} on {data} ({size}): {', '.join(notes) or 'as timm has it'}")
 
 
-def _track(opened: Plan) -> None:
-    """Mirror finished trials into MLflow; if it fails, the results are safe and the next run sends them."""
+def _tracking_is_away(opened: Plan) -> bool:
+    """Say before the computing, not after it, that MLflow does not answer."""
+    if not opened.cfg.tracking.enabled:
+        return False
+    from bench import tracking
+
+    try:
+        tracking.check(opened.tracking_uri)
+    except tracking.Unreachable as error:
+        _warn(opened, f"MLflow does not answer: {error}; the run goes on")
+        return True
+    return False
+
+
+def _track(opened: Plan, told: bool) -> None:
+    """Mirror finished trials into MLflow; if it fails, the results are safe and are sent later.
+
+    Args:
+        told: was it said at the start that MLflow does not answer? If it still does not, that is not said again.
+    """
     if not opened.cfg.tracking.enabled:
         return
     from bench import tracking
@@ -160,11 +180,13 @@ def _track(opened: Plan) -> None:
         tracking.sync(opened.trials, opened.store, opened.tracking_uri, name, artifacts)
         tracking.log_files(opened.tracking_uri, name, artifacts, tracking.published(opened.folder))
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        print(
-            f"warning: MLflow at {opened.tracking_uri} took nothing or not all ({reason}); the next run sends it",
-            file=sys.stderr,
-        )
+        if not (told and isinstance(error, tracking.Unreachable)):
+            _warn(opened, f"could not log everything to MLflow: {tracking.reason(error)}")
+
+
+def _warn(opened: Plan, text: str) -> None:
+    later = "bench.sync, or the next run, sends what is missing"
+    print(f"warning: {text} ({masked(opened.tracking_uri)}); {later}", file=sys.stderr)
 
 
 class _Display:

@@ -14,16 +14,17 @@ def main(arguments: list[str]) -> int:
     opened = plan(arguments)
     from bench import tracking
     from bench.config import UserError
+    from bench.messages import masked
 
+    uri = masked(opened.tracking_uri)
     name, artifacts = str(opened.cfg.grid.name), Path(opened.cfg.results) / "mlflow"
     try:
         sent = tracking.sync(opened.trials, opened.store, opened.tracking_uri, name, artifacts)
         if opened.folder.is_dir():
             tracking.log_files(opened.tracking_uri, name, artifacts, tracking.published(opened.folder))
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"MLflow at {opened.tracking_uri} took nothing or not all: {reason}") from error
-    print(f"{opened.title}: {sent} trials sent to {opened.tracking_uri}")
+        raise UserError(f"could not log everything to MLflow at {uri} ({tracking.reason(error)})") from error
+    print(f"{opened.title}: {sent} trials sent to {uri}")
     return 0
 
 

@@ -18,20 +18,26 @@ import sqlite3
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pandas as pd
 
 from bench.grid import Trial
+from bench.messages import masked, shortened
 from bench.reporting.table import FIGURES, TEXTS, Snapshot, printable, trial_row, trial_table
 from bench.store import STAGES, Store
 
 ROWS = "rows"  # the folder of rows among the artifacts of an experiment's leaderboard
 BATCH = 200  # trials whose rows go into one file
+PAGE = 200  # runs that one search returns: few enough for a busy server to answer in time
+ANSWER_S = 5.0  # what a server has to answer in at all, and another process to unlock a database
+SETUP_S = 60.0  # what another process has to make the tables of a database
 
 # Before any import of mlflow: it reports usage over the network unless told not to.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -39,13 +45,72 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 # A server's client prints two lines for each run that it ends, and draws a bar for each file that it fetches.
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-# A server that is away is asked for twelve seconds, not for four minutes: what it misses is sent later.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+# A server that stops answering costs ten seconds, not nine minutes: what it misses is sent later.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+class TrackingError(Exception):
+    """Why MLflow cannot be used now, in one line without secrets."""
+
+
+class Unreachable(TrackingError):
+    """MLflow does not answer, or its database is locked; nothing was sent."""
 
 
 def default_uri(results: Path) -> str:
     """A sqlite file under the results, by its absolute path: a relative one would depend on the folder of a process."""
     return f"sqlite:///{(results / 'mlflow.db').resolve()}"
+
+
+def check(uri: str, seconds: float = ANSWER_S) -> None:
+    """Ask MLflow for a sign of life, and wait no longer than that for it.
+
+    Raises:
+        Unreachable: there is none.
+    """
+    if (database := _sqlite(uri)) is not None:
+        _check_lock(database, seconds)
+        return
+    from mlflow import MlflowClient  # seconds, which are not the server's
+
+    answers: list[str] = []
+
+    def ask() -> None:
+        try:
+            _quiet_client(MlflowClient, uri)
+            answers.append("")
+        except Exception as error:
+            answers.append(reason(error))
+
+    # A thread of its own: a time-out of a socket begins anew with each byte, and a database's client has none.
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    answer = answers[0] if answers else f"no answer within {seconds:g} s"
+    if answer:
+        raise Unreachable(answer)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong with MLflow, in one line without secrets."""
+    text = str(error).partition("[SQL: ")[0]  # the statement and all of its values follow
+    return "its database is locked by another process" if "database is locked" in text else shortened(text)
+
+
+def _sqlite(uri: str) -> Path | None:
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _check_lock(database: Path, seconds: float) -> None:
+    if not database.exists():
+        return
+    try:
+        with closing(sqlite3.connect(database, timeout=seconds, isolation_level=None)) as connection:
+            connection.execute("begin immediate")
+            connection.execute("rollback")
+    except sqlite3.Error as error:
+        raise Unreachable(reason(error)) from error
 
 
 def sync(trials: list[Trial], store: Store, uri: str, experiment: str, artifacts: Path) -> int:
@@ -54,7 +119,11 @@ def sync(trials: list[Trial], store: Store, uri: str, experiment: str, artifacts
     Args:
         experiment: its name, the grid's.
         artifacts: folder of MLflow's artifacts, used when the experiment is new.
+
+    Raises:
+        TrackingError: MLflow does not answer, or the artifacts of its database are missing.
     """
+    check(uri)  # before the lock, for which other drivers wait
     while True:
         # Two drivers that end together would both send, and each take the other's half-sent runs for broken ones.
         with store.lock("tracking", experiment) as ours:
@@ -66,6 +135,7 @@ def sync(trials: list[Trial], store: Store, uri: str, experiment: str, artifacts
 def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
     board = _board(client, place)
     there = {_name(row) for row in _rows(client, place)}
+    restored = _restore(client, place, trials, there)
     begun = _runs(client, place, "attributes.status = 'RUNNING' and tags.kind = 'trial'")
     # Those of another sweep are being sent now; ours were begun when the tracking broke.
     if begun := [run for run in begun if run.data.tags.get("store") == _of(store)]:
@@ -98,7 +168,30 @@ def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
                 client.log_artifact(board, str(path), ROWS)
             # Last: a run that is not ended is one whose row may be missing.
             list(pool.map(client.set_terminated, runs))
-    return len(fresh)
+    return len(fresh) + restored
+
+
+def _restore(client: Any, place: str, trials: list[Trial], sent: set[tuple[str, ...]]) -> int:
+    """Bring back the runs of these trials and of their infected models that a person deleted; counts the trials.
+
+    Half-sent runs that were deleted here are not FINISHED, and stay deleted.
+    """
+    names = {tuple(map(_tag, name)) for name in map(_of_trial, trials) if name in sent}
+    deleted = [
+        run
+        for run in _runs(client, place, "tags.kind = 'trial' and attributes.status = 'FINISHED'", deleted=True)
+        if _name(run.data.tags) in names
+    ]
+    parents = _runs(client, place, "tags.kind = 'infected model' and attributes.status = 'FINISHED'", deleted=True)
+    if parents:
+        shown = {run.data.tags["implant"] for run in _runs(client, place, "tags.kind = 'infected model'")}
+        wanted = {trial.keys()[0] for trial in trials} - shown
+        parents = list(
+            {run.data.tags["implant"]: run for run in parents if run.data.tags["implant"] in wanted}.values()
+        )
+    for run in (*parents, *deleted):
+        client.restore_run(run.info.run_id)
+    return len(deleted)
 
 
 def _parents(client: Any, place: str, trials: list[Trial], store: Store) -> dict[str, str]:
@@ -136,6 +229,9 @@ def _title(*parts: Any) -> str:
 def _board(client: Any, place: str) -> str:
     """The run that holds the tables and the rows of an experiment."""
     found = _runs(client, place, "tags.kind = 'leaderboard'")
+    if not found and (found := _runs(client, place, "tags.kind = 'leaderboard'", deleted=True)):
+        for deleted in found:  # without its rows, every trial would be sent a second time
+            client.restore_run(deleted.info.run_id)
     if found:
         run: str = found[0].info.run_id
         return run
@@ -201,8 +297,10 @@ def read(uri: str, experiment: str, trials: list[Trial] | None = None) -> pd.Dat
 
     client = MlflowClient(tracking_uri=uri)
     found = client.get_experiment_by_name(experiment)
-    if found is None:
-        raise LookupError(f"MLflow at {uri} has no experiment {experiment!r}; run the grid with tracking.enabled=true")
+    if found is None or found.lifecycle_stage == "deleted":
+        raise LookupError(
+            f"MLflow at {masked(uri)} has no experiment {experiment!r}; run the grid with tracking.enabled=true"
+        )
     rows = {_name(row): row for row in _rows(client, found.experiment_id)}
     wanted = rows if trials is None else map(_of_trial, trials)
     return trial_table([rows[name] for name in wanted if name in rows])
@@ -213,12 +311,12 @@ def _open(uri: str, experiment: str, artifacts: Path) -> tuple[Any, str]:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    if uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///"))
+    path = _sqlite(uri)
+    if path is None:
+        client = _quiet_client(MlflowClient, uri)
+    else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_suffix(".lock").open("a") as lock:
-            # Two processes that create the tables at once break the file for good.
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _setup_lock(path):
             if not path.exists():
                 # Made beside and renamed: a process killed while it makes the tables would leave a broken file.
                 beside = path.with_suffix(".new")
@@ -228,18 +326,87 @@ def _open(uri: str, experiment: str, artifacts: Path) -> tuple[Any, str]:
                     database.execute("pragma wal_checkpoint(truncate)")
                     database.execute("pragma journal_mode=WAL")  # kept in the file; halves the time of writing
                 os.replace(beside, path)
+            _relocate(path, artifacts, experiment)
             client = _quiet_client(MlflowClient, uri)
-    else:
-        client = _quiet_client(MlflowClient, uri)
-    found = client.get_experiment_by_name(experiment)
-    if found is not None:
-        return client, found.experiment_id
     # Artifacts of a server are the server's business.
     location = None if uri.startswith("http") else str((artifacts / experiment).resolve())
+    found = client.get_experiment_by_name(experiment)
     try:
-        return client, client.create_experiment(experiment, artifact_location=location)
-    except MlflowException:  # another process was faster
-        return client, client.get_experiment_by_name(experiment).experiment_id
+        if found is None:
+            return client, client.create_experiment(experiment, artifact_location=location)
+        if found.lifecycle_stage == "deleted":
+            client.restore_experiment(found.experiment_id)
+            print(f"MLflow: the experiment {experiment!r} was deleted there; it is restored with its runs")
+    except MlflowException:
+        found = client.get_experiment_by_name(experiment)
+        if found is None or found.lifecycle_stage == "deleted":  # else another process was faster
+            raise
+    return client, found.experiment_id
+
+
+@contextmanager
+def _setup_lock(database: Path) -> Iterator[None]:
+    """Two processes that create the tables at once break the file for good."""
+    path = database.with_suffix(".lock")
+    with path.open("a") as lock:
+        end = time.monotonic() + SETUP_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise Unreachable(f"another process holds {path} for {SETUP_S:g} s") from None
+                time.sleep(0.1)
+        yield
+
+
+def _relocate(database: Path, artifacts: Path, experiment: str) -> None:
+    """Point the experiments of a copied or moved results folder at the artifacts that lie there now.
+
+    MLflow keeps the path of the artifacts as it was when an experiment was made: a copy would read and write those of
+    the original.
+
+    Raises:
+        TrackingError: the artifacts of this experiment did not come along.
+    """
+    if database.resolve().parent != artifacts.resolve().parent:
+        return  # not the database of this results folder
+    moved = 0
+    with closing(sqlite3.connect(database, timeout=ANSWER_S)) as connection, connection:
+        for number, name, location in connection.execute(
+            "select experiment_id, name, artifact_location from experiments"
+        ).fetchall():
+            before, now = Path(str(location).removeprefix("file://")), (artifacts / name).resolve()
+            if before.parts[-2:] != (artifacts.name, name):
+                continue  # not one of ours
+            if before != now and before.exists() and not (before.parent.parent / database.name).exists():
+                continue  # another results folder that shares this database
+            logged = connection.execute(
+                "select 1 from tags join runs using (run_uuid) where experiment_id = ? and tags.key = 'files'",
+                (number,),
+            ).fetchone()
+            if logged and not now.is_dir():
+                if name != experiment:
+                    continue
+                source = f"copy {before} there, or " if before.is_dir() else ""
+                raise TrackingError(
+                    f"{database} has the experiment {name!r}, but its artifacts are not in {now}; {source}delete the "
+                    "database, and bench.sync sends everything anew"
+                )
+            if before == now:
+                continue
+            connection.execute(
+                "update experiments set artifact_location = ? where experiment_id = ?", (str(now), number)
+            )
+            connection.execute(
+                "update runs set artifact_uri = ? || substr(artifact_uri, ?) "
+                "where experiment_id = ? and substr(artifact_uri, 1, ?) = ?",
+                (str(now), len(location) + 1, number, len(location), location),
+            )
+            moved += 1
+    if moved:
+        print(f"MLflow: {database.parent} was copied or moved; its experiments now have their artifacts in {artifacts}")
 
 
 def _quiet_client(kind: Any, uri: str) -> Any:
@@ -253,11 +420,14 @@ def _quiet_client(kind: Any, uri: str) -> Any:
     return client
 
 
-def _runs(client: Any, place: str, which: str) -> list[Any]:
+def _runs(client: Any, place: str, which: str, deleted: bool = False) -> list[Any]:
+    from mlflow.entities import ViewType
+
+    kind = ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
     found: list[Any] = []
     token = None
     while True:
-        page = client.search_runs([place], filter_string=which, max_results=1000, page_token=token)
+        page = client.search_runs([place], which, kind, PAGE, page_token=token)
         found += page
         token = page.token
         if not token:

@@ -10,18 +10,25 @@ import socket
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+import threading
+import time
+from collections import Counter
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+import bench.run
+import bench.status
+import bench.sync
 from bench import tracking
 from bench.config import UserError
-from bench.door import plan
+from bench.door import enter, plan
 from bench.reporting.table import FIGURES, boards, of_trials
 from bench.store import key_of
+from tests.conftest import TINY
 from tests.test_page import HOSTILE
 
 FIRST = ["grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"]
@@ -39,6 +46,21 @@ def database(tmp_path_factory):
 def uri(database, tmp_path):
     shutil.copy(database, tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+@pytest.fixture(scope="session")
+def _finished(tmp_path_factory, cache):
+    """A results folder with the stages of the first grid, computed once for all tests."""
+    folder = tmp_path_factory.mktemp("finished") / "results"
+    assert bench.run.main([*TINY, *FIRST, f"results={folder}", f"dataset.cache={cache}"]) == 0
+    return folder
+
+
+@pytest.fixture
+def finished(_finished, tiny, tmp_path):
+    """The settings of the first grid, and a results folder in which it is finished."""
+    shutil.copytree(_finished, tmp_path / "results")
+    return [*tiny, *FIRST]
 
 
 def test_a_leaderboard_from_mlflow_equals_the_one_from_the_store(run_grid, tiny, uri):
@@ -132,13 +154,11 @@ def test_hostile_names_and_values_come_back_from_mlflow_as_the_store_has_them(ru
         assert row.defense in params.values()
 
 
-def test_a_tracking_failure_loses_no_result_and_is_sent_later(run_grid, tiny, uri, capsys, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+def test_a_tracking_failure_loses_no_result_and_is_sent_later(run_grid, tiny, uri, capsys):
     code, trials = run_grid(*FIRST, "tracking.enabled=true", "tracking.uri=http://127.0.0.1:9")
     assert code == 0
     assert (trials.status == "done").all()
-    assert "the next run sends it" in capsys.readouterr().err
+    assert "127.0.0.1:9" in capsys.readouterr().err
     run_grid(*FIRST, "tracking.enabled=true", f"tracking.uri={uri}")
     assert len(tracking.read(uri, "quick")) == 4
 
@@ -168,6 +188,260 @@ def test_the_profile_of_a_server_asks_the_environment_where_it_is(tiny, monkeypa
     assert plan([*tiny, "tracking=server", "tracking.uri=http://other"]).tracking_uri == "http://other"
     with pytest.raises(UserError, match=r"no tracking 'sever'. Did you mean 'server'\? Known: local, server"):
         plan([*tiny, "tracking=sever"])
+
+
+def _count(runs):
+    return Counter(found.data.tags["kind"] for found in runs)
+
+
+def _kinds(client, place):
+    """How many runs of each kind an experiment shows."""
+    return _count(client.search_runs([place]))
+
+
+def test_runs_that_a_person_deleted_are_there_again_after_the_next_sync(finished, uri, tmp_path):
+    from mlflow import MlflowClient
+
+    opened = plan(finished)
+    target = (uri, "quick", tmp_path / "artifacts")
+    tracking.sync(opened.trials, opened.store, *target)
+    client = MlflowClient(tracking_uri=uri)
+    place = client.get_experiment_by_name("quick").experiment_id
+    before = _kinds(client, place)
+    assert before == {"trial": 4, "infected model": 2, "leaderboard": 1}
+    kinds = [f"tags.kind = '{kind}'" for kind in before]
+    for which in [*kinds, "tags.attack = 'badnets'", ""]:
+        deleted = client.search_runs([place], which)
+        for found in deleted:
+            client.delete_run(found.info.run_id)
+        sent = tracking.sync(opened.trials, opened.store, *target)
+        assert sent == _count(deleted)["trial"], which
+        assert _kinds(client, place) == before, which
+        shown = {found.info.run_id for found in client.search_runs([place])}
+        trials = client.search_runs([place], "tags.kind = 'trial'")
+        assert {found.data.tags["mlflow.parentRunId"] for found in trials} <= shown
+        assert len(tracking.read(uri, "quick")) == 4
+    for found in client.search_runs([place], "tags.kind = 'trial'"):
+        client.delete_run(found.info.run_id)
+    # What is not among the trials of this command stays deleted.
+    assert tracking.sync(opened.trials[:1], opened.store, *target) == 1
+    (found,) = client.search_runs([place], "tags.kind = 'trial'")
+    assert found.data.tags["trial"] == opened.trials[0].keys()[2]
+
+
+def test_an_experiment_that_a_person_deleted_is_restored_and_that_is_said(finished, uri, tmp_path, capsys):
+    from mlflow import MlflowClient
+
+    opened = plan(finished)
+    target = (uri, "quick", tmp_path / "artifacts")
+    tracking.sync(opened.trials[:3], opened.store, *target)
+    client = MlflowClient(tracking_uri=uri)
+    place = client.get_experiment_by_name("quick").experiment_id
+    client.delete_experiment(place)
+    with pytest.raises(LookupError, match="'quick'"):
+        tracking.read(uri, "quick")
+    capsys.readouterr()
+    assert tracking.sync(opened.trials, opened.store, *target) == 1
+    assert "'quick'" in capsys.readouterr().out
+    assert _kinds(client, place) == {"trial": 4, "infected model": 2, "leaderboard": 1}
+
+
+@contextmanager
+def _server_that(answer):
+    """A server on this machine that gives each connection to `answer`; yields its address."""
+    connections = []
+
+    def serve(listener):
+        while True:
+            try:
+                connections.append(listener.accept()[0])
+                answer(connections[-1])
+            except OSError:
+                return
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, args=[listener], daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    for connection in connections:
+        connection.close()
+
+
+def _never(connection):
+    pass
+
+
+def _trickle(connection):
+    """A byte now and then: no time-out of a socket ends that."""
+
+    def send():
+        with suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            while True:
+                connection.sendall(b" ")
+                time.sleep(0.2)
+
+    threading.Thread(target=send, daemon=True).start()
+
+
+def _fail(connection):
+    connection.recv(65536)
+    connection.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 4\r\nConnection: close\r\n\r\ngone")
+    connection.close()
+
+
+def _half(connection):
+    """A sign of life, and then none."""
+    if b"experiments/search" in connection.recv(65536):
+        connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 18\r\nConnection: close\r\n\r\n{"experiments": []}')
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    "answer", [_never, _fail, *(pytest.param(answer, marks=pytest.mark.slow) for answer in (_trickle, _half))]
+)
+def test_a_hanging_or_failing_server_costs_a_run_fifteen_seconds_and_one_line(finished, capsys, monkeypatch, answer):
+    import mlflow  # noqa: F401  (its import takes seconds that are not the server's)
+
+    spent = []
+
+    def timed(whole):
+        def call(*args):
+            began = time.monotonic()
+            try:
+                return whole(*args)
+            finally:
+                spent.append(time.monotonic() - began)
+
+        return call
+
+    for name in ("_tracking_is_away", "_track"):
+        monkeypatch.setattr(bench.run, name, timed(getattr(bench.run, name)))
+    opened = plan(finished)
+    with _server_that(answer) as address:
+        for something in (True, False):  # to compute
+            spent.clear()
+            if something:
+                shutil.rmtree(opened.store.folder("evaluate", opened.trials[0].keys()[2]))
+            capsys.readouterr()
+            assert bench.run.main([*finished, "tracking.enabled=true", f"tracking.uri={address}"]) == 0
+            (line,) = capsys.readouterr().err.splitlines()
+            assert address in line
+            assert "bench.sync" in line
+            assert len(spent) == 1 + something
+            assert sum(spent) < 15
+
+
+@pytest.mark.parametrize("journal", ["wal", "delete"])
+def test_a_locked_database_is_named_as_such(finished, uri, capsys, monkeypatch, journal):
+    monkeypatch.setattr(tracking.check, "__defaults__", (0.2,))
+    sent = [*finished, f"tracking.uri={uri}", "tracking.enabled=true"]
+    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"), isolation_level=None)) as other:
+        other.execute(f"pragma journal_mode={journal}")
+        other.execute("begin exclusive")
+        capsys.readouterr()
+        assert bench.run.main(sent) == 0
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "locked" in line
+        assert "mlflow.db" in line
+        with pytest.raises(UserError, match="locked"):
+            bench.sync.main(sent)
+        other.execute("rollback")
+    assert bench.sync.main(sent) == 0
+    assert len(tracking.read(uri, "quick")) == 4
+
+
+def _locations(database):
+    with closing(sqlite3.connect(database)) as connection:
+        return {
+            path
+            for query in (
+                "select artifact_location from experiments where name = 'quick'",
+                "select artifact_uri from runs",
+            )
+            for (path,) in connection.execute(query)
+        }
+
+
+@pytest.mark.parametrize("original", ["stays", "is gone"])
+def test_a_copied_results_folder_has_its_own_artifacts(finished, database, tmp_path, capsys, original):
+    first, second = tmp_path / "results", tmp_path / "copy" / "results"
+    shutil.copy(database, first / "mlflow.db")
+    assert bench.sync.main(finished) == 0
+    assert _locations(first / "mlflow.db")
+    shutil.copytree(first, second)
+    files = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
+    if original == "is gone":
+        shutil.rmtree(first)
+    capsys.readouterr()
+    copied = [*finished, f"results={second}", "tracking.enabled=true"]
+    assert bench.sync.main(copied) == 0
+    assert "0 trials sent" in (out := capsys.readouterr().out)
+    assert str(second) in out
+    assert all(path.startswith(str(second)) for path in _locations(second / "mlflow.db"))
+    if original == "stays":
+        assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()} == files
+    opened = plan(copied)
+    stored = of_trials(opened.trials, opened.store)
+    pd.testing.assert_frame_equal(tracking.read(opened.tracking_uri, "quick", opened.trials), stored, check_exact=True)
+
+
+def test_a_database_that_was_copied_without_its_artifacts_is_refused_with_advice(finished, database, tmp_path):
+    first, second = tmp_path / "results", tmp_path / "copy"
+    shutil.copy(database, first / "mlflow.db")
+    assert bench.sync.main(finished) == 0
+    shutil.copytree(first, second, ignore=lambda folder, names: ["mlflow"] if folder == str(first) else [])
+    copied = [*finished, f"results={second}", "tracking.enabled=true"]
+    with pytest.raises(UserError, match=str(second / "mlflow" / "quick")):
+        bench.sync.main(copied)
+    assert bench.run.main(copied) == 0  # the results are there without it
+    (second / "mlflow.db").unlink()
+    shutil.copy(database, second / "mlflow.db")
+    assert bench.sync.main(copied) == 0
+    assert len(tracking.read(f"sqlite:///{second / 'mlflow.db'}", "quick")) == 4
+
+
+def test_another_results_folder_may_share_a_database(finished, database, tmp_path):
+    shared = tmp_path / "shared" / "mlflow.db"
+    shared.parent.mkdir()
+    shutil.copy(database, shared)
+    assert bench.sync.main([*finished, f"tracking.uri=sqlite:///{shared}"]) == 0
+    before = _locations(shared)
+    assert bench.sync.main([*finished, f"results={shared.parent}"]) == 0
+    assert _locations(shared) == before
+
+
+SECRET = "s3cr3t%40word"
+
+
+@pytest.mark.parametrize(
+    ("word", "works"),
+    [
+        (f"tracking.uri=http://me:{SECRET}@127.0.0.1:9", True),
+        (f"++tracking.uri='http://{SECRET}@127.0.0.1:9/base'", True),
+        (f"tracking={{uri:'http://127.0.0.1:9/base?access_token={SECRET}'}}", True),
+        (f"tracking.uri='postgresql://me:{SECRET}@127.0.0.1:9/mlflow?connect_timeout=1'", True),
+        ("tracking=server", True),  # its address is in the environment
+        (f"tracking.uri='http://me:x/{SECRET}@127.0.0.1:9'", False),  # refused: this host is called me
+        (f"tracking.uri='http://me:1/{SECRET}@127.0.0.1:9'", False),
+        (f"misspelt.uri=http://me:{SECRET}@127.0.0.1:9", False),
+        (f"tracking.uri=http://me:{SECRET}@127.0.0.1:9/[", False),
+    ],
+)
+def test_no_secret_of_a_server_s_address_is_written_or_printed(finished, tmp_path, capfd, monkeypatch, word, works):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@127.0.0.1:9")
+    shutil.rmtree(tmp_path / "results" / "quick")
+    words = [*finished, "tracking.enabled=true", word]
+    said = ""
+    for command in (bench.run, bench.sync, bench.status):
+        monkeypatch.setattr(sys, "argv", ["bench", *words])
+        with pytest.raises(SystemExit):
+            enter(command.main, "")
+        said += "".join(capfd.readouterr())
+    assert said
+    assert "s3cr3t" not in said
+    files = [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
+    assert [path for path in files if b"s3cr3t" in path.read_bytes()] == []
+    assert (tmp_path / "results" / "quick" / "config.yaml").exists() == works
 
 
 @pytest.mark.slow

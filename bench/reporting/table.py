@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from bench.grid import Trial
+from bench.messages import shortened
 from bench.reporting import statistics
 from bench.reporting.columns import COLUMN, COSTS, MEASURES, Column
 from bench.store import STAGES, Store
@@ -190,7 +191,7 @@ def read_trials(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
                 table[column] = table[column].replace("", "nan")
         return trial_table(table.to_dict("records"))  # type: ignore[arg-type]
     except (OSError, ValueError) as error:
-        text = " ".join(str(error).split())[:200]
+        text = shortened(str(error), 200)
         raise UserError(f"{name or source} is no trials.csv of this benchmark: {text}") from error
 
 
@@ -274,7 +275,7 @@ def read_reported(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
         # The names that results/published has for them.
         table = table.rename(columns={"source": "provenance", "differs": "protocol"})
     except (OSError, ValueError) as error:
-        raise UserError(f"report.reported: {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"report.reported: {path} cannot be read: {shortened(str(error), 200)}") from error
     needed = [axis for axis in AXES if axis != "variant"] + ["provenance"]
     known = {*needed, "variant", "seeds", "protocol", "poison_rate", *COLUMN, *(f"{name}_std" for name in COLUMN)}
     missing, odd = [name for name in needed if name not in table], [name for name in table if name not in known]
