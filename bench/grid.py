@@ -99,6 +99,13 @@ class Trial:
         others = [("defend", defend), ("inspect", self.evaluate["inspect"]), ("evaluate", evaluate)]
         return [*(("implant", key) for key in self.implants()), *others]
 
+    def identities(self) -> list[Identity]:
+        """The identities of `places`, in their order."""
+        if not self.evaluate:
+            return []
+        implants = [self.implant, *([self.control] if self.control else [])]
+        return [*implants, self.defend, self.inspect, self.evaluate]
+
     @staticmethod
     def _key(identity: Identity) -> str:
         return key_of(identity) if identity else ""

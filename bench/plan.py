@@ -3,31 +3,39 @@
     python -m bench.plan [grid=NAME] [key=value ...]     the same settings as bench.run; computes nothing
     python -m bench.plan ... --width=64                  and how long it takes with 64 at once
     python -m bench.plan ... --assume=implant:600,defend:60,inspect:5,evaluate:10
-                                                         seconds of the stages that nothing was measured for
+                                                         seconds of the stages that were not measured on their data
+                                                         set and architecture
     python -m bench.plan ... --job-seconds=12            what a Slurm job takes before its first trial
 
 A stage's seconds and bytes are the medians of finished ones in the store, of the most similar kind that was measured:
 the same cell at another seed; else the same method on the same data set and architecture, whatever its settings; else
-anything there; else the method elsewhere; else the stage. The plan says how much rests on which.
+what --assume says; else anything there; else the method elsewhere; else the stage. What was measured otherwise counts
+times the ratio of the work: FLOPs of a pass, images and epochs (or updates, where a method counts them). The plan says
+how much rests on which. A stage with a costly measure (AutoAttack, relearn, ...) is like none without it.
 """
 
 from __future__ import annotations
 
 import heapq
+import json
 import math
 import os
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bench.door import Plan, duration, enter, plan
 
 if TYPE_CHECKING:
     from bench.dispatch import Task
-    from bench.grid import Trial
-    from bench.store import Store
+    from bench.engine.datasets import DatasetInfo
+    from bench.engine.models import ModelSpec
+    from bench.store import Identity, Store
 
 Kind = tuple[str, ...]
 Place = tuple[str, str]
@@ -36,6 +44,9 @@ NAMES = {"implant": "infected models", "twin": "clean twins", "defend": "repairs
 NAMES |= {"evaluate": "evaluations"}
 # How alike the stages are that an estimate rests on.
 ALIKE = ("the same cell", "the same method there", "others there", "elsewhere")
+METHOD = 2  # levels of these at which the method itself was measured, on this data set and architecture
+# Options of a measurement that cost a multiple of the rest.
+COSTLY = ("autoattack_images", "relearn", "reactivate", "connection")
 ASSUMED, UNKNOWN = "assumed", "nothing"
 
 
@@ -47,7 +58,7 @@ def main(arguments: list[str]) -> int:
 
     tasks = pending(opened.own, opened.store, opened.cfg.dispatch.max_tries)
     summary(opened, tasks)
-    estimate = estimated(opened.own, opened.store, assumed)
+    estimate = estimated(opened, assumed)
     _print_costs(estimate)
     if tasks:
         packed = opened.cfg.dispatch.trials_per_job if opened.cfg.dispatch.kind == "slurm" else 1
@@ -102,6 +113,104 @@ def summary(opened: Plan, tasks: list[Task]) -> None:
 
 
 @dataclass(frozen=True)
+class Work:
+    """How much a stage computes, for its ratio to another of its kind.
+
+    Attributes:
+        network: without its normalisation, which costs nothing.
+        images: a number proportional to the images that go through it, epochs counted; among stages of one method.
+        trainset: images in the training set: among methods, which count their epochs each in a way of its own.
+        method: the name of a defense; empty for stages of which all do the same.
+    """
+
+    network: ModelSpec
+    images: float
+    trainset: int
+    method: str = ""
+
+    def ratio(self, measured: Work) -> float:
+        """Of the floating-point operations, to those of another stage."""
+        alike = self.method == measured.method
+        ratio = self.images / measured.images if alike else self.trainset / measured.trainset
+        return ratio if self.network == measured.network else ratio * _flops(self.network) / _flops(measured.network)
+
+    def ratio_of_weights(self, measured: Work) -> float:
+        same = self.network == measured.network
+        return 1.0 if same else _weights(self.network) / _weights(measured.network)
+
+
+@cache
+def _flops(network: ModelSpec) -> int:
+    return network.flops()
+
+
+@cache
+def _weights(network: ModelSpec) -> int:
+    import torch
+
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in network.build(0).parameters())
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape (C, H, W) and images of each class of a data set."""
+
+    shape: tuple[int, ...]
+    train_counts: tuple[int, ...]
+    test_counts: tuple[int, ...]
+
+
+def _work(stage: str, identity: Identity, implant: Identity, size: Size) -> Work:
+    """What a stage computes.
+
+    Args:
+        identity: of the stage.
+        implant: of the infected model that it trains or is about.
+    """
+    from bench.engine.models import ModelSpec
+
+    channels, pixels, _ = size.shape
+    plain = (0.0,) * channels
+    model = implant["model"]
+    spec = ModelSpec(model["name"], len(size.train_counts), channels, pixels, plain, plain, model["stem"])
+    trainset = sum(count - round(implant["pool"] * count) for count in size.train_counts)
+    tests = sum(size.test_counts)
+    if stage == "implant":
+        images: float = _training(identity["train"], trainset)
+    elif stage == "defend":
+        images = _repair(identity, trainset, sum(size.train_counts))
+    else:
+        steps, attacked = identity.get("pgd_steps", 0), identity.get("pgd_images")
+        images = 2 * tests + 2 * steps * (tests if attacked is None else min(attacked, tests))
+    method = identity["defense"]["name"] if stage == "defend" else ""
+    return Work(spec, max(1.0, images), trainset, method)
+
+
+def _training(recipe: dict[str, Any], images: int) -> float:
+    return float(recipe["updates"] * recipe["batch_size"] or recipe["epochs"] * images)
+
+
+def _repair(identity: Identity, trainset: int, whole: int) -> float:
+    """Images that a defense trains on, as far as its settings say: updates, or epochs over what it sees, and rounds."""
+    settings = identity["defense"]
+    seen = trainset if "train" in identity else identity.get("reserve", {}).get("size", 0.0) * whole
+    epochs = sum(_total(value) for name, value in settings.items() if name.endswith("epochs"))
+    if settings.get("updates"):
+        images = _total(settings["updates"]) * settings.get("batch_size", 1)
+    elif epochs:
+        images = seen * epochs
+    else:
+        images = _training(identity["train"], trainset) if "train" in identity else seen
+    return float(images * (_total(settings.get("rounds", 1)) or 1))
+
+
+def _total(value: Any) -> float:
+    """A number, or the sum of a list with one for each step."""
+    return float(sum(value) if isinstance(value, list | tuple) else value or 0)
+
+
+@dataclass(frozen=True)
 class Cost:
     """What a stage takes; one for all stages that are alike.
 
@@ -110,6 +219,7 @@ class Cost:
         seconds, size: None where nothing is known; bytes.
         basis: what that rests on: one of ALIKE, ASSUMED, UNKNOWN.
         subject: data set, architecture and method.
+        ratio: of its work to the work that was measured; 1 where nothing was.
     """
 
     name: str
@@ -117,6 +227,7 @@ class Cost:
     size: float | None
     basis: str
     subject: str
+    ratio: float = 1.0
 
 
 @dataclass
@@ -127,29 +238,34 @@ class Estimate:
         costs: of each stage that is not finished.
         finished: how many are, by their names.
         devices: what those ran on that the costs rest on.
+        unsized: finished stages that are left out by their data sets, whose sizes are not known here.
     """
 
     costs: dict[Place, Cost]
     finished: Counter[str]
     devices: Counter[str]
+    unsized: Counter[str]
 
     def seconds(self, places: Iterable[Place]) -> float:
         """Of these stages together, as far as they are known and not finished."""
         return sum(self.costs[place].seconds or 0.0 for place in places if place in self.costs)
 
 
-def estimated(trials: list[Trial], store: Store, assumed: dict[str, float] | None = None) -> Estimate:
-    """Seconds and bytes of every stage of these trials that is not finished.
+def estimated(opened: Plan, assumed: dict[str, float] | None = None, store: Store | None = None) -> Estimate:
+    """Seconds and bytes of every stage of this grid's own trials that is not finished.
 
     Args:
-        assumed: seconds by the stage's name where nothing was measured.
+        assumed: seconds by the stage's name, for what was not measured on its data set and architecture.
+        store: the grid's, or a snapshot of it.
     """
-    measured, finished = _Measured(store), Counter[str]()
+    store = store or opened.store
+    measured, finished = _Measured(store, opened), Counter[str]()
     there: set[Place] = set()
-    todo: dict[Place, tuple[str, tuple[Kind, ...]]] = {}
-    once: dict[tuple[str, ...], tuple[str, tuple[Kind, ...]]] = {}
-    for trial in trials:
-        for place in trial.places():
+    todo: dict[Place, _Alike] = {}
+    once: dict[tuple[str, ...], _Alike] = {}
+    for trial in opened.own:
+        identities = dict(zip(trial.places(), trial.identities(), strict=True))
+        for place, identity in identities.items():
             if place in todo or place in there:
                 continue
             own = place[0] != "implant" or place[1] == trial.keys()[0]
@@ -158,52 +274,88 @@ def estimated(trials: list[Trial], store: Store, assumed: dict[str, float] | Non
             if cell not in once:
                 # A row of the grid may be named for the settings of a defense.
                 method = trial.defend["defense"]["name"]
-                once[cell] = names[0], (cell, *_kinds(place[0], *names[1:], method))
+                kinds = (cell, *_kinds(place[0], *names[1:], method, _costly(identity)))
+                work = _work(place[0], identity, trial.implant, _size_of(opened.infos[trial.dataset]))
+                once[cell] = _Alike(names[0], kinds, work)
             if store.is_finished(*place):
                 there.add(place)
                 finished[names[0]] += 1
-                measured.add(place, once[cell][1])
+                measured.add(place, once[cell].kinds, once[cell].work)
             else:
                 todo[place] = once[cell]
-    if any(kinds[1] not in measured.seconds for _, kinds in set(todo.values())):
+    if any(alike.kinds[1] not in measured.found for alike in set(todo.values())):
         measured.add_others(there)
-    costs = {
-        (name, kinds): _cost(name, kinds, measured, (assumed or {}).get(name)) for name, kinds in set(todo.values())
-    }
-    return Estimate({place: costs[alike] for place, alike in todo.items()}, finished, measured.devices)
+    costs = {alike: _cost(alike, measured, (assumed or {}).get(alike.name)) for alike in set(todo.values())}
+    return Estimate(
+        {place: costs[alike] for place, alike in todo.items()}, finished, measured.devices, measured.unsized
+    )
 
 
-def _cost(name: str, kinds: tuple[Kind, ...], measured: _Measured, assumed: float | None) -> Cost:
+@dataclass(frozen=True)
+class _Alike:
+    """Stages that take the same: their name, what they are like (the most similar first), and their work."""
+
+    name: str
+    kinds: tuple[Kind, ...]
+    work: Work
+
+
+def _cost(alike: _Alike, measured: _Measured, assumed: float | None) -> Cost:
+    name, kinds, work = alike.name, alike.kinds, alike.work
     subject = " ".join(kinds[1][2:])
     for level, kind in enumerate(kinds):
-        if kind in measured.seconds:
-            seconds, size = median(measured.seconds[kind]), median(measured.size[kind])
-            return Cost(name, seconds, size, ALIKE[min(level, len(ALIKE) - 1)], subject)
-    return Cost(name, assumed, None, UNKNOWN if assumed is None else ASSUMED, subject)
+        if level == METHOD and assumed is not None:
+            return Cost(name, assumed, None, ASSUMED, subject)
+        if found := measured.found.get(kind):
+            ratios = [work.ratio(one.work) for one in found]
+            seconds = median(one.seconds * ratio for one, ratio in zip(found, ratios, strict=True))
+            stores = kinds[1][0] in ("implant", "defend")
+            size = median(one.size * (work.ratio_of_weights(one.work) if stores else 1.0) for one in found)
+            return Cost(name, seconds, size, ALIKE[min(level, len(ALIKE) - 1)], subject, median(ratios))
+    return Cost(name, None, None, UNKNOWN, subject)
 
 
-def _kinds(stage: str, dataset: str, model: str, attack: str, defense: str) -> list[Kind]:
+def _kinds(stage: str, dataset: str, model: str, attack: str, defense: str, costly: tuple[str, ...]) -> list[Kind]:
     """What a stage is like, the most similar first: three levels, and then the stage itself."""
     there = (stage, "there", dataset, model)
     if stage == "implant":
         return [(*there, attack), there, (stage, attack), (stage,)]
     if stage == "defend":
         return [(*there, defense), there, (stage, defense), (stage,)]
-    return [there, there, (stage,), (stage,)]
+    # The method does not matter: whatever was measured there was measured for it.
+    return [(*there, *costly), (*there, *costly), (stage, *costly), (stage, *costly)]
+
+
+def _costly(identity: Identity) -> tuple[str, ...]:
+    return tuple(name for name in COSTLY if identity.get(name))
+
+
+def _size_of(info: DatasetInfo) -> Size:
+    return Size(info.shape, info.train_counts, info.test_counts)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A finished stage: its seconds, bytes and work."""
+
+    seconds: float
+    size: int
+    work: Work
 
 
 class _Measured:
-    """Seconds and bytes of finished stages by what they are like; a sample of each kind is read, not all."""
+    """Finished stages by what they are like; a sample of each kind is read, not all."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, opened: Plan) -> None:
         self.store = store
-        self.seconds: dict[Kind, list[float]] = defaultdict(list)
-        self.size: dict[Kind, list[int]] = defaultdict(list)
+        self.found: dict[Kind, list[_Found]] = {}
         self.devices: Counter[str] = Counter()
+        self.unsized: Counter[str] = Counter()
+        self.infos, self.cache = opened.infos, Path(opened.cfg.dataset.cache)
 
-    def add(self, place: Place, kinds: Sequence[Kind], cells: int = 1) -> None:
+    def add(self, place: Place, kinds: Sequence[Kind], work: Work, cells: int = 1) -> None:
         """Note one finished stage, unless enough of its kind are noted; the first `cells` kinds are of its own cell."""
-        if len(self.seconds.get(kinds[0], ())) >= SAMPLE:
+        if len(self.found.get(kinds[0], ())) >= SAMPLE:
             return
         result = self.store.result(*place)
         if result is None:
@@ -211,33 +363,60 @@ class _Measured:
         size = sum(entry.stat().st_size for entry in os.scandir(self.store.folder(*place)))
         # What came to nothing tells about its own cell only.
         for kind in dict.fromkeys(kinds if result["status"] == "done" else kinds[:cells]):
-            self.seconds[kind].append(result["seconds"])
-            self.size[kind].append(size)
+            self.found.setdefault(kind, []).append(_Found(result["seconds"], size, work))
         self.devices[result.get("provenance", {}).get("device", "?")] += 1
 
     def add_others(self, known: set[Place]) -> None:
         """Note what other grids left in the store."""
-        implants: dict[str, tuple[str, str, str]] = {}
-        defends: dict[str, tuple[str, str]] = {}
+        implants: dict[str, Identity] = {}
+        defends: dict[str, Identity] = {}
         for stage in ("implant", "defend", "inspect", "evaluate"):
             for key, identity in self.store.identities(stage):
                 try:
                     if stage == "implant":
-                        names = [identity["dataset"]["name"], identity["model"]["name"], identity["attack"]["name"]]
-                        implants[key] = (names[0], names[1], names[2])
-                        defense, implant = "", key
-                    elif stage == "defend":
-                        defense, implant = identity["defense"]["name"], identity["implant"]
-                        defends[key] = (defense, implant)
-                    elif stage == "inspect":
-                        defense, implant = "", identity["implant"]
+                        implants[key], implant, defense = identity, identity, ""
+                    elif stage == "evaluate":
+                        repair = defends[identity["defend"]]
+                        implant, defense = implants[repair["implant"]], repair["defense"]["name"]
                     else:
-                        defense, implant = defends[identity["defend"]]
-                    kinds = _kinds(stage, *implants[implant], defense)
+                        implant = implants[identity["implant"]]
+                        defense = identity["defense"]["name"] if stage == "defend" else ""
+                    if stage == "defend":
+                        defends[key] = identity
+                    if (stage, key) in known:
+                        continue
+                    names = [implant[part]["name"] for part in ("dataset", "model", "attack")]
+                    size = self._size(implant["dataset"])
+                    if size is None:
+                        self.unsized[names[0]] += 1
+                        continue
+                    kinds = _kinds(stage, *names, defense, _costly(identity))
+                    self.add((stage, key), kinds, _work(stage, identity, implant, size), cells=0)
                 except KeyError:  # what it belongs to was removed
                     continue
-                if (stage, key) not in known:
-                    self.add((stage, key), kinds, cells=0)
+
+    def _size(self, dataset: Identity) -> Size | None:
+        """The size of the data set of a stored stage: this grid's, one in the cache, or the published one."""
+        return self._sizes.get(dataset["digest"]) or self._published(dataset["name"])
+
+    @cached_property
+    def _sizes(self) -> dict[str, Size]:
+        """By digest."""
+        sizes = {}
+        for path in self.cache.glob("*/meta.json"):
+            with suppress(OSError, ValueError, KeyError):
+                meta = json.loads(path.read_text())
+                parts = (tuple(meta[name]) for name in ("shape", "train_counts", "test_counts"))
+                sizes[meta["digest"]] = Size(*parts)
+        return {**sizes, **{info.digest: _size_of(info) for info in self.infos.values()}}
+
+    def _published(self, name: str) -> Size | None:
+        from bench.engine.datasets import as_published
+
+        with suppress(LookupError):
+            info = as_published(name)
+            return _size_of(info) if info else None
+        return None
 
 
 # How long that takes -------------------------------------------------------------------------------------------------
@@ -335,20 +514,34 @@ def _print_costs(estimate: Estimate) -> None:
         return
     basis: Counter[str] = Counter()
     unknown: Counter[str] = Counter()
+    ratios: dict[str, list[float]] = defaultdict(list)
     for cost, count in costs.items():
         basis[cost.basis] += count
+        ratios[cost.basis].append(cost.ratio)
         if cost.basis == UNKNOWN:
             unknown[f"{NAMES[cost.name]} of {cost.subject}"] += count
-    print(
-        "by what was measured on: "
-        + ", ".join(f"{text} {basis[text]:,}" for text in (*ALIKE, ASSUMED, UNKNOWN) if basis[text])
-    )
+    texts = [text for text in (*ALIKE, ASSUMED, UNKNOWN) if basis[text]]
+    print("by what was measured on: " + ", ".join(f"{text} {basis[text]:,}{_range(ratios[text])}" for text in texts))
+    if any(_range(found) for found in ratios.values()):
+        print("x: the work of a stage to that of the measured one, by FLOPs of a pass, images and epochs or updates")
+    for name, count in estimate.unsized.items():
+        print(
+            f"left out: {count:,} stages measured on {name}, whose size is not known here (it is not in dataset.cache)"
+        )
     if estimate.devices:
         print("with " + ", ".join(f"{name} ({count:,})" for name, count in estimate.devices.most_common()))
     if unknown:
         shown = "; ".join(name for name, _ in unknown.most_common(4)) + ("; ..." if len(unknown) > 4 else "")
         print(f"nothing is known of {sum(unknown.values()):,} stages, which count as 0 s ({shown})")
         print("compute one seed of the like first, or write --assume=" + ",".join(f"{name}:SECONDS" for name in NAMES))
+
+
+def _range(ratios: list[float]) -> str:
+    """From the least to the largest, unless all are 1."""
+    least, most = f"{min(ratios):.3g}", f"{max(ratios):.3g}"
+    if least == most:
+        return "" if least == "1" else f" (x {least})"
+    return f" (x {least} to {most})"
 
 
 def _sum(parts: Iterable[tuple[float | None, int]]) -> float | None:

@@ -61,7 +61,7 @@ def _show(opened: Plan) -> tuple[bool, bool]:
     states += [f"{len(running)} stages running"] if running else []
     states += [f"{len(queued)} jobs waiting in the queue"] if queued else []
     print(", ".join(states) or "no trial")
-    estimate = estimated(opened.own, store)
+    estimate = estimated(opened, store=store)
     left = estimate.seconds(estimate.costs) / max(1, len(running))
     if left:
         print(f"about {duration(left)} left, at {max(1, len(running))} at once")

@@ -6,10 +6,12 @@ import heapq
 import random
 
 import pytest
+import torch
 
 from bench.config import UserError
 from bench.dispatch import pending
 from bench.door import plan
+from bench.engine.models import ModelSpec
 from bench.plan import UNKNOWN, Job, critical_path, estimated, jobs_of, main, simulated
 from bench.store import STAGES
 
@@ -25,7 +27,7 @@ def finish(opened, trial, stage: str, seconds: float, status: str = "done") -> N
 
 
 def cost(opened, place, assumed=None):
-    return estimated(opened.trials, opened.store, assumed).costs[place]
+    return estimated(opened, assumed).costs[place]
 
 
 def test_a_stage_costs_the_median_of_the_same_cell_at_other_seeds(tiny):
@@ -52,7 +54,7 @@ def test_without_the_cell_it_is_the_method_there_then_others_then_elsewhere_then
     other = plan([*tiny, *GRID, "grid.models=[test_vit]", "grid.defenses=[fine_pruning]"])
     for stage, seconds in (("implant", 1.0), ("defend", 7.0)):
         finish(other, other.trials[0], stage, seconds)
-    assert (cost(opened, wanted).seconds, cost(opened, wanted).basis) == (7.0, "elsewhere")
+    assert cost(opened, wanted).basis == "elsewhere"
     finish(opened, places["badnets", "no_defense", 0], "defend", 5.0)
     assert (cost(opened, wanted).seconds, cost(opened, wanted).basis) == (5.0, "others there")
     finish(opened, places["badnets", "fine_tuning", 0], "defend", 9.0)
@@ -65,7 +67,7 @@ def test_what_was_measured_with_other_settings_counts_where_nothing_nearer_is(ti
     before = plan([*tiny, *GRID])
     for stage, seconds in (("implant", 4.0), ("defend", 6.0), ("inspect", 1.0), ("evaluate", 2.0)):
         finish(before, before.trials[0], stage, seconds)
-    opened = plan([*tiny, *GRID, "train.epochs=2"])  # every stage is another one
+    opened = plan([*tiny, *GRID, "train.lr=0.05"])  # every stage is another one
     costs = {stage: cost(opened, (stage, key)) for stage, key in opened.trials[0].places()}
     assert {stage: found.seconds for stage, found in costs.items()} == {
         "implant": 4.0,
@@ -78,7 +80,7 @@ def test_what_was_measured_with_other_settings_counts_where_nothing_nearer_is(ti
 def test_a_cell_that_came_to_nothing_says_nothing_of_other_cells(tiny):
     opened = plan([*tiny, *GRID])
     finish(opened, opened.trials[0], "defend", 0.0, status="diverged")
-    costs = estimated(opened.trials, opened.store).costs
+    costs = estimated(opened).costs
     known = {place for place, found in costs.items() if found.seconds is not None}
     assert known == {("defend", trial.keys()[1]) for trial in opened.trials[1:3]}  # its own other seeds
 
@@ -108,7 +110,7 @@ def test_a_finished_grid_has_nothing_left(run_grid, tiny, capsys):
     assert "critical path" not in printed
     # And of what it left, another seed is planned: seconds and bytes.
     opened = plan([*tiny, *one, "grid.seeds=[1]"])
-    costs = estimated(opened.trials, opened.store).costs
+    costs = estimated(opened).costs
     done = plan([*tiny, *one]).trials[0]
     for stage, key in opened.trials[0].places():
         before = dict(done.places())[stage]
@@ -120,7 +122,7 @@ def test_the_first_repair_of_a_model_inspects_it(tiny):
     opened = plan([*tiny, *GRID, "grid.attacks=[badnets]", "grid.seeds=1"])
     tasks = pending(opened.trials, opened.store)
     seconds = dict(zip((*STAGES[:2], "inspect", "evaluate"), (100.0, 10.0, 5.0, 1.0), strict=True))
-    jobs = jobs_of(tasks, estimated(opened.trials, opened.store, seconds), job_seconds=0.5)
+    jobs = jobs_of(tasks, estimated(opened, seconds), job_seconds=0.5)
     assert [(job.seconds, job.needs) for job in jobs] == [(100.5, ()), (16.5, (0,)), (11.5, (0,))]
     assert [job.seconds for job in critical_path(jobs)] == [100.5, 16.5]
 
@@ -167,6 +169,141 @@ def test_nor_does_what_came_to_nothing_with_other_settings(tiny):
     finish(before, before.trials[0], "implant", 1.0, status="diverged")
     opened = plan([*tiny, *GRID])
     assert cost(opened, ("implant", opened.trials[0].keys()[0])).basis == UNKNOWN
+
+
+# Scaled to other work -----------------------------------------------------------------------------------------------
+
+
+def measured(tiny, *more: str):
+    """The tiny grid with the first stages of each kind finished, in 4, 6, 1 and 2 seconds."""
+    before = plan([*tiny, *GRID, *more])
+    for stage, seconds in (("implant", 4.0), ("defend", 6.0), ("inspect", 1.0), ("evaluate", 2.0)):
+        finish(before, tuned(before), stage, seconds)
+    return before
+
+
+def tuned(opened):
+    """The trial that repairs BadNets' first model by fine-tuning."""
+    return next(trial for trial in opened.trials if (trial.attack, trial.defense) == ("badnets", "fine_tuning"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "stage", "times"),
+    [
+        ("train.epochs=2", "implant", 2),
+        ("train.epochs=200", "implant", 200),
+        ("defense.fine_tuning.epochs=3", "defend", 3),
+        ("reserve.size=0.025", "defend", 0.5),
+        ("measure.pgd_steps=5", "evaluate", (2 * 359 + 2 * 5 * 50) / (2 * 359 + 2 * 50)),
+    ],
+)
+def test_what_was_measured_counts_times_the_ratio_of_images_and_epochs(tiny, changed, stage, times):
+    measured(tiny)
+    opened = plan([*tiny, *GRID, changed])
+    found = cost(opened, (stage, dict(tuned(opened).places())[stage]))
+    seconds = {"implant": 4.0, "defend": 6.0, "evaluate": 2.0}[stage]
+    assert found.seconds == pytest.approx(seconds * times)
+    assert found.ratio == pytest.approx(times)
+
+
+def flops_by_hand(name: str, channels: int, size: int, stem: str) -> int:
+    """Two for each multiply-add of convolutions and linear layers, from the shapes that pass through them."""
+    model, total = ModelSpec(name, 10, channels, size, (0.5,) * channels, (0.5,) * channels, stem).build(0).eval(), 0
+
+    def add(layer, inputs, output) -> None:
+        nonlocal total
+        each = layer.weight.shape[1:].numel()  # multiply-adds of one output
+        total += 2 * each * output[0].numel()
+
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            layer.register_forward_hook(add)
+    with torch.no_grad():
+        model(torch.rand(1, channels, size, size))
+    return total
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"), [("test_efficientnet", "stock"), ("test_resnet", "half"), ("test_convnext", "small")]
+)
+def test_a_network_of_so_many_times_the_operations_takes_so_many_times_the_seconds(tiny, name, stem):
+    measured(tiny)
+    times = flops_by_hand(name, 1, 16, stem) / flops_by_hand("test_resnet", 1, 16, "stock")
+    opened = plan([*tiny, *GRID, f"grid.models=[{name}]", f"model.stem={stem}"])
+    seconds = {stage: cost(opened, (stage, key)).seconds for stage, key in tuned(opened).places()}
+    assert seconds == pytest.approx(
+        {"implant": 4 * times, "defend": 6 * times, "inspect": times, "evaluate": 2 * times}
+    )
+
+
+def test_a_data_set_of_more_images_takes_longer_in_proportion(tiny, tmp_path):
+    before = measured(tiny)
+    # Grey images of ten classes, too: the same network at the same size.
+    other = ["grid.datasets=[fashion_mnist]", "dataset.size=16", f"dataset.root={tmp_path / 'nowhere'}"]
+    opened = plan([*tiny, *GRID, *other], dry=True)
+    digits = before.infos["digits"]
+    trained = sum(count - round(0.05 * count) for count in digits.train_counts)
+    seconds = {stage: cost(opened, (stage, key)).seconds for stage, key in tuned(opened).places()}
+    assert seconds["implant"] == pytest.approx(4 * 57_000 / trained)
+    assert seconds["defend"] == pytest.approx(6 * 60_000 / sum(digits.train_counts))
+    assert seconds["inspect"] == pytest.approx(10_000 / 359)
+
+
+def test_a_smaller_stored_network_takes_less_disk(tiny):
+    before = measured(tiny)
+    opened = plan([*tiny, *GRID, "grid.models=[test_efficientnet]"])
+    place = ("implant", tuned(opened).keys()[0])
+    was = sum(path.stat().st_size for path in opened.store.folder("implant", tuned(before).keys()[0]).iterdir())
+    count = [
+        sum(weight.numel() for weight in ModelSpec(name, 10, 1, 16, (0.5,), (0.5,)).build(0).parameters())
+        for name in ("test_efficientnet", "test_resnet")
+    ]
+    assert cost(opened, place).size == pytest.approx(was * count[0] / count[1])
+
+
+def test_an_assumption_stays_in_force_for_what_was_not_measured_there(tiny):
+    measured(tiny)
+    assumed = {"implant": 600.0, "defend": 60.0, "evaluate": 10.0}
+    here = plan([*tiny, *GRID])
+    kinds = {(trial.attack, trial.defense): trial for trial in here.trials if trial.seed == 2}
+    assert cost(here, ("implant", kinds["badnets", "no_defense"].keys()[0]), assumed).seconds == 4.0  # measured
+    assert cost(here, ("implant", kinds["blended", "no_defense"].keys()[0]), assumed).seconds == 600.0
+    assert cost(here, ("defend", kinds["blended", "fine_tuning"].keys()[1]), assumed).seconds == 6.0
+    assert cost(here, ("defend", kinds["blended", "no_defense"].keys()[1]), assumed).seconds == 60.0
+    elsewhere = plan([*tiny, *GRID, "grid.models=[test_efficientnet]"])
+    found = {stage: cost(elsewhere, (stage, key), assumed) for stage, key in tuned(elsewhere).places()}
+    assert {stage: found[stage].seconds for stage in assumed} == assumed
+    assert found["inspect"].basis == "elsewhere"  # nothing was assumed of it
+
+
+def test_the_epochs_of_one_method_say_nothing_of_another(tiny):
+    opened = plan([*tiny, *GRID, "defense.fine_tuning.epochs=50"])
+    finish(opened, next(trial for trial in opened.trials if trial.defense == "no_defense"), "defend", 5.0)
+    found = cost(opened, ("defend", tuned(opened).keys()[1]))
+    assert (found.seconds, found.basis) == (5.0, "others there")
+
+
+def test_a_costly_measure_is_not_known_by_what_was_measured_without_it(tiny):
+    measured(tiny)
+    opened = plan([*tiny, *GRID, "measure.autoattack_images=10"])
+    keys = dict(tuned(opened).places())
+    assert cost(opened, ("evaluate", keys["evaluate"])).basis == UNKNOWN
+    again = plan([*tiny, *GRID, "measure.pgd_steps=2"])
+    assert cost(again, ("evaluate", dict(tuned(again).places())["evaluate"])).seconds > 2
+
+
+def test_the_plan_says_what_each_estimate_rests_on(tiny, capsys):
+    measured(tiny)
+    assert main([*tiny, *GRID, "train.epochs=200", "--assume=implant:3600"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    basis = next(line for line in lines if line.startswith("by what was measured on"))
+    # Of six models three are of the attack that was measured, at 200 times the epochs.
+    assert "assumed 3" in basis
+    assert "(x 1 to 200)" in basis
+    assert (
+        next(line for line in lines if line.startswith("infected models")).split()[4]
+        == f"{(3 * 800 + 3 * 3600) / 3600:.2f}"
+    )
 
 
 # Without data -------------------------------------------------------------------------------------------------------
