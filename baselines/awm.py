@@ -4,8 +4,9 @@ Paper: Chai and Chen, NeurIPS 2022, arXiv:2207.04497.
 Differs: every weight of convolutions and linear layers is masked, also of transformers and the head (the released
 code masks convolutions only). The budget of the perturbation is its mean absolute value, so that it means the same
 for every image size; 0.326 is the released 1000 of 3x32x32. A pass has a fixed number of updates, the released 15
-on 500 images, whatever the size of the reserve, and draws batches without replacement. The shrinking phase, of no
-step in the released defaults, is left out.
+on 500 images, whatever the size of the reserve, and draws batches without replacement (released: with). The shrinking
+phase, of no step in the released defaults, is left out. As released, the rate of the masks is constant; the released
+switch `--lr-decay`, off by default, multiplies it by 0.9 after each round (`lr_decay=0.9`).
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ class AdversarialWeightMasking(Defense):
         gamma: weight of the masks' L1 norm.
         budget: largest mean absolute value of the perturbation, in pixel units.
         perturbation_lr: of its plain gradient ascent.
-        lr, lr_decay: of Adam on the masks; the rate is multiplied by the second after each round.
+        lr: of Adam on the masks.
+        lr_decay: factor of that rate after each round, in (0, 1]; 1 keeps it constant.
         batch_size: images a step.
     """
 
     paper: ClassVar[str] = "arXiv:2207.04497"
+    version: ClassVar[int] = 2  # a constant rate of the masks
     rounds: int = 20
     updates: int = 15
     alpha: float = 0.9
@@ -52,7 +55,7 @@ class AdversarialWeightMasking(Defense):
     budget: float = 1000 / 3072
     perturbation_lr: float = 10.0
     lr: float = 0.01
-    lr_decay: float = 0.9
+    lr_decay: float = 1.0
     batch_size: int = 128
 
     def __post_init__(self) -> None:
@@ -60,6 +63,10 @@ class AdversarialWeightMasking(Defense):
             raise ValueError(f"defense.awm.alpha is {self.alpha:g}; write a number in [0, 1]")
         if self.updates < 1:
             raise ValueError(f"defense.awm.updates is {self.updates}; write 1 or more")
+        if not 0 < self.lr_decay <= 1:
+            raise ValueError(
+                f"defense.awm.lr_decay is {self.lr_decay:g}; it is a factor in (0, 1], 1 keeps the rate constant"
+            )
         if not 0 <= self.budget <= 1:
             raise ValueError(
                 f"defense.awm.budget is {self.budget:g}; it is a mean over pixel values in [0, 1]: for an L1 norm of "

@@ -115,14 +115,22 @@ def test_weights_shrink_by_factors_in_zero_to_one_and_nothing_else_changes(name)
     assert all(weight.requires_grad for weight in found.parameters())
 
 
-def test_the_rate_decays_by_a_tenth_behind_each_round(monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0.01] * 6),  # the released default
+        ({"lr_decay": 0.9}, [0.01, 0.01, 0.009, 0.009, 0.0081, 0.0081]),  # the released --lr-decay
+    ],
+)
+def test_the_rate_of_the_masks_is_the_released_one(monkeypatch, settings, expected):
     rates = []
     step = torch.optim.Adam.step
     monkeypatch.setattr(
         torch.optim.Adam, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
     )
-    AdversarialWeightMasking(rounds=3, updates=2, batch_size=10).defend(view(timm_model("test_resnet"), noise(20)))
-    assert rates == pytest.approx([0.01, 0.01, 0.009, 0.009, 0.0081, 0.0081])
+    settings = AdversarialWeightMasking(rounds=3, updates=2, batch_size=10, **settings)
+    settings.defend(view(timm_model("test_resnet"), noise(20)))
+    assert rates == pytest.approx(expected)
 
 
 def test_each_round_perturbs_the_network_as_it_is_masked_by_then(monkeypatch):
@@ -168,6 +176,8 @@ def test_it_repeats_under_a_seed():
     [
         ({"alpha": 1.5}, r"defense\.awm\.alpha is 1\.5; write a number in \[0, 1\]"),
         ({"updates": 0}, r"defense\.awm\.updates is 0; write 1 or more"),
+        ({"lr_decay": 0.0}, r"defense\.awm\.lr_decay is 0"),
+        ({"lr_decay": 1.1}, r"defense\.awm\.lr_decay is 1\.1"),
         ({"budget": 1000.0}, r"defense\.awm\.budget is 1000; .* for an L1 norm of 1000 on 3x32x32 write 0\.326"),
     ],
 )
