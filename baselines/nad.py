@@ -1,12 +1,15 @@
 """Neural Attention Distillation (NAD): where the network looks is drawn towards where a fine-tuned copy of it looks.
 
 Paper: Li et al., ICLR 2021, arXiv:2101.05930.
-Differs: the paper weighs the mean over an attention map's positions by 500, 1000 and 1000 for maps of 32, 16 and 8
-pixels a side; a map has unit length, so that this mean shrinks with the number of positions. The same weights are
-applied here to the sum over positions (0.49, 3.9 and 15.6), for maps of any size; with fewer than three maps, the
-weights of the deepest. Maps of one position are left out: their attention is 1 whatever the network does, and toolkits
-that compare them run a plain fine-tune by this name. The rate starts at 0.01 with a cosine to zero; the released script
-starts at 0.1 for two epochs. `beta=0` is the fine-tune alone, bit for bit: the control that this method needs.
+Differs: the released code compares the three stages of one network, on maps of 32, 16 and 8 pixels a side. Here it is
+up to three stages of any network (see `informative`); with fewer, the weights of the deepest. Maps of one position are
+left out: their attention is 1 whatever the network does, and toolkits that compare them run a plain fine-tune by this
+name. The rate starts at 0.01 with a cosine to zero; the released script has 0.1 for two epochs, then 0.01. No cutout.
+As released, the mean over the positions of a map is weighed by 500, 1000 and 1000, whatever the size of the map. An
+attention map has unit length, so that its mean shrinks with the number of positions: the same weights count 16 times as
+much on maps of 8, 4 and 2 pixels a side. `weighting=rescaled` weighs the sum over positions by 0.49, 3.9 and 15.6: the
+released loss on the released maps, and the same on maps of any size.
+`beta=0` is the fine-tune alone, bit for bit: the control that this method needs.
 """
 
 from __future__ import annotations
@@ -36,23 +39,29 @@ class NeuralAttentionDistillation(Defense):
 
     Attributes:
         beta: weight of the distillation as the paper counts it: that of its last two maps, the first has half.
+        weighting: `released` weighs the mean over the positions of each map, `rescaled` the sum over them by what the
+            released weights come to on the maps of the released network.
         teacher_epochs: of the fine-tune that makes the teacher.
         epochs: of the distillation.
-        lr, batch_size, momentum, weight_decay: of both; SGD with a cosine schedule to zero.
+        lr, batch_size, momentum, weight_decay: of both; SGD with Nesterov momentum and a cosine schedule to zero.
     """
 
     paper: ClassVar[str] = "arXiv:2101.05930"
+    version: ClassVar[int] = 2  # the released weights, weight decay and Nesterov momentum
     beta: float = 1000.0
+    weighting: str = "released"
     teacher_epochs: int = 10
     epochs: int = 20
     lr: float = 0.01
     batch_size: int = 64
     momentum: float = 0.9
-    weight_decay: float = 5e-4
+    weight_decay: float = 1e-4
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta < math.inf:
             raise ValueError(f"defense.nad.beta is {self.beta:g}; write 0 (no distillation) or more, 1000 is usual")
+        if self.weighting not in ("released", "rescaled"):
+            raise ValueError(f"defense.nad.weighting is {self.weighting!r}; write released or rescaled")
         if self.teacher_epochs < 0:
             raise ValueError(f"defense.nad.teacher_epochs is {self.teacher_epochs}; write 0 or more, 10 is usual")
 
@@ -61,10 +70,11 @@ class NeuralAttentionDistillation(Defense):
             return Verdict(self._fit(view, view.model, self.epochs, "fine_tuning"))
         with torch.no_grad():
             maps = view.model.stages(torch.zeros(1, *view.reserve.images.shape[1:], device=view.device))
-        compared = informative([(stage.shape[-2], stage.shape[-1]) for stage in maps])
+        sizes = [(stage.shape[-2], stage.shape[-1]) for stage in maps]
+        compared = informative(sizes)
         if not compared:
             raise NotApplicable("no stage has a map of four positions; set a larger dataset.size or another model.stem")
-        weights = [self.beta * share / side**2 for share, side in PAPER_MAPS][-len(compared) :]
+        weights = self.weights([sizes[at] for at in compared])
         teacher = self._fit(view, copy.deepcopy(view.model), self.teacher_epochs, "teacher").requires_grad_(False)
         hooks = Distillation(teacher, dict(zip(compared, weights, strict=True)))
 
@@ -73,6 +83,14 @@ class NeuralAttentionDistillation(Defense):
 
         # Named as the plain fine-tune, so that without distillation the two are the same, bit for bit.
         return Verdict(self._fit(view, view.model, self.epochs, "fine_tuning", hooks, log))
+
+    def weights(self, sizes: Sequence[tuple[int, int]]) -> list[float]:
+        """What `distance`, a sum over positions, is multiplied by for each of up to three maps of (height, width)."""
+        found = []
+        for (height, width), (share, side) in zip(sizes, PAPER_MAPS[-len(sizes) :], strict=True):
+            positions = height * width if self.weighting == "released" else side**2
+            found.append(self.beta * share / positions)
+        return found
 
     def _fit(
         self,
@@ -89,7 +107,7 @@ class NeuralAttentionDistillation(Defense):
             batch_size=self.batch_size,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
-            optimizer="sgd_plain",
+            optimizer="sgd",
         )
         return fit(
             model,

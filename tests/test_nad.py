@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from baselines.fine_tuning import FineTuning
-from baselines.nad import PAPER_MAPS as PAPER
+from baselines import nad
 from baselines.nad import Distillation, NeuralAttentionDistillation, attention, distance, informative
 from bench.engine.data import Augmentation, ImageSet, equal_batches, generator
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Journal
+from bench.engine.training import Journal, Recipe, fit, make_optimizer
 from defenses.base import NotApplicable, ReserveView
 
 HOW = Augmentation(crop=1 / 8, flip=True)
@@ -65,16 +64,62 @@ def test_the_distance_is_the_squared_length_of_the_difference_by_hand():
     assert distance(one, two).item() == pytest.approx(0.2, abs=1e-6)
 
 
-def test_the_paper_s_weights_on_the_paper_s_maps_give_the_paper_s_loss():
-    # beta times the mean over images and positions, as the paper has it, on maps of 32, 16 and 8 pixels a side.
-    sides, betas = (32, 16, 8), (500, 1000, 1000)
-    found, expected = 0.0, 0.0
-    for (side, beta), (share, at) in zip(zip(sides, betas, strict=True), PAPER, strict=True):
-        one, two = maps(2, 4, side, side), maps(2, 4, side, side, seed=1)
-        found += 1000 * share / at**2 * distance(one, two).item()
-        expected += beta * float(((attention(one) - attention(two)) ** 2).mean())
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert [round(1000 * share / at**2, 2) for share, at in PAPER] == [0.49, 3.91, 15.62]
+def released(one: torch.Tensor, two: torch.Tensor) -> float:
+    """The distance of the released code: the mean over images and positions of the squared difference."""
+
+    def unit(maps: np.ndarray) -> np.ndarray:
+        squares = (np.abs(maps) ** 2).sum(1)
+        return squares / (np.sqrt((squares**2).sum((1, 2), keepdims=True)) + 1e-6)
+
+    return float(((unit(one.double().numpy()) - unit(two.double().numpy())) ** 2).mean())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "betas"),
+    [
+        ([(32, 32), (16, 16), (8, 8)], (500, 1000, 1000)),  # the released network
+        ([(8, 8), (4, 4), (2, 2)], (500, 1000, 1000)),
+        ([(7, 7), (7, 7), (7, 7)], (500, 1000, 1000)),  # a transformer
+        ([(8, 6), (4, 3)], (1000, 1000)),  # the deepest weights of fewer maps
+        ([(4, 4)], (1000,)),
+    ],
+)
+def test_the_default_loss_is_the_released_one_on_maps_of_any_size(sizes, betas):
+    pairs = [(maps(2, 4, *size), maps(2, 4, *size, seed=1)) for size in sizes]
+    expected = sum(beta * released(one, two) for beta, (one, two) in zip(betas, pairs, strict=True))
+    weights = NeuralAttentionDistillation().weights(sizes)
+    found = sum(weight * distance(one, two).item() for weight, (one, two) in zip(weights, pairs, strict=True))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_rescaled_weights_are_those_of_the_released_maps_whatever_the_maps():
+    settings = NeuralAttentionDistillation(weighting="rescaled")
+    own = NeuralAttentionDistillation()
+    assert settings.weights([(32, 32), (16, 16), (8, 8)]) == own.weights([(32, 32), (16, 16), (8, 8)])
+    assert [round(value, 2) for value in settings.weights([(8, 8), (4, 4), (2, 2)])] == [0.49, 3.91, 15.62]
+    assert [round(value, 2) for value in settings.weights([(2, 2)])] == [15.62]
+
+
+def test_a_training_weighs_the_stages_of_its_network_by_the_released_formula(monkeypatch):
+    made = watched(monkeypatch)
+    NeuralAttentionDistillation(**SMALL, beta=200).defend(view(model(), reserve()))
+    sizes = [tuple(stage.shape[-2:]) for stage in model().stages(torch.zeros(1, 3, 16, 16))]
+    weights, betas = made[0].weights, (100, 200, 200)
+    assert len(weights) == 3
+    for (at, weight), beta in zip(sorted(weights.items()), betas, strict=True):
+        assert weight == pytest.approx(beta / np.prod(sizes[at]))
+
+
+def test_both_trainings_use_the_released_optimizer(monkeypatch):
+    recipes = []
+    train = nad.fit
+    monkeypatch.setattr(nad, "fit", lambda *given, **more: (recipes.append(given[2]), train(*given, **more))[1])
+    NeuralAttentionDistillation(epochs=1, teacher_epochs=1).defend(view(model(), reserve(20)))
+    assert len(recipes) == 2
+    for recipe in recipes:
+        options = make_optimizer(recipe, nn.Linear(2, 2)).param_groups[0]
+        assert (options["momentum"], options["nesterov"], options["weight_decay"]) == (0.9, True, 1e-4)
+        assert recipe.batch_size == 64
 
 
 def test_equal_scaled_or_permuted_maps_are_at_distance_zero_and_no_two_maps_beyond_two():
@@ -115,20 +160,25 @@ def test_a_network_whose_maps_are_single_positions_is_not_applicable():
         NeuralAttentionDistillation(**SMALL).defend(view(Classifier(Flat(), [0.0], [1.0]), reserve()))
 
 
+def tuned(seed: int) -> Classifier:
+    """The plain fine-tune, which `fine_tuning` makes too, but with classical momentum."""
+    settings = {"momentum": SHARED["momentum"], "weight_decay": SHARED["weight_decay"], "optimizer": "sgd"}
+    recipe = Recipe(epochs=2, lr=SHARED["lr"], batch_size=SHARED["batch_size"], **settings)
+    return fit(model(), reserve(), recipe, seed=seed, augmentation=HOW, part="fine_tuning")
+
+
 def test_without_distillation_it_is_fine_tuning_bit_for_bit():
     found, other = (
         NeuralAttentionDistillation(**setting, **SMALL).defend(view(model(), reserve(), 3)).model
         for setting in ({"beta": 0}, {})
     )
-    tuned = FineTuning(epochs=2, **SHARED).defend(view(model(), reserve(), 3)).model
-    assert same(found, tuned)
-    assert not same(other, tuned)
+    assert same(found, tuned(3))
+    assert not same(other, tuned(3))
 
 
 def test_a_vanishing_weight_is_nearly_fine_tuning_though_a_teacher_was_trained():
     found = NeuralAttentionDistillation(beta=1e-7, **SMALL).defend(view(model(), reserve())).model
-    tuned = FineTuning(epochs=2, **SHARED).defend(view(model(), reserve())).model
-    for key, value in tuned.state_dict().items():
+    for key, value in tuned(0).state_dict().items():
         torch.testing.assert_close(found.state_dict()[key], value, atol=1e-4, rtol=1e-3)
 
 
@@ -214,6 +264,7 @@ def test_it_repeats_under_a_seed():
     ("setting", "message"),
     [
         ({"beta": -1.0}, r"defense\.nad\.beta is -1; write 0 \(no distillation\) or more, 1000 is usual"),
+        ({"weighting": "paper"}, r"defense\.nad\.weighting is 'paper'"),
         ({"teacher_epochs": -1}, r"defense\.nad\.teacher_epochs is -1; write 0 or more, 10 is usual"),
     ],
 )
