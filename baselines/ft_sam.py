@@ -5,6 +5,8 @@ Differs: the cosine schedule falls once over all epochs; the released code steps
 rises and falls many times. rho is 2 for every data set, as the released code runs: the 8 that its settings name for
 GTSRB (without label smoothing) and Tiny-ImageNet is overridden by the defaults of its command line. Epochs are 100
 everywhere, where it has 50 on GTSRB (`defense.ft_sam.epochs`).
+As released, smoothing shares `label_smoothing` among the other classes, so that 0.1 leaves the true class 0.9. (torch
+shares it among all classes, which leaves the true class of ten 0.91.)
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ class FineTuningSAM(Defense):
 
     Attributes:
         rho: how far that point is, as the length of the change relative to each weight; 0 is plain fine-tuning.
-        label_smoothing: of the cross-entropy, in [0, 1).
+        label_smoothing: what the classes other than the true one share of an image's label, in [0, 0.5).
         epochs, lr, batch_size, momentum, weight_decay: of SGD with a cosine schedule to zero.
     """
 
     paper: ClassVar[str] = "arXiv:2304.11823"
+    version: ClassVar[int] = 2  # smoothing among the other classes alone
     rho: float = 2.0
     label_smoothing: float = 0.1
     epochs: int = 100
@@ -46,9 +49,10 @@ class FineTuningSAM(Defense):
     def __post_init__(self) -> None:
         if not 0 <= self.rho < math.inf:
             raise ValueError(f"defense.ft_sam.rho is {self.rho:g}; write 0 or more, 2 is usual")
-        if not 0 <= self.label_smoothing < 1:
+        # From 0.5 on, the true class of two would have no more than the other.
+        if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(
-                f"defense.ft_sam.label_smoothing is {self.label_smoothing:g}; it is a share in [0, 1), 0.1 is usual"
+                f"defense.ft_sam.label_smoothing is {self.label_smoothing:g}; it is a share in [0, 0.5), 0.1 is usual"
             )
 
     def defend(self, view: ReserveView) -> Verdict:
@@ -59,7 +63,8 @@ class FineTuningSAM(Defense):
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             optimizer="sgd_plain",
-            label_smoothing=self.label_smoothing,
+            # torch gives the true class its part of what is shared, so more has to be shared.
+            label_smoothing=self.label_smoothing * view.num_classes / (view.num_classes - 1),
         )
         model = fit(
             view.model,

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,11 +50,11 @@ class Pixels(nn.Module):
 
 
 def by_hand(weight, bias, x, y, smoothing):
-    """Gradient of the smoothed cross-entropy of a linear network."""
+    """Gradient of the smoothed cross-entropy of a linear network: the other class gets all that is shared."""
     logits = x @ weight.T + bias
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
-    target = np.eye(2)[y] * (1 - smoothing) + smoothing / 2
+    target = np.where(np.eye(2)[y] == 1, 1 - smoothing, smoothing)
     slope = (p - target) / len(x)
     return slope.T @ x, slope.sum(0)
 
@@ -90,9 +91,31 @@ def test_the_first_step_of_training_is_the_one_worked_out_by_hand():
         rho=rho, label_smoothing=smoothing, epochs=1, lr=rate, batch_size=6, momentum=0.0, weight_decay=decay
     )
     network = Classifier(Pixels(weight, bias), [0.0] * 3, [1.0] * 3)
-    done = settings.defend(view(network, data, how=Augmentation())).model
+    done = settings.defend(replace(view(network, data, how=Augmentation()), num_classes=2)).model
     np.testing.assert_allclose(done.net.fc.weight.detach().numpy(), wanted_w, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(done.net.fc.bias.detach().numpy(), wanted_b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
+def test_smoothing_leaves_the_true_class_what_is_not_shared(classes, smoothing):
+    # The released target: 1 - s for the true class, s / (classes - 1) for each other. From weights of zero the
+    # prediction is uniform, and one plain step of rate r moves the bias of a class by r (target - 1 / classes).
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(classes))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.bias.expand(len(images), classes)
+
+    data = ImageSet(torch.zeros(4, 3, 1, 1, dtype=torch.uint8), torch.ones(4, dtype=torch.int64))
+    given = replace(view(Classifier(Head(), [0.0] * 3, [1.0] * 3), data, how=Augmentation()), num_classes=classes)
+    settings = FineTuningSAM(rho=0, label_smoothing=smoothing, epochs=1, lr=2.0, momentum=0.0, weight_decay=0.0)
+    moved = settings.defend(given).model.net.bias.detach().numpy()  # the mean of the cosine over one step is 1/2
+    expected = np.full(classes, smoothing / (classes - 1)) - 1 / classes
+    expected[1] = 1 - smoothing - 1 / classes
+    np.testing.assert_allclose(moved, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
@@ -166,8 +189,8 @@ def test_other_families_take_it(name):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"rho": -1.0}, r"defense\.ft_sam\.rho is -1; write 0 or more, 2 is usual"),
-        ({"label_smoothing": 1.0}, r"label_smoothing is 1; it is a share in \[0, 1\), 0.1 is usual"),
+        ({"rho": -1.0}, r"defense\.ft_sam\.rho is -1"),
+        ({"label_smoothing": 0.5}, r"defense\.ft_sam\.label_smoothing is 0\.5"),
     ],
 )
 def test_a_wrong_setting_says_what_to_write(setting, message):
