@@ -5,8 +5,11 @@ Differs: each round goes through the reserve in a new order (released: always th
 which are the first of their batch, change. At least one image of a batch is patched: the released floor(0.01 * batch)
 is none for batches below 100, which turns the method into a fine-tune. The penalty is a sum of squares: the square of a
 norm has no second derivative at 0. As released, the hypergradient is taken on the first batch of the round
-(`phi_batch=random` draws another), the perturbation is added without clamping or projection (`radius` sets a ball), the
-inner step of the fixed point uses the true labels, and the network stays in eval mode.
+(`phi_batch=random` draws another), the inner step of the fixed point uses the true labels, the perturbation is added
+without clamping, and the network stays in eval mode. After its pass the perturbation is projected to an L2 length of
+10, as in both released notebooks; `defense.py` of the same repository has the line but leaves it out, which is
+`radius=0`: there the length can reach thousands, and images under the perturbation are noise. The 10 belongs to images
+of 3x32x32 pixels and is not scaled for others. Rounds are those of `defense.py`; the notebooks have one.
 What K = 5 at a rate of 0.1 leaves out, as released: with a curvature c the fixed point's error falls as |1 - 0.1 c|^K;
 at c = 1 it is 0.59 after 5 steps, and where 0.1 c is far below 1 the correction is 0.1 K times a mixed derivative.
 """
@@ -40,8 +43,8 @@ class ImplicitBackdoorAdversarialUnlearning(Defense):
     Attributes:
         rounds: each is one pass for the perturbation and one for the weights.
         inner_lr: rate of the gradient steps on the perturbation, one for each batch, from zero.
-        radius: largest L2 length of the perturbation after the pass, in pixel units; 0 sets none.
-        patched: share of a batch that carries the perturbation, in (0, 1]; at least one image does.
+        radius: largest L2 length of the perturbation after the pass, in pixel units; 0 projects nothing.
+        patched: share of a batch that carries the perturbation, in (0, 1], rounded down, but at least one image.
         fixed_point_steps: K of the hypergradient; 0 leaves only the direct gradient.
         fixed_point_rate: the step size of the inner problem that the fixed point unrolls.
         phi_batch: on which images the inner problem is differentiated: the `first` batch of the round, or a `random`
@@ -50,15 +53,16 @@ class ImplicitBackdoorAdversarialUnlearning(Defense):
     """
 
     paper: ClassVar[str] = "arXiv:2110.03735"
+    version: ClassVar[int] = 2  # projects to the released ball; the patched share is rounded down
     rounds: int = 5
     inner_lr: float = 10.0
-    radius: float = 0.0
+    radius: float = 10.0
     patched: float = 0.01
     fixed_point_steps: int = 5
     fixed_point_rate: float = 0.1
     phi_batch: str = "first"
     lr: float = 1e-3
-    batch_size: int = 128
+    batch_size: int = 100
 
     def __post_init__(self) -> None:
         if not 0 < self.patched <= 1:
@@ -111,7 +115,8 @@ class Unlearning(Hooks):
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         settings = self.settings
         delta = self.delta.clone().requires_grad_(True)
-        count = math.ceil(settings.patched * len(images))
+        # By a hair more: 0.29 * 100 is 28.999... in floating point.
+        count = max(1, int(settings.patched * len(images) + 1e-6))
         # The order of the batch is random already: its first images are as good as any.
         outer = F.cross_entropy(model(torch.cat([images[:count] + delta, images[count:]])), labels)
         if settings.fixed_point_steps == 0:

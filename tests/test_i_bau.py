@@ -135,7 +135,7 @@ def test_without_a_step_of_the_fixed_point_the_gradient_is_the_direct_one():
     images = data.images / 255
     hooks = hooked(network, data, fixed_point_steps=0, patched=0.3)
     patched = images.clone()
-    patched[:3] += hooks.delta  # 30 % of eight, rounded up
+    patched[:2] += hooks.delta  # 30 % of eight, rounded down
     direct = gradients(network, F.cross_entropy(network(patched), data.labels))
     for one, two in zip(gradients(network, hooks.loss(network, images, data.labels, 0.0)), direct, strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-4)
@@ -152,8 +152,12 @@ def test_without_a_patched_image_the_gradient_is_the_direct_one():
     assert all(torch.equal(one, two) for one, two in zip(gradients(network, loss), direct, strict=True))
 
 
-@pytest.mark.parametrize(("count", "share", "expected"), [(8, 0.01, 1), (128, 0.01, 2), (100, 0.01, 1), (8, 1.0, 8)])
-def test_at_least_one_image_of_a_batch_is_patched(count, share, expected):
+@pytest.mark.parametrize(
+    ("count", "share", "expected"),
+    # 0.29 * 100 is 28.999... in floating point.
+    [(8, 0.01, 1), (99, 0.01, 1), (100, 0.01, 1), (128, 0.01, 1), (250, 0.01, 2), (100, 0.29, 29), (8, 1.0, 8)],
+)
+def test_the_patched_share_is_rounded_down_but_not_to_none(count, share, expected):
     seen: list[Tensor] = []
 
     class Watch(nn.Module):
@@ -246,6 +250,27 @@ def test_on_one_batch_the_perturbation_is_one_step_along_the_gradient():
     torch.testing.assert_close(held, free * 0.01 / free.norm(), atol=1e-7, rtol=1e-3)
     wide = ImplicitBackdoorAdversarialUnlearning(radius=1e6)
     assert torch.equal(universal_perturbation(network, data, wide, generator(0)), free)
+
+
+def test_one_percent_of_a_usual_reserve_is_patched():
+    # 2,500 images at the default batch size: 25 batches of 100 with one patched image each, as released.
+    settings = ImplicitBackdoorAdversarialUnlearning()
+    batches, size = equal_batches(2500, settings.batch_size)
+    assert batches * max(1, math.floor(settings.patched * size)) == 25
+
+
+def test_the_default_perturbation_stays_in_the_ball_of_the_released_notebooks():
+    # On a steep network a rate of 10 leads far out; the notebooks scale by min(1, 10 / length).
+    network, data = model(), reserve(8)
+    with torch.no_grad():
+        network.head.weight.mul_(1000)
+    free, held = (
+        universal_perturbation(network, data, ImplicitBackdoorAdversarialUnlearning(**setting), generator(0))
+        for setting in ({"radius": 0.0}, {})
+    )
+    length = np.linalg.norm(free.numpy())
+    assert length > 10
+    np.testing.assert_allclose(held.numpy(), free.numpy() * min(1, 10 / length), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -343,8 +368,8 @@ def test_a_wrong_setting_says_what_to_write(setting, message):
 
 @pytest.mark.slow
 def test_on_digits_it_removes_badnets(run_grid):
-    # As many optimizer steps as the defaults take on 2,500 images. An inner rate of 10 lets the perturbation of these
-    # tiny images grow to a length of hundreds.
+    # As many optimizer steps as 20 batches in 5 rounds take. An inner rate of 10 leads the perturbation of these tiny
+    # images to the border of the ball, where hardly a pixel is left of them.
     _, trials = run_grid(
         "grid.attacks=[badnets]",
         "grid.defenses=[no_defense,i_bau]",
