@@ -78,7 +78,7 @@ class ProgressiveUnifiedDefense(Progressive):
     """
 
     paper: ClassVar[str] = "arXiv:2405.17929"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3  # SPECTRE's eigenpairs to 1e-10
     rates: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.7, 0.8])
     epochs: list[int] = field(default_factory=lambda: [10, 10, 10, 10, 30])
     adversarial_epochs: list[int] = field(default_factory=lambda: [10, 2, 1, 0, 0])

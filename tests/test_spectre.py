@@ -25,6 +25,7 @@ from defenses.spectre import (
     quantum_scores,
     robust_rows,
     scores_of,
+    strength,
     strongest_class,
     tail_cut,
     widest_form,
@@ -136,6 +137,18 @@ def test_with_all_components_scores_ignore_any_invertible_map():
     assert torch.allclose(one, two, rtol=1e-8, atol=1e-10)
 
 
+def test_the_strength_is_worked_out_with_unbiased_covariances():
+    # As the released code does, in numpy: few rows, so that 1/n and 1/(n - 1) lie apart.
+    points = principal(planted(4, clean=16, width=8, at=4), 3)
+    flagged = torch.arange(20) >= 14
+    plain = points.numpy()
+    white = plain @ np.linalg.inv(scipy.linalg.sqrtm(np.cov(plain[~flagged.numpy()].T)))
+    moment = np.cov(white.T)
+    exponential = scipy.linalg.expm(4 * (moment - np.eye(3)) / (np.linalg.norm(moment, 2) - 1))
+    expected = np.trace(moment @ exponential) / np.trace(exponential)
+    assert strength(points, flagged, 4.0) == pytest.approx(expected, rel=1e-9)
+
+
 # The robust covariance ---------------------------------------------------------------------------------------------
 
 
@@ -150,6 +163,47 @@ def test_the_widest_form_is_the_top_eigenpair_of_the_dense_fourth_moment(k):
     assert value == pytest.approx(np.abs(values).max(), rel=1e-6)
     assert abs(form.flatten().numpy() @ vectors[:, -1]) == pytest.approx(1, abs=1e-6)
     assert torch.equal(form, form.T)
+
+
+def dense(white: np.ndarray) -> tuple[float, np.ndarray]:
+    """The top eigenpair of the fourth moment over symmetric forms, by LAPACK."""
+    count, k = white.shape
+    rows, columns = np.triu_indices(k)
+    scale = np.where(rows == columns, 1.0, np.sqrt(2))  # so that a form's length is its Frobenius norm
+    products, mean = white[:, rows] * white[:, columns] * scale, np.eye(k)[rows, columns] * scale
+    values, vectors = np.linalg.eigh(products.T @ products / count - np.outer(mean, mean))
+    form = np.zeros((k, k))
+    form[rows, columns] = form[columns, rows] = vectors[:, -1] / scale
+    return values[-1], form
+
+
+@pytest.mark.parametrize("kind", ["clean", "heavy", "planted"])
+@pytest.mark.parametrize("k", [6, 16, 30])
+def test_the_rows_are_ranked_as_by_the_dense_eigenpair(kind, k):
+    # On clean rows the largest eigenvalues lie close together, where a short iteration mixes their forms.
+    rows = {
+        "clean": lambda: gaussian(600, k),
+        "heavy": lambda: gaussian(600, k) ** 3,
+        "planted": lambda: principal(planted(60, clean=540, width=64, at=30), k),
+    }[kind]()
+    white = rows @ inverse_root(rows.T @ rows / len(rows))
+    (value, form), (true_value, true_form) = widest_form(white), dense(white.numpy())
+    assert value == pytest.approx(true_value, rel=1e-12)
+    sign = np.sign((form.numpy() * true_form).sum())
+    np.testing.assert_allclose(sign * form.numpy(), true_form, atol=1e-8)
+
+    def order(form: np.ndarray) -> list[int]:
+        reach = np.einsum("ni,ij,nj->n", white.numpy(), form, white.numpy())
+        return np.argsort(-np.abs(reach - np.median(reach)), kind="stable")[:540].tolist()
+
+    assert order(form.numpy()) == order(true_form)  # but for those at the median, which are alike
+
+
+def test_an_operator_of_zero_ends_at_once():
+    signs = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]], dtype=torch.float64)
+    value, form = widest_form(signs[:, :1])  # y^2 = 1: no form has any variance
+    assert value == pytest.approx(0, abs=1e-12)
+    assert form.abs().item() == 1
 
 
 def test_the_widest_form_breaks_an_exact_symmetry_of_the_data():
