@@ -300,7 +300,7 @@ class _Pool:
         cause = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
         cause += ": out of memory?" if code == -signal.SIGKILL else ""
         for stage, key in zip(STAGES, task.trial.keys(), strict=True):
-            if stage in task.stages and self.store.result(stage, key) is None:
+            if stage in task.stages and not self.store.is_finished(stage, key):
                 self.store.fail(stage, key, f"{stage}: the worker process died ({cause})", "")
                 return "failed"
         return "done"

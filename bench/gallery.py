@@ -117,8 +117,8 @@ def stamped(opened: Plan, bench: Bench, count: int) -> Iterator[tuple[Trial, Ten
         implant = opened.store.result("implant", trial.keys()[0])
         if name in seen or not attacker.poison_rate or implant is None or implant["status"] != "done":
             continue
-        if not opened.store.has("implant", trial.keys()[0], "trigger"):
-            continue  # weights take the room of a store, and may have been deleted: the figures are still there
+        if not opened.store.usable("implant", trial.keys()[0], "trigger"):
+            continue  # deleted for its room, or damaged, which is said: the figures are still there
         seen.add(name)
         test = bench.test_set(trial.dataset)
         chosen = test[attacker.judged(test.labels).nonzero().flatten()[:count]]
@@ -133,7 +133,7 @@ def on_clean_model(opened: Plan, bench: Bench, trial: Trial) -> dict[str, float 
     axes = ("dataset", "model", "seed")
     for clean in opened.trials:
         alike = all(getattr(clean, axis) == getattr(trial, axis) for axis in axes)
-        if alike and clean.attack == "none" and opened.store.has("implant", clean.keys()[0], "model"):
+        if alike and clean.attack == "none" and opened.store.usable("implant", clean.keys()[0], "model"):
             break
     else:
         return {}
@@ -159,7 +159,8 @@ def with_another_trigger(opened: Plan, bench: Bench, trial: Trial) -> dict[str, 
     axes = ("dataset", "model", "attack", "variant")
     for other in opened.trials:
         alike = all(getattr(other, axis) == getattr(trial, axis) for axis in axes) and other.seed != trial.seed
-        if alike and opened.store.has("implant", other.keys()[0], "trigger"):
+        stored = opened.store.usable
+        if alike and stored("implant", other.keys()[0], "trigger") and stored("implant", trial.keys()[0], "model"):
             case, model = bench.case(other), bench.stored(trial, "implant", trial.keys()[0])
             return {"other_seed_asr": case.success(model, case.test)}
     return {}

@@ -30,12 +30,13 @@ from attacks.base import POISON, Attack, Setup, attack
 from bench import evaluation
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.datasets import DatasetInfo
+from bench.engine.files import disk_is_full
 from bench.engine.metrics import accuracy, detection, predict
 from bench.engine.models import Classifier, ModelSpec
 from bench.engine.registry import Registry
 from bench.engine.training import Diverged, Journal, Recipe, Tensors, fit, named, part_of
 from bench.grid import CONTROLLED, Trial, spec_of
-from bench.store import STAGES, Identity, Store, key_of
+from bench.store import STAGES, Damaged, Identity, Store, key_of
 from defenses.base import (
     SETTINGS,
     DefenderView,
@@ -48,6 +49,7 @@ from defenses.base import (
 
 SPREAD = (0.05, 0.25, 0.5, 0.75, 0.95)  # quantiles
 HELD = 2**29  # bytes of triggered test images that a process keeps
+ATTEMPTS = 3  # at a stage whose inputs turn out to be damaged
 
 
 class Busy(Exception):
@@ -107,31 +109,71 @@ class Bench:
             Exception: whatever a method raised; it is kept as the reason of the failure.
         """
         for stage in stages:
-            identity: Identity = getattr(trial, stage)
-            key = key_of(identity)
-            if not identity or self.store.result(stage, key) is not None:
+            if not getattr(trial, stage):
                 continue
             try:
-                with self.store.lock(stage, key) as ours:
-                    if not ours:
-                        raise Busy(f"{stage} {key}")
-                    if self.store.result(stage, key) is not None:
-                        continue  # finished while we came
-                    if stage == "evaluate":
-                        self._ask_for_inspection(trial)
-                    result, tensors = self._computed(stage, trial)
-                    self.store.finish(stage, identity, result, tensors)
+                self._run_stage(trial, stage)
             except Busy:
                 raise
             except Exception as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
-                self.store.fail(stage, key, f"{stage}: {reason}", traceback.format_exc())
+                self.store.fail(
+                    stage,
+                    key_of(getattr(trial, stage)),
+                    f"{stage}: {reason}",
+                    traceback.format_exc(),
+                    counts=not disk_is_full(error),
+                )
                 raise
+
+    def _run_stage(self, trial: Trial, stage: str) -> None:
+        """Compute a stage; an input that turns out to be damaged is computed again first."""
+        for attempt in range(ATTEMPTS):
+            try:
+                return self._run_once(trial, stage)
+            except Damaged as damaged:
+                if attempt == ATTEMPTS - 1:  # the disk damages faster than we compute
+                    raise
+                self._renew(trial, damaged)
+        return None
+
+    def _run_once(self, trial: Trial, stage: str) -> None:
+        identity: Identity = getattr(trial, stage)
+        key = key_of(identity)
+        if self.store.is_finished(stage, key):
+            return
+        with self.store.lock(stage, key) as ours:
+            if not ours:
+                raise Busy(f"{stage} {key}")
+            if self.store.is_finished(stage, key):
+                return  # finished while we came
+            if reason := self.store.damage(stage, key):
+                self.store.set_aside({(stage, key): reason})
+            if stage == "evaluate":
+                self._ask_for_inspection(trial)
+            result, tensors = self._computed(stage, trial)
+            self.store.finish(stage, identity, result, tensors)
+
+    def _renew(self, trial: Trial, damaged: Damaged) -> None:
+        """Set a damaged input aside, with everything that was computed from it, and compute it again.
+
+        Raises:
+            Busy: another process is at it.
+        """
+        stage, key = damaged.stage, damaged.key
+        with self.store.lock(stage, key) as acquired:
+            if not acquired:
+                raise Busy(f"{stage} {key}")
+            # Another process may have computed it again since.
+            if reason := self.store.damage(stage, key, thorough=True):
+                self.store.set_aside({(stage, key): reason})
+        self._cases.clear()  # they hold what was read of it
+        control = trial.control and key == key_of(trial.control)
+        self.run(trial.twin() if control else trial, (stage,))
 
     def _ask_for_inspection(self, trial: Trial) -> None:
         """What an evaluation reads beside the repaired model: whoever comes first computes it."""
-        repair = self.store.result("defend", trial.evaluate["defend"])
-        if repair is not None and repair["status"] == "done":
+        if self.store.needed("defend", trial.evaluate["defend"])["status"] == "done":
             self.run(trial, ("inspect",))
 
     def _computed(self, stage: str, trial: Trial) -> tuple[dict[str, Any], dict[str, Tensors]]:
@@ -178,8 +220,7 @@ class Bench:
     def _stored_surrogate(self, trial: Trial) -> Classifier:
         self.run(trial, ("surrogate",))
         key = key_of(trial.surrogate)
-        result = self.store.result("surrogate", key)
-        assert result is not None, "it was run"
+        result = self.store.needed("surrogate", key)
         if result["status"] == "diverged":
             raise Diverged(f"surrogate: {result['reason']}")
         return self.stored(trial, "surrogate", key)
@@ -197,7 +238,13 @@ class Bench:
     def _trained(self, trial: Trial, journal: Journal) -> tuple[dict[str, Any], dict[str, Tensors]]:
         identity, info = trial.implant, self.infos[trial.dataset]
         attacker, seed = attack_from(identity), identity["seed"]
-        setup = self._setup(trial, journal, functools.partial(self._stored_surrogate, trial))
+        asked: dict[str, Any] = {}
+
+        def stored_surrogate() -> Classifier:
+            asked["surrogate"] = key_of(trial.surrogate)
+            return self._stored_surrogate(trial)
+
+        setup = self._setup(trial, journal, stored_surrogate)
         clean = setup.trainset
         tensors = attacker.prepare(setup)
         model = setup.fresh_model(seed)
@@ -222,7 +269,7 @@ class Bench:
             tensors = {**tensors, **hooks.learned()}
             _, roles = attacker.poison(clean, tensors, info.num_classes, seed)
         return (
-            {"poisoned": int((roles == POISON).sum()), "trained_on": len(clean), "notes": list(model.notes)},
+            {"poisoned": int((roles == POISON).sum()), "trained_on": len(clean), "notes": list(model.notes), **asked},
             {"model": model.state_dict(), "trigger": {**tensors, "roles": roles}},
         )
 
@@ -242,8 +289,7 @@ class Bench:
 
     def _defend(self, trial: Trial, journal: Journal) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """Show the defender what is his, and keep what he returns."""
-        implant = self.store.result("implant", key_of(trial.implant))
-        assert implant is not None, "defend comes after implant"
+        implant = self.store.needed("implant", key_of(trial.implant))
         if implant["status"] == "diverged":
             return {"status": "diverged", "reason": f"implant: {implant['reason']}"}, {}
         method = defense_from(trial.defend)
@@ -286,12 +332,10 @@ class Bench:
     def _evaluate(self, trial: Trial, journal: Journal) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """Measure the repaired model, loaded from the store as anybody would load it."""
         defend_key = trial.evaluate["defend"]
-        found = self.store.result("defend", defend_key)
-        assert found is not None, "evaluate comes after defend"
+        found = self.store.needed("defend", defend_key)
         if found["status"] != "done":
             return {"status": found["status"], "reason": found["reason"]}, {}
-        inspected = self.store.result("inspect", trial.evaluate["inspect"])
-        assert inspected is not None, "evaluate comes after inspect"
+        inspected = self.store.needed("inspect", trial.evaluate["inspect"])
         case, measure = self.case(trial), trial.evaluate
         model = self.stored(trial, "defend", defend_key)
         clean = predict(model, case.test)
@@ -318,8 +362,7 @@ class Bench:
         """Measure the infected model, and its clean twin where a measure asks for one: once for all repairs."""
         infected, twin, warnings = self.stored(trial, "implant", key_of(trial.implant)), None, []
         if trial.control:
-            control = self.store.result("implant", key_of(trial.control))
-            assert control is not None, "inspect comes after the clean twin"
+            control = self.store.needed("implant", key_of(trial.control))
             if control["status"] == "done":
                 twin = self.stored(trial, "implant", key_of(trial.control))
             else:

@@ -42,6 +42,8 @@ from bench.messages import masked
 if TYPE_CHECKING:
     from bench.dispatch import Progress, Task
 
+ATTEMPTS = 3  # at a grid whose store turns out to be damaged while it is computed
+
 
 def main(arguments: list[str]) -> int:
     from bench.config import load
@@ -52,6 +54,8 @@ def main(arguments: list[str]) -> int:
 
     store = opened.store
     store.sweep()
+    if not cfg.dry_run:
+        store.mend(place for trial in opened.own for place in trial.places())
     tasks = dispatch.pending(opened.own, store, cfg.dispatch.max_tries)
     if cfg.dry_run:
         from bench.plan import summary
@@ -65,7 +69,13 @@ def main(arguments: list[str]) -> int:
     _print_fits(opened)
     told = bool(tasks) and _tracking_is_away(opened)
     with _Display(opened) as display:
-        _dispatch(opened, tasks, display.show)
+        for _ in range(ATTEMPTS):
+            known = store.aside().keys()
+            _dispatch(opened, tasks, display.show)
+            if store.aside().keys() == known:
+                break
+            # Damage that showed when bytes were read: finished stages that were computed from them were set aside.
+            tasks = dispatch.pending(opened.own, store, cfg.dispatch.max_tries)
     boards, trials = report(opened, again=False)
     show(boards)
     _track(opened, told)

@@ -3,6 +3,8 @@
 python -m bench.status [grid=NAME] [key=value ...]     the same settings as bench.run
 python -m bench.status ... --watch                     again every ten seconds, until nothing is left to do or a
                                                        minute has passed in which nothing ran or waited
+python -m bench.status ... --verify                    also read every file of the grid's finished stages, and compare
+                                                       it with the checksum in its record
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ STILL = 6  # looks at which nothing runs: between two stages, or when a job has 
 
 
 def main(arguments: list[str]) -> int:
-    opened = plan([argument for argument in arguments if argument != "--watch"])
+    opened = plan([argument for argument in arguments if argument not in ("--watch", "--verify")])
     still = 0
     while True:
-        left, active = _show(opened)
+        left, active = _show(opened, "--verify" in arguments)
         still = 0 if active else still + 1
         if not left or still > STILL or "--watch" not in arguments:
             break
@@ -36,8 +38,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _show(opened: Plan) -> tuple[bool, bool]:
-    """Print one report; is anything left to do, and does anything run or wait for it?"""
+def _show(opened: Plan, thorough: bool = False) -> tuple[bool, bool]:
+    """Print one report; is anything left to do, and does anything run or wait for it?
+
+    Args:
+        thorough: read every file of the finished stages.
+    """
     from bench.plan import estimated
     from bench.reporting.table import STATES, Snapshot, of_trials, parts
     from slurm import jobs
@@ -88,10 +94,17 @@ def _show(opened: Plan) -> tuple[bool, bool]:
         print(f"failed: {title}: {record['error']} ({job}{tries} {'tries' if tries != 1 else 'try'})")
         if job and (line := jobs.last_line(jobs.find_log(root, record["job"]))):
             print(f"    {line}")
+    damaged = False
+    for place, title in titles.items():
+        if reason := store.damage(*place, thorough=thorough):
+            damaged = True
+            print(f"damaged: {title}: {place[0]} {place[1]}: {reason}; bench.run computes it again")
+    if aside := store.aside():
+        print(f"{len(aside)} damaged stages were moved to {store.root / 'damaged'}/, which you can delete")
     for state in ("diverged", "wrecked"):
         for (defense, attack), lost in parts(table[table.status == state], ["defense", "attack"]):
             print(f"{state} ({len(lost)} trials): {defense} against {attack}: {lost.reason.iloc[0]}")
-    return counts["missing"] + counts["failed"] > 0, bool(running or alive)
+    return damaged or counts["missing"] + counts["failed"] > 0, bool(running or alive)
 
 
 def _job(job: str) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import sys
 import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -20,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .data import Augmentation, ImageSet, equal_batches, generator
-from .files import save_tensors
+from .files import digest_of, save_tensors
 from .models import Classifier
 
 Tensors = dict[str, Tensor]
@@ -330,31 +332,77 @@ def fit(
 def _save(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, hooks: Hooks, journal: Journal, epoch: int
 ) -> None:
-    tensors = named("model", model.state_dict())
-    tensors |= named("optimizer", optimizer_tensors(optimizer))
-    tensors |= named("hooks", hooks.tensors())
+    """Write a checkpoint; a disk that has no room for one costs the checkpoint, not the training."""
+    tensors = {name: value.contiguous() for name, value in _state(model, optimizer, hooks).items()}
     kept = {"epoch": str(epoch), "curves": json.dumps(journal.curves), "images": str(journal.images)}
-    kept |= {"seconds": str(journal.seconds), "passes": str(journal.passes)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{uuid.uuid4().hex}")  # two containers may share a process id
-    save_tensors({name: value.contiguous() for name, value in tensors.items()}, beside, kept)
-    os.replace(beside, path)
+    kept |= {"seconds": str(journal.seconds), "passes": str(journal.passes), "of": _owner(path)}
+    kept["sha256"] = digest_of(tensors, kept)
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}")  # two containers may share a process id
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors(tensors, temporary, kept)
+        os.replace(temporary, path)
+    except OSError as error:
+        print(f"warning: no checkpoint after epoch {epoch} of {_owner(path)}: {error}", file=sys.stderr)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _restore(
     path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, hooks: Hooks, journal: Journal
 ) -> int:
-    """The number of epochs that the checkpoint holds, 0 without one."""
+    """The number of epochs that the checkpoint holds; 0 without one, and for one that cannot be used: it is removed."""
     if path is None or not path.exists():
         return 0
-    device = next(model.parameters()).device
+    before = {name: value.clone() for name, value in _state(model, optimizer, hooks).items()}
+    try:
+        tensors, kept = _read(path, next(model.parameters()).device)
+        curves = {name: [(step, value) for step, value in curve] for name, curve in json.loads(kept["curves"]).items()}
+        epoch, images, seconds, passes = int(kept["epoch"]), int(kept["images"]), kept["seconds"], kept["passes"]
+        _load(tensors, model, optimizer, hooks)
+    except (MemoryError, torch.OutOfMemoryError):  # says nothing about the checkpoint
+        raise
+    except Exception as error:  # whatever a method's hooks raise at tensors that are not theirs
+        reason = " ".join(f"{error}".split()) or type(error).__name__
+        print(f"warning: {path} is not a usable checkpoint ({reason}); training starts afresh", file=sys.stderr)
+        _load(before, model, optimizer, hooks)
+        with suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return 0
+    journal.curves.update(curves)
+    journal.images, journal.earlier_s, journal.earlier_passes = images, float(seconds), float(passes)
+    return epoch
+
+
+def _read(path: Path, device: torch.device) -> tuple[Tensors, dict[str, str]]:
+    """Tensors and notes of a checkpoint.
+
+    Raises:
+        Exception: it is not one of this training, or not as it was written.
+    """
     with safe_open(path, "pt", device=str(device)) as file:
-        kept = file.metadata()
+        kept = dict(file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    if kept.pop("sha256", None) != digest_of(tensors, kept):
+        raise ValueError("its checksum does not match")
+    if kept["of"] != _owner(path):
+        raise ValueError(f"it belongs to {kept['of']}")
+    return tensors, kept
+
+
+def _owner(path: Path) -> str:
+    """Whose checkpoint lies here: the stage with its key, which names the folder, and the part of its training."""
+    return f"{path.parent.name}/{path.stem}"
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, hooks: Hooks) -> Tensors:
+    """All that a training needs to go on, for `_load`."""
+    tensors = named("model", model.state_dict())
+    return tensors | named("optimizer", optimizer_tensors(optimizer)) | named("hooks", hooks.tensors())
+
+
+def _load(tensors: Tensors, model: nn.Module, optimizer: torch.optim.Optimizer, hooks: Hooks) -> None:
+    """Take back what `_state` gave."""
     model.load_state_dict(part_of("model", tensors))
     restore_optimizer(optimizer, part_of("optimizer", tensors))
     hooks.restore(part_of("hooks", tensors))
-    journal.curves.update({name: [(s, v) for s, v in curve] for name, curve in json.loads(kept["curves"]).items()})
-    journal.images, journal.earlier_s = int(kept["images"]), float(kept["seconds"])
-    journal.earlier_passes = float(kept.get("passes", 0))  # earlier versions noted none
-    return int(kept["epoch"])

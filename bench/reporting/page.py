@@ -57,8 +57,9 @@ def evidence(trial: Trial, store: Store, command: str) -> dict[str, Any]:
         "curves": curves,
         "command": command,
     }
-    kept = store.has("defend", keys[1], "findings") and store.has("implant", keys[0], "trigger")
-    if trial.setting == "trainset" and all(results) and kept:  # tensors may have been deleted for their room
+    scored = trial.setting == "trainset" and all(results) and store.has("defend", keys[1], "findings")
+    # Tensors may be damaged, or deleted for their room: the figures are still right.
+    if scored and store.usable("defend", keys[1], "findings") and store.usable("implant", keys[0], "trigger"):
         found["roc"] = _roc(store, *keys[:2])
     if results[-1]:  # of the evaluation alone: a repair's `rounds` are other things
         found["more"] = {name: results[-1][name] for name in MORE if results[-1].get(name)}
@@ -72,11 +73,11 @@ def _roc(store: Store, implant: str, defend: str) -> dict[str, list[float]] | No
 
     from attacks.base import POISON
 
-    with safe_open(store.folder("defend", defend) / "findings.safetensors", framework="pt") as file:
+    with safe_open(store.path("defend", defend, "findings"), framework="pt") as file:
         if "suspicion" not in set(file.keys()):
             return None
         scores = file.get_tensor("suspicion").float().numpy()
-    with safe_open(store.folder("implant", implant) / "trigger.safetensors", framework="pt") as file:
+    with safe_open(store.path("implant", implant, "trigger"), framework="pt") as file:
         poisoned = (file.get_tensor("roles") == POISON).numpy()
     if not poisoned.any():
         return None

@@ -85,6 +85,8 @@ def trial_row(trial: Trial, store: Store) -> dict[str, Any]:
                 failure = f"clean twin: {twin}"
             if failure is not None:
                 row |= {"status": "failed", "reason": failure}
+            elif damage := store.damage(stage, key):
+                row["reason"] = f"{stage} is damaged: {damage}"
             return row
         row[f"{stage}_seconds"] = result["seconds"]
         made.append(result["provenance"])
