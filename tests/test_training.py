@@ -1,10 +1,16 @@
+import errno
 import json
 import math
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bench.engine.data import Augmentation, ImageSet, equal_batches, generator
@@ -509,6 +515,71 @@ def test_what_a_killed_writer_left_beside_the_checkpoint_is_not_read(tmp_path):
     with pytest.raises(Killed):
         fit(dropped(), data, recipe, seed=0, hooks=Kill(6), journal=Journal(tmp_path, every_s=0))
     assert same(fit(dropped(), data, recipe, seed=0, journal=Journal(tmp_path, every_s=0)), expected)
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 1
+    path.write_bytes(data)
+
+
+def of_another_training(path: Path) -> None:
+    other = path.parent.parent / "other"
+    with pytest.raises(Killed):
+        fit(dropped(), noise(20, size=8), QUICK, seed=1, hooks=Kill(6), journal=Journal(other, every_s=0))
+    (other / path.name).replace(path)
+
+
+def of_another_network(path: Path) -> None:
+    """A whole checkpoint, under the name of this training."""
+    path.unlink()
+    with pytest.raises(Killed):
+        fit(Softmax(), noise(20), QUICK, seed=1, hooks=Kill(6), journal=Journal(path.parent, every_s=0))
+
+
+QUICK = Recipe(epochs=3, batch_size=5)
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "zeroed end": lambda path: path.write_bytes(path.read_bytes()[:-64] + bytes(64)),
+    "bit flip": flipped,
+    "bit flip in its notes": lambda path: path.write_bytes(path.read_bytes().replace(b'"epoch":"2"', b'"epoch":"3"')),
+    "foreign text": lambda path: path.write_bytes(b"\xff\xfeno checkpoint"),
+    "foreign tensors": lambda path: save_file({"weight": torch.zeros(3)}, path),
+    "folder": lambda path: (path.unlink(), path.mkdir(), (path / "file").touch()),
+    "another training": of_another_training,
+    "another network": of_another_network,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_checkpoint_that_cannot_be_used_is_dropped_and_the_training_starts_afresh(
+    tmp_path, capsys, damage, optimizer
+):
+    data, recipe, work = noise(20, size=8), replace(QUICK, optimizer=optimizer, lr=0.01), tmp_path / "work"
+    expected = fit(dropped(), data, recipe, seed=0)
+    with pytest.raises(Killed):
+        fit(dropped(), data, recipe, seed=0, hooks=Kill(9), journal=Journal(work, every_s=0))
+    DAMAGES[damage](work / "train.safetensors")
+    capsys.readouterr()
+    journal = Journal(work, every_s=0)
+    assert same(fit(dropped(), data, recipe, seed=0, journal=journal), expected)
+    assert "train.safetensors" in capsys.readouterr().err
+    assert journal.images == 60
+    with safe_open(work / "train.safetensors", "pt") as file:
+        assert file.metadata()["epoch"] == "3"
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_training(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("bench.engine.files.save_file", full)
+    trained = fit(dropped(), noise(20, size=8), QUICK, seed=0, journal=Journal(tmp_path, every_s=0))
+    assert same(trained, fit(dropped(), noise(20, size=8), QUICK, seed=0))
+    assert "No space left" in capsys.readouterr().err
 
 
 def test_a_writer_killed_in_the_middle_leaves_the_checkpoint_before(tmp_path, monkeypatch):
