@@ -534,12 +534,22 @@ def _implant(
         "stage": "implant",
         "engine": ENGINE_VERSION,
         "dataset": {"name": info.name, "digest": info.digest, "augmentation": asdict(info.augmentation)},
-        "model": {"name": place["model"], "stem": cfg.model.stem},
+        "model": _model(cfg, info, place["model"]),
         "attack": _identity_of(attacker),
         "train": recipe,
         "pool": cfg.reserve.pool,
     }
     return implant, usual
+
+
+def _model(cfg: DictConfig, info: DatasetInfo, name: str) -> dict[str, str]:
+    """An architecture's part of an identity; that of a plug-in has its code too."""
+    model = {"name": name, "stem": str(cfg.model.stem)}
+    try:
+        source = spec_of(info, model).source()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return {**model, **({"source": source} if source else {})}
 
 
 def _defend(cfg: DictConfig, place: dict[str, str], usual: dict[str, Any], tainted: float) -> tuple[Identity, str]:

@@ -238,7 +238,7 @@ class Estimate:
         costs: of each stage that is not finished.
         finished: how many are, by their names.
         devices: what those ran on that the costs rest on.
-        unsized: finished stages that are left out by their data sets, whose sizes are not known here.
+        unsized: finished stages that are left out, by their data sets or architectures, which are not known here.
     """
 
     costs: dict[Place, Cost]
@@ -368,6 +368,8 @@ class _Measured:
 
     def add_others(self, known: set[Place]) -> None:
         """Note what other grids left in the store."""
+        import timm
+
         implants: dict[str, Identity] = {}
         defends: dict[str, Identity] = {}
         for stage in ("implant", "defend", "inspect", "evaluate"):
@@ -387,8 +389,8 @@ class _Measured:
                         continue
                     names = [implant[part]["name"] for part in ("dataset", "model", "attack")]
                     size = self._size(implant["dataset"])
-                    if size is None:
-                        self.unsized[names[0]] += 1
+                    if size is None or not timm.is_model(names[1]):
+                        self.unsized[names[0] if size is None else names[1]] += 1
                         continue
                     kinds = _kinds(stage, *names, defense, _costly(identity))
                     self.add((stage, key), kinds, _work(stage, identity, implant, size), cells=0)
@@ -525,9 +527,7 @@ def _print_costs(estimate: Estimate) -> None:
     if any(_range(found) for found in ratios.values()):
         print("x: the work of a stage to that of the measured one, by FLOPs of a pass, images and epochs or updates")
     for name, count in estimate.unsized.items():
-        print(
-            f"left out: {count:,} stages measured on {name}, whose size is not known here (it is not in dataset.cache)"
-        )
+        print(f"left out: {count:,} stages measured on {name}, which is not known here (dataset.cache, plugins)")
     if estimate.devices:
         print("with " + ", ".join(f"{name} ({count:,})" for name, count in estimate.devices.most_common()))
     if unknown:

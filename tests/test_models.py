@@ -1,10 +1,14 @@
 import functools
+import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
+from bench.config import UserError
+from bench.door import plan
 from bench.engine.adversarial import pgd
 from bench.engine.data import ImageSet, generator
 from bench.engine.metrics import predict
@@ -414,3 +418,161 @@ def test_a_pass_with_gradients_to_images_counts_twice_and_one_of_training_three_
     assert cost(lambda: model.stages(batch)) == 3 * 4
     assert cost(lambda: pgd(model, batch, data.labels, epsilon=0.1, step_size=0.1, steps=5)) == 2 * 4 * 5
     assert cost(lambda: model.requires_grad_(False)(batch)) == 4
+
+
+# What is refused before compute -----------------------------------------------------------------------------------
+
+PLUGIN = """
+import torch
+from timm.models import register_model
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes, in_chans):
+        super().__init__()
+        self.body, self.fc, self.aux = nn.Conv2d(in_chans, 8, 3), nn.Linear(8, num_classes), nn.Linear(8, num_classes)
+        self.default_cfg = {{"first_conv": "body"}}
+
+    def forward_features(self, images):
+        return self.body(images).relu()
+
+    def forward_head(self, maps):
+        return self.fc(maps.mean((2, 3)))
+
+    def forward_intermediates(self, images, intermediates_only=False, output_fmt="NCHW"):
+        maps = self.forward_features(images)
+        return [maps] if intermediates_only else (maps, [maps])
+
+    def forward(self, images):
+        return self.forward_head(self.forward_features(images))
+
+    def get_classifier(self):
+        return self.fc
+
+
+{change}
+
+
+@register_model
+def {name}(pretrained=False, num_classes=10, in_chans=3, **more):
+    return Net(num_classes, in_chans)
+"""
+NO_CONV = (
+    "class Net(Net):\n    def __init__(self, *sizes):\n        super().__init__(*sizes)\n        del self.default_cfg"
+)
+AUX = "def forward(self, images):\n        maps = self.forward_features(images).mean((2, 3))\n        return"
+# What an architecture of somebody's own lacks or does, and a word of the refusal.
+STRANGE = {
+    "no_conv": (NO_CONV, "default_cfg"),
+    "no_classifier": ("Net.get_classifier = None", "get_classifier"),
+    "no_stages": ("Net.forward_intermediates = None", "forward_intermediates"),
+    "no_last": ("Net.forward_head = None", "forward_head"),
+    "two_heads": (f"class Net(Net):\n    {AUX} self.fc(maps) + 0.5 * self.aux(maps)", "logits"),
+    "scaled": (f"class Net(Net):\n    {AUX} 2 * self.fc(maps)", "logits"),
+    "other_head": (f"class Net(Net):\n    {AUX} self.aux(maps)", "logits"),
+    "late_pooling": (
+        "class Net(Net):\n    def forward(self, images):\n"
+        "        return self.fc(self.forward_features(images).permute(0, 2, 3, 1)).mean((1, 2))",
+        "logits",
+    ),
+    "broken": ("class Net(Net):\n    def forward(self, images):\n        return 1 // 0", "ZeroDivisionError"),
+}
+
+
+def plug_in(folder, monkeypatch, name: str, change: str = "") -> str:
+    """A module that registers one architecture; `change` changes its class."""
+    (folder / f"module_of_{name}.py").write_text(PLUGIN.format(name=name, change=change))
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, f"module_of_{name}", raising=False)
+    return f"plugins=[module_of_{name}]"
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_an_architecture_that_methods_cannot_read_is_refused_in_one_line(tiny, tmp_path, monkeypatch, strange):
+    change, word = STRANGE[strange]
+    name = f"own_{strange}"
+    plugin = plug_in(tmp_path, monkeypatch, name, change)
+    with pytest.raises(UserError, match=word) as error:
+        plan([*tiny, plugin, f"grid.models=[{name}]", "model.stem=small"])
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_second_head_that_starts_as_nothing_is_seen(tiny, tmp_path, monkeypatch):
+    change = STRANGE["two_heads"][0] + "\n    def __init__(self, *sizes):\n        super().__init__(*sizes)\n"
+    change += "        nn.init.zeros_(self.aux.weight), nn.init.zeros_(self.aux.bias)"
+    plugin = plug_in(tmp_path, monkeypatch, "own_hidden", change)
+    with pytest.raises(UserError, match="own_hidden"):
+        plan([*tiny, plugin, "grid.models=[own_hidden]"])
+
+
+def test_the_code_of_an_architecture_of_ones_own_is_part_of_its_identity(tiny, tmp_path, monkeypatch):
+    def keys(change: str) -> tuple[str, dict[str, str]]:
+        opened = plan([*tiny, plug_in(tmp_path, monkeypatch, "own_net", change), "grid.models=[own_net]"])
+        return opened.trials[0].keys()[0], opened.trials[0].implant["model"]
+
+    first, model = keys("")
+    assert set(model) == {"name", "stem", "source"}
+    assert keys("")[0] == first
+    assert keys("WIDTH = 9")[0] != first
+    assert plan(tiny).trials[0].implant["model"] == {"name": "test_resnet", "stem": "stock"}  # timm's own
+
+
+def test_so_is_the_code_that_it_takes_its_layers_from(tiny, tmp_path, monkeypatch):
+    def key(layer: str) -> str:
+        (tmp_path / "layers_of_mine.py").write_text(f"from torch import nn\n\n\nclass Body(nn.Conv2d):\n    {layer}\n")
+        monkeypatch.delitem(sys.modules, "layers_of_mine", raising=False)
+        change = (
+            "from layers_of_mine import Body\nnn = __import__('types').SimpleNamespace(**{**vars(nn), 'Conv2d': Body})"
+        )
+        plugin = plug_in(tmp_path, monkeypatch, "own_layers", change)
+        return plan([*tiny, plugin, "grid.models=[own_layers]"]).trials[0].keys()[0]
+
+    first = key("pass")
+    assert key("pass") == first
+    assert key("factor = 2") != first
+
+
+@pytest.mark.slow
+def test_the_logits_of_volo_have_a_second_head():
+    with pytest.raises(ValueError, match="volo_d1_224"):
+        spec("volo_d1_224").check()
+
+
+def test_what_an_architecture_raises_is_told_in_one_line_with_a_stem_that_does():
+    with pytest.raises(ValueError, match=r"visformer_tiny.*model\.stem=small.*32x32.*model\.stem=half") as error:
+        spec("visformer_tiny").check()
+    assert "\n" not in str(error.value)
+    spec("visformer_tiny", stem="half").check()
+
+
+def smallest_of_each_module() -> list[str]:
+    """By its name: building all 1,300 to count their weights takes an hour."""
+    marks = ("test_", "atto", "femto", "pico", "xxs", "xx_small", "_xs", "nano", "tiny", "_s0", "_b0", "_050", "small")
+
+    def size(name: str) -> tuple[int, int]:
+        return next((rank for rank, mark in enumerate(marks) if mark in name), len(marks)), len(name)
+
+    return [min(names, key=size) for module in timm.list_modules() if (names := timm.list_models(module=module))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", ["small", "half", "stock"])
+@pytest.mark.parametrize("name", smallest_of_each_module())
+def test_an_architecture_of_timm_works_or_is_refused_in_one_line(name, stem):
+    refused = ""
+    try:
+        spec(name, stem=stem, classes=7).check()
+    except ValueError as error:
+        refused = str(error)
+    if refused:
+        assert name in refused
+        assert "\n" not in refused
+        return
+    model = spec(name, stem=stem, classes=7).build(0)
+    assert model.train()(images()).shape == (2, 7)
+    with torch.no_grad():
+        logits = model.eval()(images())
+        assert logits.shape == (2, 7)
+        torch.testing.assert_close(head_by_hand(model, model.features(images())), logits.double(), atol=1e-3, rtol=1e-3)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adversarial import under_attack
+from .data import generator
 
 STEMS = ("small", "half", "stock")
 
@@ -167,8 +174,7 @@ class ModelSpec:
             LookupError: timm has no such architecture.
         """
         check_name(self.name)
-        if self.stem not in STEMS:
-            raise ValueError(f"model.stem is {self.stem!r}; write one of {', '.join(STEMS)}")
+        self._check_stem()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the GPU's source too
             net, notes = _fitted(self)
@@ -187,31 +193,140 @@ class ModelSpec:
         return int(counter.get_total_flops())
 
     def check(self) -> tuple[str, ...]:
-        """Refuse, without any compute, an architecture that cannot take these images.
+        """Refuse, before any training, an architecture that cannot take these images or that methods cannot read.
 
         Returns:
             How the network is fitted to them, one line each.
 
         Raises:
             LookupError: timm has no such architecture.
-            ValueError: its maps shrink to nothing at this image size, or its head is not one layer.
+            ValueError: its maps shrink to nothing at this image size, it lacks what methods ask a network for, or its
+                logits are not what its head makes of the features.
         """
         check_name(self.name)
-        with torch.device("meta"):
-            try:
-                model = self.build(0)
-                model(torch.empty(2, self.channels, self.image_size, self.image_size))
-            except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{self.name} (model.stem={self.stem}) cannot take {self.image_size}x{self.image_size} images: "
-                    f"{str(error).splitlines()[0].rstrip('.')}. Set a larger dataset.size or another model.stem."
-                ) from error
+        self._check_stem()
+        try:
+            model = self._tried()
+        except Unfit as error:
+            raise ValueError(str(error)) from error
+        except Exception as error:  # whatever an architecture raises
+            raise ValueError(
+                f"{self.name} (model.stem={self.stem}) cannot take {self.image_size}x{self.image_size} images: "
+                f"{_first_line(error)}. {self._advice()}"
+            ) from error
         if not isinstance(model.head, nn.Linear | nn.Conv2d):
             raise ValueError(
                 f"{self.name} has no single linear layer as its head, which features and pruning are read from; take "
                 "another architecture (of a distilled transformer the one without `distilled`)"
             )
+        plain = (0.5,) * self.channels
+        _check_head(replace(self, num_classes=7, mean=plain, std=plain), _entrypoint(self.name))
         return model.notes
+
+    def _check_stem(self) -> None:
+        if self.stem not in STEMS:
+            raise ValueError(f"model.stem is {self.stem!r}; write one of {', '.join(STEMS)}")
+
+    def _tried(self) -> Classifier:
+        """The network without memory for its weights, after a pass in training."""
+        with torch.device("meta"):
+            model = self.build(0)
+            asked = ("get_classifier", "forward_intermediates", "forward_head")
+            missing = [name for name in asked if not callable(getattr(model.net, name, None))]
+            if missing:
+                raise Unfit(
+                    f"{self.name} has no {', '.join(missing)}: methods ask a network for its last layer "
+                    "(get_classifier), the maps of its stages (forward_intermediates) and the logits of the last map "
+                    "(forward_head), as timm's architectures have them; add them, or take another architecture"
+                )
+            model(torch.empty(2, self.channels, self.image_size, self.image_size))
+        return model
+
+    def _advice(self) -> str:
+        """What else of this architecture would do."""
+        others = [replace(self, stem=stem) for stem in STEMS if stem != self.stem]
+        others += [replace(self, image_size=size) for size in (32, 64, 128, 224) if size > self.image_size]
+        for other in others:
+            with suppress(Exception):
+                other._tried()
+                return (
+                    f"Set model.stem={other.stem}, or take another architecture"
+                    if other.stem != self.stem
+                    else f"Set dataset.size={other.image_size}, or another model.stem"
+                )
+        return "Take another architecture: no model.stem and no dataset.size up to 224 would do"
+
+    def source(self) -> str:
+        """A digest of the code of a network that is not timm's, whose version nobody raises; empty for timm's.
+
+        Raises:
+            ValueError: the code is in no file.
+        """
+        entry = _entrypoint(self.name)
+        return "" if _is_of(entry.__module__, "timm") else _digest_of_code(replace(self, mean=(), std=()), entry)
+
+
+class Unfit(ValueError):
+    """An architecture lacks what a stem or the methods need; the message says what."""
+
+
+def _first_line(error: Exception) -> str:
+    text = (str(error).splitlines() or [""])[0].rstrip(".")
+    told = isinstance(error, RuntimeError | AssertionError | ValueError) and text
+    return text if told else f"{type(error).__name__} {text}".strip()
+
+
+def _entrypoint(name: str) -> Callable[..., nn.Module]:
+    import timm
+
+    return timm.model_entrypoint(name)
+
+
+@cache
+def _check_head(spec: ModelSpec, entry: Callable[..., nn.Module]) -> None:
+    """Refuse a network whose logits are not its head's, and whose stages cannot be read.
+
+    Args:
+        entry: what builds it, for the cache: a name can be registered anew.
+
+    Raises:
+        ValueError: head(features(images)) differs from the logits.
+    """
+    model, source = spec.build(0).eval(), generator(0, "check")
+    images = torch.rand(2, spec.channels, spec.image_size, spec.image_size, generator=source)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if not weight.any():  # a branch that starts as nothing would hide
+                weight.normal_(0, 0.1, generator=source)
+        try:
+            logits, features = model(images), model.features(images)
+            found = F.linear(features, model.head.weight.flatten(1), model.head.bias)
+            agree = torch.allclose(found, logits, rtol=1e-3, atol=1e-3, equal_nan=True)
+        except (RuntimeError, IndexError):  # other shapes, or the head is not asked at all
+            agree = False
+        if not agree:
+            raise ValueError(
+                f"{spec.name}: its logits are not what its head, {type(model.head).__name__}, makes of what it reads "
+                "(a second head?), and methods that read features or prune would see a part of it; take another "
+                "architecture"
+            )
+
+
+@cache
+def _digest_of_code(spec: ModelSpec, entry: Callable[..., nn.Module]) -> str:
+    with torch.device("meta"):
+        layers = {type(layer) for layer in spec.build(0).net.modules()}
+    modules = {entry.__module__, *(kind.__module__ for layer in layers for kind in layer.__mro__)}
+    own = sorted(name for name in modules if not any(_is_of(name, known) for known in ("timm", "torch", "builtins")))
+    try:
+        code = [inspect.getsource(sys.modules[name]) for name in own]
+    except (OSError, TypeError) as error:
+        raise ValueError(f"{spec.name}: its code cannot be read ({error}); define it in a file of a module") from error
+    return hashlib.sha256("\0".join(code).encode()).hexdigest()[:16]
+
+
+def _is_of(module: str, package: str) -> bool:
+    return module.partition(".")[0] == package
 
 
 def check_name(name: str) -> None:
@@ -264,8 +379,13 @@ def _fitted(spec: ModelSpec) -> tuple[nn.Module, list[str]]:
         notes.append("head: global average pooling and one linear layer")
     if spec.stem == "stock":
         return net, notes
-    first = net.default_cfg["first_conv"]
     if spec.stem == "small" and size <= 48:
+        first = (getattr(net, "default_cfg", None) or {}).get("first_conv")
+        if not first:
+            raise Unfit(
+                f"{spec.name} names no first convolution (default_cfg['first_conv']), whose stride model.stem=small "
+                "would change; add it, or set model.stem=stock"
+            )
         for name in [first] if isinstance(first, str) else first:
             notes += _unstride(net, name)
     for name in ("maxpool", "stem.pool", "features.pool0"):
