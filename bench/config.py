@@ -14,8 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from attacks.base import Attack, attack
-from bench.engine.registry import Registry, load_folders, load_plugins
+from bench.engine.registry import PluginError, Registry, load_folders, load_plugins
 from bench.engine.training import Recipe, check_numbers
+from bench.errors import UserError as UserError
 from defenses.base import Defense, defense
 
 GROUPS = ("grid", "dispatch", "tracking")
@@ -26,10 +27,6 @@ FREE = ("dispatch.slurm.submitit.", "dispatch.slurm.additional.")
 def said(error: Exception) -> str:
     """What an error says, without its type or number; a KeyError would put it in quotes."""
     return str(error.args[0]) if len(error.args) == 1 else str(error)
-
-
-class UserError(Exception):
-    """A mistake of the user's: the front door prints its one line and exits with 2."""
 
 
 @dataclass
@@ -175,18 +172,18 @@ def load_methods(plugins: list[str]) -> None:
     """Fill the registries with our methods and everybody else's.
 
     Raises:
-        UserError: a plug-in cannot be found, or takes a name that is taken.
+        UserError: a plug-in cannot be found or imported, or takes a name that is taken.
     """
-    load_folders("attacks", "defenses", "baselines")
     try:
+        load_folders("attacks", "defenses", "baselines")
         load_plugins(plugins)
-    except (LookupError, ValueError) as error:
+    except PluginError as error:
         raise UserError(str(error)) from error
 
 
 def plugins_in(arguments: list[str]) -> list[str]:
     """The modules of `plugins=[...]`: imported before the configuration is composed, since they add to it."""
-    values = [argument.partition("=")[2] for argument in arguments if argument.startswith("plugins=")]
+    values = [argument.partition("=")[2] for argument in arguments if argument.lstrip("+").startswith("plugins=")]
     return [name.strip(" '\"") for value in values for name in value.strip("[]").split(",") if name.strip(" '\"")]
 
 

@@ -1,7 +1,8 @@
 """Local dispatch: a pool of worker processes on this machine, one for each GPU or core.
 
 Parallel trials with one thread each are the CPU mode: two threads on two busy cores were measured slower than one.
-A worker that dies costs its trial and nothing else; a driver that dies leaves its workers to finish what they hold.
+A worker that dies costs its trial and nothing else. When the driver is told to stop, or is gone, its workers end at
+their next safe point (bench/engine/stopping.py).
 """
 
 from __future__ import annotations
@@ -16,18 +17,23 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any
 
 import torch
 
+from bench import streams
+from bench.engine import stopping
 from bench.engine.datasets import DatasetInfo
 from bench.grid import Trial
 from bench.pipeline import Bench, Busy, provenance
-from bench.store import STAGES, Store
+from bench.store import STAGES, Store, key_of
 
 IMPLANT, REPAIR = STAGES[:1], STAGES[1:]
+HELD = (signal.SIGUSR1, signal.SIGUSR2, *stopping.SIGNALS)
 
 
 @dataclass(frozen=True)
@@ -62,13 +68,18 @@ class Task:
 
 @dataclass
 class Progress:
-    """What a display shows."""
+    """What a display shows.
+
+    Attributes:
+        waits: for each stage that a process of another driver computes, while nothing else is to do: which, and whose.
+    """
 
     total: int
     done: int = 0
     failed: int = 0
     waiting: int = 0
     running: tuple[str, ...] = ()
+    waits: tuple[str, ...] = ()
     seconds_left: float | None = None
 
 
@@ -125,16 +136,33 @@ def run(
     Args:
         workers: processes; 0 computes in this one.
         show: called when something changes, and about once a second.
+
+    Raises:
+        Stopped: this process was told to stop; its workers have ended.
     """
     if not tasks:
         return
-    schedule = _Schedule(tasks, store, max(1, workers), show)
+    with stopping.patiently():
+        _run(_Schedule(tasks, store, max(1, workers), show), workers, infos, device, threads, checkpoint_s, plugins)
+
+
+def _run(
+    schedule: _Schedule,
+    workers: int,
+    infos: dict[str, DatasetInfo],
+    device: torch.device,
+    threads: int,
+    checkpoint_s: float,
+    plugins: list[str],
+) -> None:
+    store = schedule.store
     if workers == 0:
         bench = Bench(store, infos, device, checkpoint_s)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
             while (task := schedule.next()) is not None:
+                stopping.check()
                 schedule.report()
                 schedule.finished(task, _attempt(bench, task))
         finally:
@@ -142,7 +170,7 @@ def run(
         return
     pool = _Pool(store, infos, device, threads, checkpoint_s, plugins)
     try:
-        for index in range(min(workers, len(tasks))):
+        for index in range(min(workers, len(schedule.waiting))):
             pool.start(index)
         pool.drive(schedule)
     finally:
@@ -160,6 +188,7 @@ class _Schedule:
         self.progress = Progress(total=len(tasks))
         self.spent: dict[tuple[str, ...], list[float]] = {IMPLANT: [], REPAIR: []}
         self.started: dict[int, float] = {}
+        self.elsewhere: dict[tuple[str, str], str] = {}  # tasks that another driver is at, and what to say of each
 
     def next(self) -> Task | None:
         """A task that can start now; None if none can (or none is left)."""
@@ -182,8 +211,10 @@ class _Schedule:
         spent = time.monotonic() - self.started.pop(id(task))
         if outcome == "busy":
             self.waiting.append(task)
+            self.elsewhere[task.place] = self._holder(task)
             time.sleep(0.2)  # another driver computes it: look again soon, but not all the time
             return
+        self.elsewhere.pop(task.place, None)
         self.progress.done += outcome == "done"
         self.progress.failed += outcome == "failed"
         self.spent[task.stages].append(spent)
@@ -206,7 +237,19 @@ class _Schedule:
             known = self.spent[task.stages] or every
             left += sum(known) / len(known) if known else 0.0
         progress.seconds_left = left / self.workers if every else None
+        free = [task for task in (*self.waiting, *self.running) if self.blocked.isdisjoint(task.needs)]
+        is_idle = all(task.place in self.elsewhere for task in free)
+        progress.waits = tuple(filter(None, map(self.elsewhere.get, (task.place for task in free)))) if is_idle else ()
         self.show(progress)
+
+    def _holder(self, task: Task) -> str:
+        """Which stage of a task another driver computes, and where; empty if it has just ended."""
+        trial, title = task.trial, task.title.removesuffix(": implant")
+        for stage, key in (("surrogate", key_of(trial.surrogate)), ("implant", trial.keys()[0]), *trial.places()):
+            claim = self.store.claim(stage, key)
+            if claim and claim.alive:
+                return f"{stage} of {title} ({claim.owner or 'whose claim cannot be read'})"
+        return ""
 
 
 class _Pool:
@@ -245,10 +288,13 @@ class _Pool:
             added["CUDA_VISIBLE_DEVICES"] = _visible(index % self.devices)
         before = {name: os.environ.get(name) for name in added}
         os.environ.update(added)
-        # A job that Slurm ends gets its signals in every process, and they kill who has no handler. The driver has:
-        # it decides. What is blocked here stays blocked in the process that starts now.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM))
+        # When Slurm ends a job, or a terminal is closed, every process gets the signals, and one without a handler
+        # dies. The driver has handlers: it decides. What is blocked here stays blocked in the process that starts now.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
         try:
+            # Where no resource tracker runs, the start of a process would start one, and unblock SIGTERM thereby.
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
             process = self.context.Process(target=_work, args=(theirs, self.settings), daemon=True)
             process.start()
         finally:
@@ -263,6 +309,8 @@ class _Pool:
 
     def drive(self, schedule: _Schedule) -> None:
         while not schedule.over:
+            if stopping.asked():
+                self.wind_down()
             for index, (_, pipe) in self.processes.items():
                 idle = index in self.ready and self.holds[index] is None
                 if idle and (task := schedule.next()) is not None:
@@ -305,6 +353,26 @@ class _Pool:
                 return "failed"
         return "done"
 
+    def wind_down(self) -> None:
+        """Let each worker end at its next safe point.
+
+        Raises:
+            Stopped: they have ended.
+        """
+        busy = sum(task is not None for task in self.holds.values())
+        print(
+            f"stopping {busy} running stages at their next checkpoint, or in {stopping.GRACE_S:.0f} s; "
+            "a second signal stops them now",
+            file=sys.stderr,
+            flush=True,
+        )
+        for _, pipe in self.processes.values():
+            with suppress(OSError):
+                pipe.send(None)
+        for process, _ in self.processes.values():
+            process.join()
+        stopping.check()
+
     def stop(self) -> None:
         for process, pipe in self.processes.values():
             pipe.close()
@@ -320,8 +388,20 @@ def _visible(index: int) -> str:
 
 
 def _work(pipe: Connection, settings: dict[str, Any]) -> None:
-    """A worker's life: take a task, compute it, say how it went; end when the driver is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the driver decides
+    """A worker's life: take a task, compute it, say how it went; end when the driver says so, or is gone."""
+    driver = multiprocessing.parent_process()
+
+    def told(number: int, _: FrameType | None) -> None:
+        # A signal reaches the whole group, or every process of a Slurm job: while there is a driver, it decides.
+        if driver is None or not driver.is_alive():
+            raise stopping.Stopped(number)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C too
+    stopping.listen(told)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping.SIGNALS)
+    # The driver sends nothing while a task is computed but the wish to stop; its end reads like that too.
+    stopping.obey(pipe.poll)
+    streams.protect()
     from bench.config import load_methods
 
     torch.set_num_threads(settings["threads"])
@@ -336,10 +416,14 @@ def _work(pipe: Connection, settings: dict[str, Any]) -> None:
     try:
         pipe.send("ready")
         while True:
-            trial, stages = pipe.recv()
-            pipe.send(_attempt(bench, Task(trial, stages)))
+            task = pipe.recv()
+            if task is None:
+                break
+            pipe.send(_attempt(bench, Task(*task)))
     except (EOFError, OSError):
-        sys.exit(0)
+        pass
+    except stopping.Stopped as stop:
+        sys.exit(128 + stop.number if stop.number else 0)
 
 
 def _attempt(bench: Bench, task: Task) -> str:

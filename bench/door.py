@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench import streams
+from bench.engine import stopping
+from bench.errors import UserError
 from bench.messages import masked
 
 if TYPE_CHECKING:
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
 
 # Where things lie and run: nothing that a figure depends on.
 LOCAL = re.compile(r"(results|published|dry_run|dataset\.(root|cache)|(dispatch|tracking|report)(\..*)?)=")
+OURS = ("attacks", "baselines", "bench", "defenses", "slurm")
 
 
 @dataclass
@@ -85,12 +90,16 @@ def plan(arguments: list[str], dry: bool = False) -> Plan:
 
 def planned(cfg: DictConfig, arguments: list[str], dry: bool = False) -> Plan:
     """`plan`, of a configuration that is loaded."""
-    from bench.config import UserError
     from bench.grid import check, expand
     from bench.store import Store
 
     check(cfg)
     _check_address(cfg)
+    store = Store(Path(cfg.results) / "store")
+    try:
+        store.check_readable()
+    except OSError as error:
+        raise UserError(f"results={cfg.results} cannot be read: {error.strerror}: {error.filename}") from error
     from bench.pipeline import pick_device
 
     infos, missing = _data(cfg, dry)
@@ -104,7 +113,6 @@ def planned(cfg: DictConfig, arguments: list[str], dry: bool = False) -> Plan:
         check_slurm(cfg.dispatch, dry)
     explicit = frozenset(argument.partition("=")[0].lstrip("+") for argument in arguments)
     trials = expand(cfg, infos, "bfloat16" if device.type == "cuda" else "float32", explicit)
-    store = Store(Path(cfg.results) / "store")
     return Plan(cfg, trials, infos, store, device, explicit, arguments, _published(cfg, trials), missing)
 
 
@@ -114,7 +122,7 @@ def _data(cfg: DictConfig, dry: bool) -> tuple[dict[str, DatasetInfo], dict[str,
     Raises:
         UserError: a data set has an unknown name, or its files are missing and needed; the message lists all of them.
     """
-    from bench.config import UserError, said
+    from bench.config import said
     from bench.engine.datasets import as_published, prepare
     from bench.grid import names
 
@@ -146,8 +154,6 @@ def _check_address(cfg: DictConfig) -> None:
     """
     from urllib.parse import urlsplit
 
-    from bench.config import UserError
-
     uri = cfg.tracking.uri or ""
     try:
         parts = urlsplit(uri)
@@ -162,6 +168,24 @@ def _check_address(cfg: DictConfig) -> None:
         )
 
 
+def check_writable(opened: Plan) -> None:
+    """Write a file into each folder that a run fills, and remove it.
+
+    Raises:
+        UserError: one of them cannot be made or written.
+    """
+    from bench.engine.files import check_writable
+
+    try:
+        for folder in (*opened.store.folders(), opened.folder):
+            check_writable(folder)
+    except OSError as error:
+        raise UserError(
+            f"results={opened.cfg.results} cannot be written: {error.strerror}: {error.filename}; "
+            "make room or rights there, or write results=DIR with another folder"
+        ) from error
+
+
 def _published(cfg: DictConfig, trials: list[Trial]) -> dict[str, dict[str, Any]]:
     """The rows of `published=[...]` that are trials of this grid, by the key of their evaluation.
 
@@ -173,7 +197,6 @@ def _published(cfg: DictConfig, trials: list[Trial]) -> dict[str, dict[str, Any]
     """
     if not cfg.published:
         return {}
-    from bench.config import UserError
     from bench.reporting.table import OUTCOMES, read_trials
 
     found: dict[str, dict[str, Any]] = {}
@@ -320,7 +343,6 @@ def report(opened: Plan, again: bool = True) -> Any:
     Raises:
         UserError: nothing of the grid is stored with these settings, or `report.reported` is no such table.
     """
-    from bench.config import UserError
     from bench.reporting import page, plots, table
 
     store = table.Snapshot(opened.store)
@@ -363,7 +385,6 @@ def _nothing_is_there(trials: pd.DataFrame) -> bool:
 
 def _keep_lost(opened: Plan, trials: pd.DataFrame) -> None:
     """Keep a table that is about to be written over, if this store could not bring all of it back."""
-    from bench.config import UserError
     from bench.reporting.table import OUTCOMES, read_trials
 
     path = opened.folder / "trials.csv"
@@ -459,18 +480,48 @@ def show(boards: Any) -> None:
 
 
 def enter(main: Callable[[list[str]], int], usage: str) -> None:
-    """Run a door as a program: `--help` prints its usage, a user's mistake is one line and exit status 2."""
-    arguments = sys.argv[1:]
+    """Run a command and exit: `--help` prints its usage, a user's mistake is one line and exit status 2.
+
+    Exit status: what `main` returns; 2 for wrong input and for files that cannot be read or written; 128 and the number
+    of the signal that ended it. Output that is lost: see bench/streams.py.
+    """
+    streams.protect()
+    stopping.listen()
+    sys.exit(streams.finish(_status(main, usage, sys.argv[1:])))
+
+
+def _status(main: Callable[[list[str]], int], usage: str, arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(usage.strip())
-        sys.exit(0)
-    from bench.config import UserError
-
+        return 0
     try:
-        sys.exit(main(arguments))
+        return main(arguments)
     except UserError as error:
-        print(f"error: {masked(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        _say(str(error))
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] in OURS:
+            raise
+        _say(f"{error} ({sys.executable} lacks it); {_how_to_install()}")
+    except OSError as error:
+        place = "" if error.filename is None else f": {error.filename}"
+        _say(f"{error.strerror or error}{place}")
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    except stopping.Stopped as stop:
+        print(f"stopped by {signal.Signals(stop.number).name}; the same command goes on from here", file=sys.stderr)
+        return 128 + stop.number
+    return 2
+
+
+def _say(mistake: str) -> None:
+    print(f"error: {masked(mistake)}", file=sys.stderr)
+
+
+def _how_to_install() -> str:
+    """What to do where a package is missing: most often another Python than the project's was called."""
+    folder = Path(__file__).parents[1]
+    python = folder / ".venv" / "bin" / "python"
+    if python.exists() and Path(sys.prefix) != folder / ".venv":
+        return f"run it with {python}, or `source {python.with_name('activate')}` first"
+    return f"`make setup` in {folder} installs what is needed; then run it with {python}"

@@ -28,6 +28,7 @@ from torch import Tensor
 import bench
 from attacks.base import POISON, Attack, Setup, attack
 from bench import evaluation
+from bench.engine import stopping
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.datasets import DatasetInfo
 from bench.engine.files import disk_is_full
@@ -106,11 +107,13 @@ class Bench:
 
         Raises:
             Busy: another process computes one now.
+            Stopped: the process is to stop; neither stage nor try is lost.
             Exception: whatever a method raised; it is kept as the reason of the failure.
         """
         for stage in stages:
             if not getattr(trial, stage):
                 continue
+            stopping.check()
             try:
                 self._run_stage(trial, stage)
             except Busy:

@@ -24,8 +24,12 @@
     results=DIR                      where the store, tables and plots go (results/)
     dry_run=true                     print the plan: what is there, what would be computed; bench.plan says how long
 
-Stop it at any time; the same command goes on. Exit status: 0 every trial has an outcome (diverged, wrecked and not
-applicable are outcomes, which no repeat would change), 1 some trial failed or is missing, 2 a wrong setting.
+Stop it at any time; the same command goes on. Ctrl-C stops at once; SIGTERM and SIGHUP stop the workers at their next
+checkpoint, within a minute, and a second one at once. A closed output (`| head`) does not stop it.
+
+Exit status: 0 every trial has an outcome (diverged, wrecked and not applicable are outcomes, which no repeat would
+change), 1 some trial failed or is missing, or the output could not be written, 2 a wrong setting or a file that cannot
+be read or written, 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.door import Plan, duration, enter, planned, report, show
+from bench.door import Plan, check_writable, duration, enter, planned, report, show
 from bench.messages import masked
 
 if TYPE_CHECKING:
@@ -66,6 +70,8 @@ def main(arguments: list[str]) -> int:
         if cfg.dispatch.kind == "slurm":
             _rehearse(opened, tasks)
         return 0
+    if tasks:
+        check_writable(opened)
     _print_fits(opened)
     told = bool(tasks) and _tracking_is_away(opened)
     with _Display(opened) as display:
@@ -234,6 +240,9 @@ class _Display:
     def show(self, progress: Progress) -> None:
         left = "" if progress.seconds_left is None else f", about {duration(progress.seconds_left)} left"
         failed = f", {progress.failed} failed" if progress.failed else ""
+        others = len(progress.waits)
+        if others:
+            left = f", waiting for {others} {'stage' if others == 1 else 'stages'} of another run: {progress.waits[0]}"
         if self.bar:
             text = f"{len(progress.running)} running{failed}{left}  {'  '.join(progress.running)[:80]}"
             done = progress.done + progress.failed

@@ -107,6 +107,20 @@ class Store:
             beside.unlink()
         return f"{path.read_text()} {self.root.resolve()}"  # a copy has the same file, and lies elsewhere
 
+    def folders(self) -> list[Path]:
+        """Those that a run writes to."""
+        return [*(self.root / name for name in ("unfinished", "locks", "failed")), self.root.parent / "checkpoints"]
+
+    def check_readable(self) -> None:
+        """Look into the folders of the results that are there.
+
+        Raises:
+            OSError: one of them may not be read, or is a file.
+        """
+        for folder in (self.root.parent, self.root, *(self.root / stage for stage in STAGES), *self.folders()):
+            with suppress(FileNotFoundError):
+                os.listdir(folder)
+
     def folder(self, stage: str, key: str) -> Path:
         return self.root / stage / key[:2] / key
 
@@ -563,8 +577,12 @@ class Store:
 
     def is_running(self, stage: str, key: str) -> bool:
         """Does some process compute this stage now?"""
-        claim = lease.read(self._lock(stage, key))
+        claim = self.claim(stage, key)
         return claim is not None and claim.alive
+
+    def claim(self, stage: str, key: str) -> lease.Claim | None:
+        """Who computes this stage, or did so last; None if it was never begun, or is finished."""
+        return lease.read(self._lock(stage, key))
 
     def claims(self) -> dict[tuple[str, str], lease.Claim]:
         """The locks that were taken and not given back: of living processes, and of those that died with them."""

@@ -15,6 +15,7 @@ import math
 import os
 import re
 import sqlite3
+import sys
 import tempfile
 import time
 import uuid
@@ -124,11 +125,15 @@ def sync(trials: list[Trial], store: Store, uri: str, experiment: str, artifacts
         TrackingError: MLflow does not answer, or the artifacts of its database are missing.
     """
     check(uri)  # before the lock, for which other drivers wait
+    said = False
     while True:
         # Two drivers that end together would both send, and each take the other's half-sent runs for broken ones.
         with store.lock("tracking", experiment) as ours:
             if ours:
                 return _sync(trials, store, *_open(uri, experiment, artifacts))
+        if not said and (claim := store.claim("tracking", experiment)) and claim.owner:
+            print(f"waiting for another run that sends to MLflow ({claim.owner})", file=sys.stderr, flush=True)
+            said = True
         time.sleep(0.5)
 
 

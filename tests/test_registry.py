@@ -132,8 +132,53 @@ def test_a_plugin_that_is_not_there_is_a_mistake_with_advice(folder, name):
 
 def test_a_plugin_that_lacks_a_package_shows_which(folder):
     (folder / "needs_more.py").write_text("import no_such_package\n")
-    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+    with pytest.raises(LookupError, match=r"needs_more\.py, line 1: .*no_such_package"):
         load_plugins(["needs_more"])
+
+
+BROKEN = {
+    "syntax": ("x = 1\ndef f(:\n", 2),
+    "indentation": ("def f():\nreturn 1\n", 2),
+    "import": ("import os\n\nfrom os import no_such_name\n", 3),
+    "package": ("import sys\nimport no_such_package.part\n", 2),
+    "name": ("\n\nundefined\n", 3),
+    "library": ("import json\njson.loads('{')\n", 2),
+    "exit": ("import sys\nsys.exit('no script')\n", 2),
+    "taken": (
+        "from attacks.base import Attack, attack\n@attack('badnets')\nclass Mine(Attack):\n    paper = 'none'\n",
+        2,
+    ),
+    "encoding": (b"x = 1\ny = '\xff'\n", None),
+    "zeros": (b"x = 1\n\x00\n", None),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("way", ["named", "beside ours", "entry point", "imported by another"])
+def test_a_module_that_cannot_be_imported_is_one_line_with_its_file_and_line(folder, kind, way):
+    text, line = BROKEN[kind]
+    module = {"beside ours": "my_methods.broken_plugin"}.get(way, "broken_plugin")
+    file = folder / f"{module.replace('.', '/')}.py"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    if way == "beside ours":
+        (folder / "my_methods" / "__init__.py").touch()
+    if way == "imported by another":
+        (folder / "innocent.py").write_text("import broken_plugin\n")
+    if way == "entry point":
+        (folder / "broken-1.0.dist-info").mkdir()
+        (folder / "broken-1.0.dist-info" / "METADATA").write_text("Name: broken\nVersion: 1.0\n")
+        (folder / "broken-1.0.dist-info" / "entry_points.txt").write_text(f"[backdoor_bench]\nmine = {module}\n")
+    from attacks import badnets  # noqa: F401 - takes its name
+
+    names = {"named": [module], "imported by another": ["innocent"], "beside ours": ["my_methods"]}.get(way, [])
+    with pytest.raises(LookupError) as caught:
+        load_folders(*names) if way == "beside ours" else load_plugins(names)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert module.rpartition(".")[2] in message or "innocent" in message
+    if line is not None:
+        assert f"{file}, line {line}: " in message
 
 
 def test_installed_packages_are_found_by_their_entry_point(folder):

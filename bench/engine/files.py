@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import torch
@@ -57,3 +58,19 @@ def share(path: Path, mode: int) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(mode & ~mask)
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder if there is none, and write a small file there, which is removed.
+
+    Raises:
+        OSError: it cannot be made or written; `filename` says where.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe.") as file:
+            file.write(b"0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(folder)) from error

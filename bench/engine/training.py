@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from . import stopping
 from .data import Augmentation, ImageSet, equal_batches, generator
 from .files import digest_of, save_tensors
 from .models import Classifier
@@ -276,6 +277,7 @@ def fit(
     Raises:
         ValueError: there is no image.
         Diverged: the loss is no longer a number.
+        Stopped: the process is to stop, and the checkpoint is written.
     """
     if not len(data):
         raise ValueError("there is no image to train on")
@@ -323,9 +325,11 @@ def fit(
             after_epoch(model, epoch)
         now = time.monotonic()
         # The last checkpoint of a long part stays, so that a method of several parts need not repeat it.
-        if checkpoint and (now - saved >= journal.every_s or (epoch == epochs and now - started >= journal.every_s)):
+        is_due = now - saved >= journal.every_s or (epoch == epochs and now - started >= journal.every_s)
+        if checkpoint and (is_due or stopping.asked()):
             _save(checkpoint, model, optimizer, hooks, journal, epoch)
             saved = now
+            stopping.check()
     return model.eval()
 
 
