@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -365,17 +365,29 @@ def report(opened: Plan, again: bool = True) -> Any:
     if not steps.empty:
         steps.to_csv(opened.folder / "steps.csv", index=False)
     _keep_settings(opened)
-    evidence = [page.evidence(trial, store, command(opened, trial)) for trial in opened.trials]
+    details = page.Details(_evidence(opened, store), len(opened.trials))
     name = f"Grid {opened.cfg.grid.name}"
     drawn = []
     if opened.cfg.report.plots:
         from bench.gallery import pictures
 
-        drawn = plots.write(trials, opened.folder, name, evidence) + pictures(opened)
-    page.write(trials, evidence, lines, opened.folder, opened.title, reported, drawn)
+        drawn = plots.write(trials, opened.folder, name, details.drawn) + pictures(opened)
+    page.write(trials, details, lines, opened.folder, opened.title, reported, drawn)
     files = sorted(path.name for path in opened.folder.iterdir() if path != stamp)
     stamp.write_text("\n".join([made_of, *files]))
     return boards, trials
+
+
+def _evidence(opened: Plan, store: Store) -> Iterator[dict[str, Any]]:
+    """What the page shows behind each trial; the command of a cell is that of its first one, but for the seed."""
+    from bench.reporting import page
+    from bench.reporting.table import AXES
+
+    seen = set()
+    for trial in opened.trials:
+        cell = tuple(getattr(trial, axis) for axis in AXES)
+        yield page.evidence(trial, store, command(opened, trial) if cell not in seen else "")
+        seen.add(cell)
 
 
 def _nothing_is_there(trials: pd.DataFrame) -> bool:

@@ -2,7 +2,8 @@
 
     python -m bench.report [grid=NAME] [key=value ...]     the same settings as bench.run
 
-Writes into results/NAME/: leaderboard.html (one page with everything, opens offline), leaderboard.md, leaderboard.tex,
+Writes into results/NAME/: leaderboard.html (one page with everything, opens offline; the
+details of thousands of trials are in leaderboard_details_*.js beside it), leaderboard.md, leaderboard.tex,
 leaderboard.csv (a row for each cell), wide.csv (a row for each defense), trials.csv (a row for each trial), steps.csv
 (a row for each step of a progressive method), and plots (report.plots=false leaves them out).
 report.reported=FILE.csv adds figures that others report: its columns are dataset, model, setting, attack, defense,

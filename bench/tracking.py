@@ -260,7 +260,7 @@ def _rows(client: Any, place: str) -> list[dict[str, Any]]:
 
 def published(folder: Path) -> list[Path]:
     """The tables, page and plots of a grid that its experiment shows."""
-    kinds = (".md", ".csv", ".tex", ".html", ".png", ".yaml")
+    kinds = (".md", ".csv", ".tex", ".html", ".js", ".png", ".yaml")
     return [path for path in sorted(folder.iterdir()) if path.suffix in kinds]
 
 

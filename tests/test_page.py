@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import random
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ import pandas as pd
 import pytest
 
 from bench.reporting import page, table
+from bench.reporting.columns import MEASURES
 
 HOSTILE = [
     "plain_name",
@@ -303,6 +305,67 @@ def large():
     return trials_of(attacks, defenses, datasets=("one", "two"), models=("net", "vit"))
 
 
+def parts_of(folder):
+    """The details that lie beside a page, part by part, as its script finds them."""
+    parts = []
+    for name in data_of(folder)["parts"]:
+        text = (folder / name).read_text()
+        head, _, body = text.partition(" = ")
+        assert head == f"(window.parts ??= {{}})[{len(parts)}]"
+        parts.append(json.loads(body.rstrip().removesuffix(";")))
+    return parts
+
+
+def everything(cell, source):
+    """A cell with all that the page shows of it, whatever file it comes from."""
+    start, end = cell["trials"]
+    trials = []
+    for trial in source["trials"][start:end]:
+        *known, configs, curves, more = trial
+        trials.append([known, [source["configs"][i] for i in configs], [source["curves"][i] for i in curves], more])
+    return {**{name: cell[name] for name in ("place", "means", "states", "marks", "command", "t95")}, "list": trials}
+
+
+@pytest.mark.parametrize("part", [1, 5000, 10**9])
+def test_of_a_large_grid_the_details_lie_beside_the_page_and_are_the_same(tmp_path, monkeypatch, part):
+    trials = hostile()
+    trials = trials.sample(frac=1, random_state=0, ignore_index=True)  # seeds in no order
+    write(trials, tmp_path / "whole")
+    monkeypatch.setattr(page, "SPLIT", 0)
+    monkeypatch.setattr(page, "PART", part)
+    write(trials, tmp_path / "split")
+    whole, split, parts = data_of(tmp_path / "whole"), data_of(tmp_path / "split"), parts_of(tmp_path / "split")
+    assert whole["parts"] == []
+    assert len(parts) == {1: len(split["cells"]), 10**9: 1}.get(part, len(parts)) >= 1
+    assert "trials" not in split
+    for number, (cell, brief) in enumerate(zip(whole["cells"], split["cells"], strict=True)):
+        source = parts[brief["part"]]
+        assert everything(cell, whole) == everything({**brief, **source["cells"][str(number)]}, source)
+        for column, exact, short in zip(whole["columns"], cell["stds"], brief["stds"], strict=True):
+            if isinstance(exact, float):
+                digits = column["decimals"]
+                assert f"{column['scale'] * short:.{digits}f}" == f"{column['scale'] * exact:.{digits}f}"
+            else:
+                assert short == exact
+    monkeypatch.undo()
+    write(trials, tmp_path / "split")  # the files of an earlier report go
+    assert sorted(path.name for path in (tmp_path / "split").glob("*.js")) == []
+
+
+def test_a_page_of_twenty_thousand_trials_has_ten_megabytes_at_most(tmp_path, monkeypatch):
+    """By the bytes of each cell: with three seeds and every figure, 20,000 trials are 6,667 cells."""
+    monkeypatch.setattr(page, "SPLIT", 0)
+    sizes = {}
+    draw = random.Random(0)
+    for count in (20, 60):
+        figures = {column.name: lambda *_: draw.random() for column in MEASURES}
+        trials = trials_of(["none", "badnets", "blended"], [f"defense_{i}" for i in range(count)], **figures)
+        page.write(trials, evidence_of(trials), RULES, tmp_path, "large")
+        sizes[3 * count] = (tmp_path / page.NAME).stat().st_size
+    (few, small), (many, large) = sizes.items()
+    assert small + (large - small) / (many - few) * (6667 - few) < 10e6
+
+
 @pytest.mark.slow
 def test_ten_thousand_trials_are_all_in_the_tables_and_on_the_page(tmp_path):
     trials = large()
@@ -498,6 +561,25 @@ def test_a_cell_opens_with_its_trials_and_a_command_that_is_copied_whole(visit):
     tab.keyboard.press("Escape")
     assert not dialog.is_visible()
     assert tab.evaluate("document.activeElement.dataset.cell") is not None  # back where one was
+
+
+@pytest.mark.browser
+def test_a_cell_of_a_large_grid_gets_its_details_from_a_file_beside_the_page(visit, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "SPLIT", 0)
+    monkeypatch.setattr(page, "PART", 1)
+    tab = visit(hostile())
+    button = tab.locator("#board td [data-cell]").nth(7)
+    button.hover()
+    tab.wait_for_function("document.querySelectorAll('#board td [data-cell]')[7].title.includes('95 % t-interval')")
+    button.click()
+    dialog = tab.locator("dialog")
+    dialog.locator("tbody tr").first.wait_for()
+    assert dialog.locator("tbody tr").count() == 4  # three seeds and their mean
+    assert dialog.locator("svg[role=img]").count() == 3
+    link = tab.evaluate("location.hash")
+    again = visit(fragment=link)
+    again.locator("dialog tbody tr").first.wait_for()
+    assert again.locator("dialog").inner_text() == dialog.inner_text()
 
 
 @pytest.mark.browser

@@ -23,7 +23,7 @@ const index = Object.fromEntries(columns.map((column, i) => [column.name, i]));
 const ACC = columns[index.clean_accuracy], ASR = columns[index.asr];
 const cells = data.cells.map((cell, id) => {
   const place = Object.fromEntries(AXES.map((axis, i) => [axis, cell.place[i]]));
-  return { ...cell, ...place, id, means: cell.means.map(number), stds: cell.stds.map(number), t95: cell.t95.map(number) };
+  return { ...cell, ...place, id, means: cell.means.map(number), stds: cell.stds.map(number), t95: (cell.t95 ?? []).map(number) };
 });
 const rankings = new Map(data.rankings.map((entry) => [JSON.stringify(entry.slice(0, 4)), entry[4]]));
 const rowMarks = new Map(data.row_marks.map((entry) => [JSON.stringify(entry.slice(0, 6)), entry[6]]));
@@ -303,17 +303,35 @@ function refresh() {
 
 // One cell ------------------------------------------------------------------------------------------------------------
 
+/** What stands behind a cell: on this page, or, of a large grid, in a file beside it. Resolves to the cell with its trials. */
+const loading = new Map();
+function detailsOf(cell) {
+  if (!data.parts.length || cell.part === undefined) return Promise.resolve(withDetails(cell, data));
+  if (!loading.has(cell.part)) {
+    loading.set(cell.part, new Promise((resolve, reject) => document.head.append(el("script", {
+      src: data.parts[cell.part],
+      onload: () => resolve(window.parts[cell.part]),
+      onerror: () => { loading.delete(cell.part); reject(new Error(`${data.parts[cell.part]} is not beside this page`)); },
+    }))));
+  }
+  return loading.get(cell.part).then((part) => withDetails(cell, part));
+}
+
+function withDetails(cell, source) {
+  const more = source.cells?.[cell.id], whole = more ? { ...cell, command: more.command, t95: more.t95.map(number) } : cell;
+  const trials = (source.trials ?? []).slice(...cell.trials).map(([seed, status, reason, warnings, commit, clean, machine, figures, keys, configs, curves, more]) =>
+    ({ seed, status, reason, warnings, commit, clean, machine, values: figures.map(number), keys, more, configs: configs.map((i) => source.configs[i]), curves: curves.map((i) => source.curves[i]) }));
+  return { ...whole, list: trials };
+}
+
 function seedsText(cell) {
   const shown = columns.map((column, i) => [column, i]).filter(([column, i]) => state.columns.has(column.name) && !Number.isNaN(cell.means[i]) && column.scale === 100);
-  const lines = trialsOf(cell).map((trial) => `seed ${trial.seed}: ` + (["done", "wrecked"].includes(trial.status)
+  const lines = cell.list.map((trial) => `seed ${trial.seed}: ` + (["done", "wrecked"].includes(trial.status)
     ? shown.map(([column, i]) => `${column.title} ${figure(column, trial.values[i])}`).join(", ") : `${trial.status}: ${trial.reason}`));
   const half = shown.filter(([, i]) => !Number.isNaN(cell.t95[i])).map(([column, i]) => `${column.title} ±${figure(column, cell.t95[i])}`);
   if (half.length) lines.push(`95 % t-interval of the mean: ${half.join(", ")}`);
   return cell.source ? `reported: ${cell.source}` : lines.join("\n");
 }
-
-const trialsOf = (cell) => data.trials.slice(...cell.trials).map(([seed, status, reason, warnings, commit, clean, machine, figures, keys, configs, curves, more]) =>
-  ({ seed, status, reason, warnings, commit, clean, machine, values: figures.map(number), keys, configs, curves, more }));
 
 function chart(name, points) {
   const W = 270, H = 120, known = points.filter(([, y]) => y !== null);
@@ -369,11 +387,11 @@ function trialDetails(cell, trial, open) {
   }
   if (trial.commit) node.append(el("p", { class: "faint wrap" }, `commit ${trial.commit}${trial.clean === "True" ? "" : " (changed tree)"}; ${trial.machine}`));
   if (trial.keys.length) node.append(el("p", { class: "faint wrap" }, "in the store: " + trial.keys.join(", ")));
-  const charts = trial.curves.flatMap((i) => Object.entries(data.curves[i])).map(([name, points]) => chart(name, points));
+  const charts = trial.curves.flatMap((curves) => Object.entries(curves)).map(([name, points]) => chart(name, points));
   if (charts.length) node.append(el("h3", {}, "Curves"), el("div", { class: "charts" }, ...charts));
   for (const [title, value] of trial.more) node.append(el("h3", {}, title), el("pre", { tabindex: "0", role: "region", "aria-label": title }, JSON.stringify(value, null, 1)));
   if (trial.configs.length) {
-    const config = Object.assign({}, ...trial.configs.map((i) => data.configs[i]));
+    const config = Object.assign({}, ...trial.configs);
     node.append(el("details", {}, el("summary", {}, "Settings"), el("pre", { tabindex: "0", role: "region", "aria-label": "settings" }, JSON.stringify(config, null, 1))));
   }
   return node;
@@ -381,7 +399,16 @@ function trialDetails(cell, trial, open) {
 
 function openCell(cell) {
   state.cell = cell;
-  const trials = trialsOf(cell), known = columns.map((column, i) => ({ ...column, i })).filter((column) => trials.some((trial) => !Number.isNaN(trial.values[column.i])) || !Number.isNaN(cell.means[column.i]));
+  writeAddress();
+  const shown = (then) => (value) => { if (state.cell === cell) then(value); }; // another may have been opened since
+  detailsOf(cell).then(shown(showCell), shown((error) => {
+    $("cell").replaceChildren(el("h2", { id: "cell-title" }, `${cell.defense} against ${cell.attack}`), el("p", { class: "bad wrap" }, error.message), el("button", { type: "button", onclick: () => $("cell").close() }, "Close"));
+    if (!$("cell").open) $("cell").showModal();
+  }));
+}
+
+function showCell(cell) {
+  const trials = cell.list, known = columns.map((column, i) => ({ ...column, i })).filter((column) => trials.some((trial) => !Number.isNaN(trial.values[column.i])) || !Number.isNaN(cell.means[column.i]));
   const line = (name, texts) => el("tr", {}, el("th", { scope: "row", class: "name" }, name), ...texts.map((text) => el("td", {}, text)));
   const title = `${cell.defense} against ${cell.attack}`;
   const dialog = $("cell");
@@ -396,7 +423,6 @@ function openCell(cell) {
     ...trials.map((trial, i) => trialDetails(cell, trial, i === 0)),
   );
   if (!dialog.open) dialog.showModal();
-  writeAddress();
 }
 
 // Start ---------------------------------------------------------------------------------------------------------------
@@ -415,7 +441,7 @@ $("board").addEventListener("click", (event) => {
 });
 $("board").addEventListener("mouseover", (event) => {
   const button = event.target.closest("button[data-cell]");
-  if (button && !button.title.includes("seed ")) button.title = seedsText(cells[button.dataset.cell]);
+  if (button && !button.title.includes("seed ")) detailsOf(cells[button.dataset.cell]).then((cell) => { button.title = seedsText(cell); }, () => {});
 });
 $("cell").addEventListener("close", () => { state.cell = null; writeAddress(); });
 $("cell").addEventListener("click", (event) => { if (event.target === $("cell")) $("cell").close(); });

@@ -1,7 +1,8 @@
 """One HTML file with everything in it: the leaderboard, and behind each figure its trials, curves and command.
 
 It opens from a file:// address and asks nobody for anything. The figures are those of the other tables; the script of
-the page only filters, sorts and shows them.
+the page only filters, sorts and shows them. Of a grid of thousands of trials, what stands behind the figures lies in
+files beside the page, which loads them when they are asked for.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import html
 import json
 import math
 import re
+from collections.abc import Callable, Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,16 @@ import pandas as pd
 
 from bench.grid import Trial
 from bench.reporting import table
+from bench.reporting.columns import Column
 from bench.store import STAGES, Identity, Store
 
 NAME = "leaderboard.html"
+DETAILS = "leaderboard_details_"  # and a number: the files of a large grid
 POINTS = 100  # of a curve that is drawn; the store has them all
 MORE = ("rounds", "relearn", "autoattack", "connection", "asr_by_class")  # of an evaluation, beside its figures
 MANY, FEW_POINTS = 2000, 30  # beyond so many trials a page with whole curves would take seconds to open
+SPLIT = 6_000_000  # characters of details beyond which they lie in files beside the page
+PART = 1_000_000  # characters in one of these files, about
 
 
 def picture_of(dataset: str, model: str, attack: str, variant: str = "") -> str:
@@ -85,39 +91,119 @@ def _roc(store: Store, implant: str, defend: str) -> dict[str, list[float]] | No
     return {"fpr": fpr.tolist(), "tpr": tpr.tolist()}
 
 
+class Details:
+    """What the page shows behind each trial, kept as JSON: as Python objects, it would be most of a report's memory.
+
+    Attributes:
+        size: characters of it.
+        drawn: of each trial, what the figures of `plots` are drawn from.
+    """
+
+    def __init__(self, evidence: Iterable[dict[str, Any]], count: int) -> None:
+        """Take in what `evidence` found, in the order of the table.
+
+        Args:
+            count: how many trials there are.
+        """
+        self.size = 0
+        self.drawn: list[dict[str, Any]] = []
+        self._points = FEW_POINTS if count > MANY else POINTS
+        self._configs: dict[str, int] = {}
+        self._curves: dict[str, str] = {}
+        self._commands: list[str] = []
+        self._rows: list[tuple[str, list[int], list[str], str]] = []
+        for own in evidence:
+            self._add(own)
+
+    def _add(self, own: dict[str, Any]) -> None:
+        for key, curves in own.get("curves", {}).items():
+            if key not in self._curves:
+                self._curves[key] = _json({name: _thinned(line, self._points) for name, line in curves.items()})
+                self.size += len(self._curves[key])
+        configs = [json.dumps({key: value}, default=str) for key, value in own.get("config", {}).items() if value]
+        more = _json([[key, _plain(value)] for key, value in own.get("more", {}).items()])
+        keys = _json(own.get("keys", []))
+        numbers = [self._configs.setdefault(text, len(self._configs)) for text in configs]
+        self._rows.append((keys, numbers, list(own.get("curves", {})), more))
+        self._commands.append(own.get("command", "").rpartition(" ")[0])
+        self.size += len(keys) + len(more)
+        self.drawn.append({name: own[name] for name in ("roc", "more") if name in own})
+
+    def command(self, index: int) -> str:
+        """That of a trial, without its last word, which names the seed."""
+        return self._commands[index] if index < len(self._commands) else ""
+
+    def part(self, indices: Iterable[int], figures: Callable[[int], list[Any]]) -> str:
+        """`trials`, `configs` and `curves` of these trials, as the inside of a JSON object.
+
+        Args:
+            figures: the first entries of a trial's row.
+        """
+        configs: dict[int, int] = {}
+        curves: dict[str, int] = {}
+        rows = []
+        for index in indices:
+            keys, numbers, drawn, more = self._rows[index] if index < len(self._rows) else ("[]", [], [], "[]")
+            own = [[configs.setdefault(number, len(configs)) for number in numbers]]
+            own.append([curves.setdefault(key, len(curves)) for key in drawn])
+            rows.append(f"{_json(figures(index))[:-1]},{keys},{own[0]},{own[1]},{more}]")
+        texts = list(self._configs)
+        parts = {
+            "trials": rows,
+            "configs": [texts[number] for number in configs],
+            "curves": [self._curves[key] for key in curves],
+        }
+        return ",".join(f'"{name}":[{",".join(entries)}]' for name, entries in parts.items())
+
+
 def write(
     trials: pd.DataFrame,
-    evidence: list[dict[str, Any]],
+    evidence: Details | list[dict[str, Any]],
     protocol: list[str],
     folder: Path,
     title: str,
     reported: pd.DataFrame | None = None,
     plots: list[Path] | None = None,
 ) -> Path:
-    """`leaderboard.html` in `folder`; the pictures of triggers that lie there are taken along.
+    """`leaderboard.html` in `folder`, with the pictures of triggers that lie there; a large grid's details beside it.
 
     Args:
         evidence: of each trial, in the order of the table.
         plots: PNG files to be shown beneath the table.
     """
-    data = _data(trials, evidence, protocol, title, reported)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob(f"{DETAILS}*.js"):
+        path.unlink()  # of an earlier report
+    details = evidence if isinstance(evidence, Details) else Details(evidence, len(trials))
+    data, inline, parts = _data(trials, details, protocol, title, reported)
     data["pictures"] = {path.name: _picture(path) for path in sorted(folder.glob("trigger_*.png"))}
     data["plots"] = [[path.stem.replace("_", " "), _picture(path)] for path in plots or [] if path.suffix == ".png"]
+    data["parts"] = [f"{DETAILS}{number}.js" for number in range(len(parts))]
+    for number, (name, part) in enumerate(zip(data["parts"], parts, strict=True)):
+        (folder / name).write_text(f"(window.parts ??= {{}})[{number}] = {part};\n", encoding="utf-8")
     path = folder / NAME
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(_fill(title, data), encoding="utf-8")
+    path.write_text(_fill(title, data, inline), encoding="utf-8")
     return path
 
 
-def _fill(title: str, data: dict[str, Any]) -> str:
+def _json(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
+
+
+def _fill(title: str, data: dict[str, Any], details: str) -> str:
     here = files("bench.reporting")
+    text = _json(data)
+    if details:
+        text = f"{text[:-1]},{details[1:]}"
     # Inside a script element only `<` can end the data; as a number it is the same text to JSON.
-    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    text = text.replace("<", "\\u003c")
     parts = {
         "title": html.escape(title),
         "style": here.joinpath("page.css").read_text(encoding="utf-8"),
         "script": here.joinpath("page.js").read_text(encoding="utf-8"),
         "data": text,
+        # Nothing is loaded but what lies beside the page.
+        "beside": " 'self' file:" if data["parts"] else "",
     }
     template = here.joinpath("page.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
@@ -134,27 +220,24 @@ def _number(value: float) -> float | str | None:
     return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
 
 
+def _brief(column: Column, value: float) -> float | str | None:
+    """A figure that nothing is computed from: with six digits, where that is the same in print."""
+    short = float(f"{value:.6g}")
+    return _number(short if column.text(short) == column.text(value) else value)
+
+
 def _numbers(values: Any) -> list[float | str | None]:
     return [_number(float(value)) for value in values]
 
 
-class _Shared:
-    """Texts that many trials share, each kept once and named by its place."""
-
-    def __init__(self) -> None:
-        self.places: dict[str, int] = {}
-
-    def place(self, text: str) -> int:
-        return self.places.setdefault(text, len(self.places))
-
-
 def _data(
     trials: pd.DataFrame,
-    evidence: list[dict[str, Any]],
+    details: Details,
     protocol: list[str],
     title: str,
     reported: pd.DataFrame | None,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], str, list[str]]:
+    """What the page holds, and the details as JSON: all of them to be put on the page, or in parts to lie beside it."""
     trials = trials.reset_index(drop=True)
     measured = table.cells(trials)
     marked = table.marks(trials, measured)
@@ -201,36 +284,46 @@ def _data(
                 "picture": picture_of(cell.dataset, cell.model, cell.attack, cell.variant),
             }
         )
-    configs, curves, commands = _Shared(), _Shared(), []
-    points = FEW_POINTS if len(trials) > MANY else POINTS
     figures = trials[names].to_numpy(float)
-    rows = []
     columns_of = [
         trials[name].tolist() for name in ("seed", "status", "reason", "warnings", "commit", "clean", "machine")
     ]
-    drawn: dict[str, int] = {}
-    for index in order:
-        own = evidence[index] if index < len(evidence) else {}
-        for key, curve in own.get("curves", {}).items():
-            if key not in drawn:
-                drawn[key] = curves.place(json.dumps({name: _thinned(line, points) for name, line in curve.items()}))
-        command, _, _ = own.get("command", "").rpartition(" ")
-        commands.append(command)
-        rows.append(
-            [
-                *(column[index] for column in columns_of),
-                _numbers(figures[index]),
-                own.get("keys", []),
-                [configs.place(json.dumps({k: v}, default=str)) for k, v in own.get("config", {}).items() if v],
-                [drawn[key] for key in own.get("curves", {})],
-                [[key, _plain(value)] for key, value in own.get("more", {}).items()],
-            ]
-        )
-    implants = [(where, note) for where, part in table.parts(measured, table.BOARD) for note in table.implants(part)]
-    for cell in listed:
+
+    def row(index: int) -> list[Any]:
+        return [*(column[index] for column in columns_of), _numbers(figures[index])]
+
+    size = details.size + len(trials) * (300 + 20 * len(names))  # a figure has about 20 characters
+    split = size > SPLIT
+    room = -(-len(trials) * PART // max(1, size))  # trials in a part
+    parts: list[str] = []
+    taken: list[int] = []  # the cells of the next part
+
+    def close() -> None:
+        """Make a part of what was taken; the places of its trials are counted from its own first."""
+        first, last = listed[taken[0]]["trials"][0], listed[taken[-1]]["trials"][1]
+        own = {}
+        for number in taken:
+            cell = listed[number]
+            cell["trials"] = [place - first for place in cell["trials"]]
+            cell["part"] = len(parts)
+            own[number] = {name: cell.pop(name) for name in ("command", "t95")}
+        parts.append(f'{{"cells":{_json(own)},{details.part(order[first:last], row)}}}')
+        taken.clear()
+
+    for number, cell in enumerate(listed):
         start, end = cell["trials"]
-        cell["command"] = commands[start] if end > start else ""
-    return {
+        cell["command"] = next(filter(None, map(details.command, order[start:end])), "")
+        if split:
+            cell["stds"] = [_brief(column, value) for column, value in zip(columns, spreads[number], strict=True)]
+            if end == start:
+                continue  # others report it
+            taken.append(number)
+            if end - listed[taken[0]]["trials"][0] >= room:
+                close()
+    if taken:
+        close()
+    implants = [(where, note) for where, part in table.parts(measured, table.BOARD) for note in table.implants(part)]
+    data = {
         "title": title,
         "notes": [
             *(f"{', '.join(filter(None, where))}: {note}" for where, note in implants),
@@ -256,10 +349,8 @@ def _data(
         "states": list(table.STATES),
         "high": table.HIGH_ASR,
         "cells": listed,
-        "trials": rows,
-        "configs": [json.loads(text) for text in configs.places],
-        "curves": [json.loads(text) for text in curves.places],
     }
+    return data, "" if split else f"{{{details.part(order, row)}}}", parts
 
 
 def _thinned(line: list[Any], points: int) -> list[list[Any]]:
