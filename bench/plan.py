@@ -387,12 +387,12 @@ class _Measured:
                         defends[key] = identity
                     if (stage, key) in known:
                         continue
-                    names = [implant[part]["name"] for part in ("dataset", "model", "attack")]
+                    data, model, attack = (implant[part]["name"] for part in ("dataset", "model", "attack"))
                     size = self._size(implant["dataset"])
-                    if size is None or not timm.is_model(names[1]):
-                        self.unsized[names[0] if size is None else names[1]] += 1
+                    if size is None or not timm.is_model(model):
+                        self.unsized[data if size is None else model] += 1
                         continue
-                    kinds = _kinds(stage, *names, defense, _costly(identity))
+                    kinds = _kinds(stage, data, model, attack, defense, _costly(identity))
                     self.add((stage, key), kinds, _work(stage, identity, implant, size), cells=0)
                 except KeyError:  # what it belongs to was removed
                     continue

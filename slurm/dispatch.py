@@ -143,7 +143,7 @@ def _refuse_ours(key: str, found: list[Parameter]) -> None:
         raise UserError(f"{key} is set by the dispatcher; {advice}")
 
 
-class _Unchecked(SlurmExecutor):  # type: ignore[misc]
+class _Unchecked(SlurmExecutor):
     """An executor that is made also where there is no Slurm: a job can be shown there."""
 
     @classmethod

@@ -547,6 +547,13 @@ def test_what_an_architecture_raises_is_told_in_one_line_with_a_stem_that_does()
     spec("visformer_tiny", stem="half").check()
 
 
+def test_what_is_advised_would_not_be_refused_for_its_head():
+    # With the stock stem it takes the images, and has two heads.
+    with pytest.raises(ValueError, match=r"efficientformerv2_s0.*32x32") as error:
+        spec("efficientformerv2_s0").check()
+    assert "model.stem=stock" not in str(error.value)
+
+
 def smallest_of_each_module() -> list[str]:
     """By its name: building all 1,300 to count their weights takes an hour."""
     marks = ("test_", "atto", "femto", "pico", "xxs", "xx_small", "_xs", "nano", "tiny", "_s0", "_b0", "_050", "small")

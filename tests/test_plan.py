@@ -348,3 +348,11 @@ def test_a_folder_of_unknown_size_is_named_with_all_that_are_missing(tiny, tmp_p
     with pytest.raises(UserError, match="signs") as error:
         main([*tiny, "grid.datasets=['folder:signs']", *places])
     assert "\n" not in str(error.value)
+
+
+def test_stages_of_an_architecture_that_is_not_here_are_left_out_and_named(tiny, capsys):
+    before = measured(tiny)
+    gone = {**tuned(before).implant, "model": {"name": "gone_net", "stem": "stock"}, "seed": 9}
+    before.store.finish("implant", gone, {"status": "done", "seconds": 1.0, "provenance": {}})
+    assert main([*tiny, *GRID, "train.epochs=3"]) == 0
+    assert any("left out: 1 stages" in line and "gone_net" in line for line in capsys.readouterr().out.splitlines())

@@ -214,11 +214,6 @@ class ModelSpec:
                 f"{self.name} (model.stem={self.stem}) cannot take {self.image_size}x{self.image_size} images: "
                 f"{_first_line(error)}. {self._advice()}"
             ) from error
-        if not isinstance(model.head, nn.Linear | nn.Conv2d):
-            raise ValueError(
-                f"{self.name} has no single linear layer as its head, which features and pruning are read from; take "
-                "another architecture (of a distilled transformer the one without `distilled`)"
-            )
         plain = (0.5,) * self.channels
         _check_head(replace(self, num_classes=7, mean=plain, std=plain), _entrypoint(self.name))
         return model.notes
@@ -238,6 +233,11 @@ class ModelSpec:
                     f"{self.name} has no {', '.join(missing)}: methods ask a network for its last layer "
                     "(get_classifier), the maps of its stages (forward_intermediates) and the logits of the last map "
                     "(forward_head), as timm's architectures have them; add them, or take another architecture"
+                )
+            if not isinstance(model.head, nn.Linear | nn.Conv2d):
+                raise Unfit(
+                    f"{self.name} has no single linear layer as its head, which features and pruning are read from; "
+                    "take another architecture (of a distilled transformer the one without `distilled`)"
                 )
             model(torch.empty(2, self.channels, self.image_size, self.image_size))
         return model
