@@ -98,6 +98,7 @@ class AdversarialWeightMasking(Defense):
             if not math.isfinite(total.item()):
                 raise Diverged(f"the loss became {total.item()} in round {done + 1}; try a lower defense.awm.lr")
             view.progress.images += self.updates * len(labels)
+            view.progress.updates += self.updates
             view.progress.log("awm/loss", total.item() / self.updates, done + 1)
             view.progress.log("awm/perturbation", pattern.abs().mean().item(), done + 1)
             every = torch.cat([mask.detach().flatten() for mask in masks.values()])

@@ -156,6 +156,7 @@ class ReconstructiveNeuronPruning(Defense):
                 raise Diverged(f"the unlearned loss became {total.item()}; try a lower defense.rnp.unlearn_lr or clip")
             reached = right.item() / (batches * size)
             view.progress.images += batches * size
+            view.progress.updates += batches
             view.progress.log("rnp/unlearned_accuracy", reached, epoch + 1)
             if reached <= enough:
                 break

@@ -6,7 +6,8 @@
 A, B            a grid's folder under results/, a trials.csv, or COMMIT:PATH of one that git keeps
 tolerance=0.02  how much worse a figure of B may be, as a share: 0.02 is two points
 figures=...     which figures count; all that tell better from worse by default
-significant=true  only a difference at 5 % (paired t-test over seeds, Holm over all) is a regression
+significant=true  only a difference at 5 % (paired t-test over seeds, Holm over all) is a regression; seeds are paired
+                where both results have the same infected weights (`implant_weights` in trials.csv)
 
 Either may be a CSV of reported figures (with a column `provenance`, as for report.reported): then the two are set side
 by side, cell by cell with the differences in protocol that its column `protocol` names, and with rank correlations over
@@ -39,7 +40,8 @@ class Change:
 
     Attributes:
         worse: by how much B is worse, in the figure's own unit; negative is better.
-        p: adjusted by Holm over all figures compared; NaN where fewer than two seeds are in both.
+        p: adjusted by Holm over all figures compared; NaN where fewer than two seeds of both are known to be of the
+            same infected model.
     """
 
     place: str
@@ -149,26 +151,33 @@ def _regressions(one: pd.DataFrame, two: pd.DataFrame, tolerance: float, figures
 
     changed, broken, counts = changes(one, two, figures)
     print(counts)
-    failed = 0
+    failed = untested = 0
     for change in sorted(changed, key=lambda change: -change.worse):
         # Rounded: 0.1 - 0.08 is a little more than 0.02.
-        worse = round(change.worse, 9) > tolerance and (not significant or change.p < ALPHA)
+        beyond = round(change.worse, 9) > tolerance
+        worse = beyond and (not significant or change.p < ALPHA)
         failed += worse
-        test = "fewer than two seeds in both, no test" if math.isnan(change.p) else f"p {p_text(change.p)}"
+        untested += beyond and significant and math.isnan(change.p)
+        test = f"p {p_text(change.p)}"
+        if math.isnan(change.p):
+            test = "no test: fewer than two seeds are known to share their infected weights"
         print(f"{'WORSE ' if worse else ''}{change.place}: {change.text} ({test})")
     for line in broken:
         print(f"WORSE {line}")
+    if untested:
+        print(f"{untested} figures are worse by more than {100 * tolerance:g} points and cannot be tested")
     if failed or broken:
         print(f"{failed} figures are worse by more than {100 * tolerance:g} points, {len(broken)} cells are not done")
         return 1
-    print(f"nothing is worse by more than {100 * tolerance:g} points")
+    print(f"nothing is{' significantly' if significant else ''} worse by more than {100 * tolerance:g} points")
     return 0
 
 
 def changes(one: pd.DataFrame, two: pd.DataFrame, figures: list[str]) -> tuple[list[Change], list[str], str]:
     """Figures that differ, cells that are no longer done, and how many cells were compared.
 
-    Only seeds that both have are compared, in pairs; where they share none, means are, and nothing is tested.
+    Only seeds that both have are compared; where they share none, means are. A test pairs those that are known to be of
+    one infected model: on another device the same settings train another one.
     """
     from bench.config import UserError
     from bench.reporting import statistics
@@ -201,7 +210,8 @@ def changes(one: pd.DataFrame, two: pd.DataFrame, figures: list[str]) -> tuple[l
             change = float(y.mean() - x.mean())
             if len(x) == len(y) and (x.to_numpy() == y.to_numpy()).all():
                 continue
-            p = statistics.paired_t(x, y) if len(both) else math.nan
+            same = [seed for seed in both if a.implant_weights[seed] == b.implant_weights[seed] != ""]
+            p = statistics.paired_t(x[same], y[same])
             text = (
                 f"{column.title} {column.spread(x.mean(), x.std(ddof=1))} -> {column.spread(y.mean(), y.std(ddof=1))}, "
                 f"{100 * change:+.1f} points"

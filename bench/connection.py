@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> int:
     from bench.config import UserError
     from bench.reporting import page, plots
     from bench.reporting.connection import boards, connections, rank_correlation
+    from bench.reporting.spreadsheet import write_csv
     from bench.reporting.table import Snapshot, of_trials
 
     store = Snapshot(opened.store)
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
     for board in found:
         board.notes += lines
     opened.folder.mkdir(parents=True, exist_ok=True)
-    table.to_csv(opened.folder / "connection.csv", index=False)
+    write_csv(table, opened.folder / "connection.csv")
     (opened.folder / "connection.md").write_text("\n".join(board.markdown() for board in found))
     drawn = plots.write_connection(trials, opened.folder, f"Grid {opened.cfg.grid.name}", evidence)
     show(found)

@@ -193,12 +193,14 @@ def _published(cfg: DictConfig, trials: list[Trial]) -> dict[str, dict[str, Any]
     passes for one of this grid.
 
     Raises:
-        UserError: a file is no trials.csv, has no trial of this grid, or would lose trials to this grid's own table.
+        UserError: a file is no trials.csv, has no trial of this grid, contradicts another one, or would lose trials to
+            this grid's own table.
     """
     if not cfg.published:
         return {}
-    from bench.reporting.table import OUTCOMES, read_trials
+    from bench.reporting.table import OUTCOMES, contradiction, read_trials
 
+    source: dict[str, str] = {}
     found: dict[str, dict[str, Any]] = {}
     wanted = {trial.keys()[2] for trial in trials if trial.defend}
     for path in cfg.published:
@@ -217,7 +219,16 @@ def _published(cfg: DictConfig, trials: list[Trial]) -> dict[str, dict[str, Any]
                 f"published: this grid's table would be written over {path}, {len(ended) - len(rows)} of whose trials "
                 "are not in it; give it a name of its own, e.g. grid.name=mine"
             )
-        found |= {row["trial"]: row for row in rows.to_dict("records")}
+        for row in rows.to_dict("records"):
+            key = row["trial"]
+            if (name := contradiction(found.get(key, row), row)) != "":
+                raise UserError(
+                    f"published: {source[key]} and {path} contradict each other on {row['defense']} against "
+                    f"{row['attack']}, seed {row['seed']}: {name} is {found[key][name]!r} and {row[name]!r}; leave one "
+                    "of the two files out"
+                )
+            found.setdefault(key, row)
+            source.setdefault(key, path)
     return found
 
 
@@ -344,6 +355,7 @@ def report(opened: Plan, again: bool = True) -> Any:
         UserError: nothing of the grid is stored with these settings, or `report.reported` is no such table.
     """
     from bench.reporting import page, plots, table
+    from bench.reporting.spreadsheet import write_csv
 
     store = table.Snapshot(opened.store)
     trials = table.of_trials(opened.trials, store, opened.published)
@@ -363,7 +375,7 @@ def report(opened: Plan, again: bool = True) -> Any:
     (opened.folder / "steps.csv").unlink(missing_ok=True)  # of other settings
     steps = table.steps(opened.trials, store)
     if not steps.empty:
-        steps.to_csv(opened.folder / "steps.csv", index=False)
+        write_csv(steps, opened.folder / "steps.csv")
     _keep_settings(opened)
     details = page.Details(_evidence(opened, store), len(opened.trials))
     name = f"Grid {opened.cfg.grid.name}"

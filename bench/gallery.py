@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> int:
     from bench.config import UserError
     from bench.reporting.page import swept
     from bench.reporting.plots import gallery
+    from bench.reporting.spreadsheet import write_csv
 
     bench = _bench(opened)
     drawn: dict[str, tuple[Tensor, Tensor]] = {}
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> int:
     if not rows:
         raise UserError(f"no infected model of grid {opened.cfg.grid.name} is stored yet; run it with bench.run first")
     opened.folder.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(opened.folder / "gallery.csv", index=False)
+    write_csv(pd.DataFrame(rows), opened.folder / "gallery.csv")
     path: Path = gallery(drawn, rows, opened.folder)
     print(pd.DataFrame(rows).to_string(index=False, float_format="%.3f"))
     print(f"Gallery: {path}")

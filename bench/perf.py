@@ -99,6 +99,7 @@ def main(arguments: list[str]) -> int:
     import torch
 
     from bench.pipeline import pick_device, provenance
+    from bench.reporting.spreadsheet import neutral
 
     torch.set_num_threads(threads)
     bench = Workbench(settings, size, batch, pick_device("auto"))
@@ -127,16 +128,18 @@ def main(arguments: list[str]) -> int:
         with open(settings["out"], "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["path", "ms", "roofline_ms", "ratio", *where])
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({key: neutral(value) for key, value in row.items()} for row in rows)
     return 0
 
 
 def _read(file: Path) -> dict[str, dict[str, str]]:
     from bench.config import UserError
+    from bench.reporting.spreadsheet import literal
 
     try:
         with open(file, newline="", encoding="utf-8") as opened:
-            return {row["path"]: row for row in csv.DictReader(opened)}
+            rows = [{key: literal(value) for key, value in row.items()} for row in csv.DictReader(opened)]
+            return {row["path"]: row for row in rows}
     except (OSError, KeyError) as error:
         raise UserError(f"against={file}: write a file that `out=` of an earlier run made ({error})") from error
 

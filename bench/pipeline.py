@@ -31,7 +31,7 @@ from bench import evaluation
 from bench.engine import stopping
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.datasets import DatasetInfo
-from bench.engine.files import disk_is_full
+from bench.engine.files import digest_of, disk_is_full
 from bench.engine.metrics import accuracy, detection, predict
 from bench.engine.models import Classifier, ModelSpec
 from bench.engine.registry import Registry
@@ -196,13 +196,15 @@ class Bench:
             "seconds": journal.seconds,
             "peak_memory_mib": memory.mib(),
             "images": journal.images,
+            "updates": journal.updates,
             "gflop": journal.passes * _flops(spec_of(self.infos[trial.dataset], trial.implant["model"])) / 1e9,
             # A value that is no number is a gap in the curve: JSON has no NaN.
             "curves": {
                 name: [(step, value if math.isfinite(value) else None) for step, value in curve]
                 for name, curve in journal.curves.items()
             },
-            "provenance": {**self.origin, "device": _device_name(self.device)},
+            # Of this process: a cluster's nodes differ from the machine that the sweep was started on.
+            "provenance": {**self.origin, "device": _device_name(self.device), "cpu": _cpu_name()},
         }
         return {**price, **result}, tensors
 
@@ -272,7 +274,14 @@ class Bench:
             tensors = {**tensors, **hooks.learned()}
             _, roles = attacker.poison(clean, tensors, info.num_classes, seed)
         return (
-            {"poisoned": int((roles == POISON).sum()), "trained_on": len(clean), "notes": list(model.notes), **asked},
+            {
+                "poisoned": int((roles == POISON).sum()),
+                "trained_on": len(clean),
+                "notes": list(model.notes),
+                # The same settings give other weights on another kind of device: figures are paired by this alone.
+                "weights": digest_of(model.state_dict(), {})[:20],
+                **asked,
+            },
             {"model": model.state_dict(), "trigger": {**tensors, "roles": roles}},
         )
 
@@ -631,6 +640,12 @@ class _PeakMemory:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return _cpu_name()
+
+
+@functools.cache
+def _cpu_name() -> str:
+    """The model of the CPU as Linux names it; the architecture where it does not."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -34,7 +34,7 @@ def saved(tmp_path):
     return save
 
 
-OLD = [row("a", seed, 0.9 + 0.01 * seed, 0.1 + 0.02 * seed) for seed in range(3)]
+OLD = [row("a", seed, 0.9 + 0.01 * seed, 0.1 + 0.02 * seed, implant_weights=f"w{seed}") for seed in range(3)]
 
 
 def test_nothing_changed_is_nothing_worse(saved, capsys):
@@ -42,7 +42,7 @@ def test_nothing_changed_is_nothing_worse(saved, capsys):
     assert "1 cells in both" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("asr", "status"), [(0.02, 0), (0.021, 1), (-0.3, 0)])
+@pytest.mark.parametrize(("asr", "status"), [(0.02, 0), (0.021, 1), (-0.1, 0)])
 def test_an_asr_is_worse_when_it_rises_by_more_than_the_tolerance(saved, asr, status):
     new = [entry | {"asr": entry["asr"] + asr} for entry in OLD]
     assert compare.main([saved("one", OLD), saved("two", new), "tolerance=0.02"]) == status
@@ -63,6 +63,23 @@ def test_only_a_significant_difference_counts_where_that_is_asked_for(saved):
     (change,), _, _ = compare.changes(table.trial_table(OLD), table.trial_table(noisy), ["asr"])
     assert change.p == pytest.approx(0.4226, abs=1e-4)
     assert change.worse == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(("weights", "tested"), [(["w0", "w1", "w2"], 3), (["w0", "w1", "x"], 2), (["", "", ""], 0)])
+def test_seeds_are_paired_only_where_the_infected_weights_are_known_to_be_the_same(saved, capsys, weights, tested):
+    from scipy import stats
+
+    gaps = (0.15, 0.11, 0.3)
+    new = [
+        entry | {"asr": entry["asr"] + gap, "implant_weights": name}
+        for entry, gap, name in zip(OLD, gaps, weights, strict=True)
+    ]
+    (change,), _, _ = compare.changes(table.trial_table(OLD), table.trial_table(new), ["asr"])
+    expected = stats.ttest_1samp(gaps[:tested], 0).pvalue if tested else math.nan
+    assert change.p == pytest.approx(expected, nan_ok=True)
+    assert change.worse == pytest.approx(sum(gaps) / 3)  # the means are compared all the same
+    compare.main([saved("one", OLD), saved("two", new), "significant=true"])
+    assert ("cannot be tested" in capsys.readouterr().out) == (not tested)
 
 
 def test_a_trial_that_is_no_longer_done_is_a_regression(saved, capsys):

@@ -18,6 +18,7 @@ import pytest
 
 from bench.reporting import page, table
 from bench.reporting.columns import MEASURES
+from bench.reporting.spreadsheet import literal
 
 HOSTILE = [
     "plain_name",
@@ -165,6 +166,7 @@ def test_csv_markdown_latex_and_page_have_the_same_figure_in_every_cell(tmp_path
     on_page = {(cell["place"][4], cell["place"][6]): cell for cell in data["cells"]}
     names = [column["name"] for column in data["columns"]]
     rows = list(csv.DictReader((tmp_path / "leaderboard.csv").open(newline="")))
+    rows = [{key: literal(value) for key, value in row.items()} for row in rows]
     assert len(rows) == 5 * 11
     compared = 0
     for row in rows:
@@ -183,7 +185,7 @@ def test_csv_markdown_latex_and_page_have_the_same_figure_in_every_cell(tmp_path
         assert " / ".join(f"{{{part}}}" for part in texts).replace("±", r"$\pm$") in bare
         compared += len(texts)
     assert compared == 2 * 5 * 11 - 11 - 2  # the clean model has no ASR, one cell has nothing
-    wide = pd.read_csv(tmp_path / "wide.csv", keep_default_na=False).set_index("defense")
+    wide = pd.read_csv(tmp_path / "wide.csv", keep_default_na=False).map(literal).set_index("defense")
     for name, texts in shown.items():
         if name not in ("defense", "setting: reserve"):
             value = next(float(wide.loc[own, "asr"]) for own in wide.index if plain(own) == name)
@@ -236,7 +238,8 @@ def test_figures_reported_by_others_are_marked_and_never_ranked(tmp_path):
         "dataset,model,setting,attack,defense,asr,asr_std,provenance\n"
         'digits,net,reserve,badnets,closed,0.0,0.001,"Some paper, table 1"\n'
     )
-    trials = trials_of(["none", "badnets"], ["no_defense", "ours", "other"])
+    low = {"no_defense": 0.9, "ours": 0.1, "other": 0.2}
+    trials = trials_of(["none", "badnets"], list(low), asr=lambda a, d, s: list(low.values())[d] if a else None)
     (board,) = write(trials, tmp_path, table.read_reported(source))
     rows = {row[0].text: row for row in board.rows}
     assert "setting: reserve; reported, not measured here, not ranked" in rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -77,9 +78,14 @@ def test_the_least_p_is_reached_when_one_side_always_wins(blocks, least):
     assert statistics.signed_ranks(np.arange(1, blocks + 1), np.zeros(blocks)) == least
 
 
-def test_equal_seeds_are_no_difference_and_a_constant_gap_is_one():
+def test_equal_seeds_are_no_difference_and_a_constant_gap_is_tested_by_its_signs():
     assert statistics.paired_t([0.5, 0.75], [0.5, 0.75]) == 1.0
-    assert statistics.paired_t([0.5, 0.75], [0.25, 0.5]) == 0.0
+    # All 2**n patterns of signs, by enumeration: a sum as large as that of n equal differences has two of them.
+    for n in (2, 3, 6):
+        sums = [abs(sum(signs)) for signs in itertools.product((-1, 1), repeat=n)]
+        expected = sum(value >= n for value in sums) / len(sums)
+        assert statistics.paired_t(np.full(n, 0.5), np.full(n, 0.25)) == expected
+    assert statistics.paired_t([0.35, 0.75], [0.3, 0.7]) == 0.5  # equal but for their last bit
     assert math.isnan(statistics.paired_t([0.5], [0.4]))
 
 

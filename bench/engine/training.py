@@ -130,6 +130,7 @@ class Journal:
         folder: for checkpoints; None keeps none.
         every_s: seconds between checkpoints; it cannot change a figure.
         images: training images seen so far, adversarial passes not counted.
+        updates: optimizer steps so far.
         precision: what a recipe's `auto` means here.
         earlier_s, earlier_passes: what was spent before an interruption.
     """
@@ -138,6 +139,7 @@ class Journal:
     every_s: float = 60.0
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=lambda: defaultdict(list))
     images: int = 0
+    updates: int = 0
     precision: str = "auto"
     earlier_s: float = 0.0
     earlier_passes: float = 0.0
@@ -321,6 +323,7 @@ def fit(
             raise Diverged(f"the loss became {mean} in epoch {epoch} of {part}; try a lower lr than {recipe.lr}")
         journal.log(f"{part}/loss", mean, min(epoch * per_epoch, steps))
         journal.images += this_epoch * size
+        journal.updates += this_epoch
         if after_epoch:
             after_epoch(model, epoch)
         now = time.monotonic()
@@ -339,6 +342,7 @@ def _save(
     """Write a checkpoint; a disk that has no room for one costs the checkpoint, not the training."""
     tensors = {name: value.contiguous() for name, value in _state(model, optimizer, hooks).items()}
     kept = {"epoch": str(epoch), "curves": json.dumps(journal.curves), "images": str(journal.images)}
+    kept["updates"] = str(journal.updates)
     kept |= {"seconds": str(journal.seconds), "passes": str(journal.passes), "of": _owner(path)}
     kept["sha256"] = digest_of(tensors, kept)
     temporary = path.with_suffix(f".{uuid.uuid4().hex}")  # two containers may share a process id
@@ -363,6 +367,7 @@ def _restore(
         tensors, kept = _read(path, next(model.parameters()).device)
         curves = {name: [(step, value) for step, value in curve] for name, curve in json.loads(kept["curves"]).items()}
         epoch, images, seconds, passes = int(kept["epoch"]), int(kept["images"]), kept["seconds"], kept["passes"]
+        updates = int(kept["updates"])
         _load(tensors, model, optimizer, hooks)
     except (MemoryError, torch.OutOfMemoryError):  # says nothing about the checkpoint
         raise
@@ -375,6 +380,7 @@ def _restore(
         return 0
     journal.curves.update(curves)
     journal.images, journal.earlier_s, journal.earlier_passes = images, float(seconds), float(passes)
+    journal.updates = updates
     return epoch
 
 

@@ -17,6 +17,7 @@ class Column:
         better: `higher`, `lower`, or empty: more is neither better nor worse.
         shown: printed by default where the grid has it; else only in the files, and on the page when switched on.
         about: one line for people who read the table.
+        low: the least value of a share; a difference of two can be negative.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Column:
     better: str
     shown: bool
     about: str
+    low: float = 0.0
 
     @property
     def sign(self) -> int:
@@ -84,10 +86,12 @@ MEASURES = (
     Column("infected_asr", "infected ASR", "%", "", False, "ASR before the defense"),
     Column("relearn_asr", "relearn ASR", "%", "lower", True, "ASR after fine-tuning on a few poisoned images"),
     Column("relearn_asr_control", "relearn control", "%", "", False, "the same on a model that never had the backdoor"),
-    Column("relearn_gain", "relearn gain", "%", "lower", False, "relearn ASR beyond that of the control"),
+    Column("relearn_gain", "relearn gain", "%", "lower", False, "relearn ASR beyond that of the control", -1.0),
     Column("reactivate_asr", "reactivate ASR", "%", "lower", True, "ASR under an optimised change of the trigger"),
     Column("reactivate_asr_control", "reactivate control", "%", "", False, "the same on a model without backdoor"),
-    Column("reactivate_gain", "reactivate gain", "%", "lower", False, "reactivate ASR beyond that of the control"),
+    Column(
+        "reactivate_gain", "reactivate gain", "%", "lower", False, "reactivate ASR beyond that of the control", -1.0
+    ),
     Column("detection_auroc", "AUROC", "%", "higher", True, "suspicion scores: poisoned against clean images"),
     Column("detection_auprc", "AUPRC", "%", "higher", False, "area under precision and recall of the scores"),
     Column("detection_tpr_at_fpr_5", "TPR at FPR 5 %", "%", "higher", False, "poison found at 5 % false alarms"),
@@ -102,5 +106,6 @@ COSTS = (
     Column("peak_memory_mib", "memory", "MiB", "", True, "peak memory of the defense"),
     Column("defend_gflop", "compute", "GFLOP", "", True, "estimate: the defense's passes through networks alone"),
     Column("defend_images", "images", "", "", False, "images that went through the defense's training"),
+    Column("defend_updates", "updates", "", "", False, "optimizer steps of the defense's training"),
 )
 COLUMN = {column.name: column for column in (*MEASURES, *COSTS)}

@@ -121,13 +121,17 @@ def holm(p: ArrayLike) -> Numbers:
 
 
 def paired_t(one: ArrayLike, other: ArrayLike) -> float:
-    """Two-sided p of the paired t-test: same seeds, hence the same infected models; NaN for fewer than two pairs."""
+    """Two-sided p of the paired t-test over pairs that share an infected model; NaN for fewer than two pairs.
+
+    Where all differences are equal, t is infinite however few they are. The exact test that turns their signs takes
+    its place: p is 2 / 2**n, so that two equal differences give 0.5, and not 0.
+    """
     difference = np.asarray(one, dtype=float) - np.asarray(other, dtype=float)
     if len(difference) < 2 or not np.isfinite(difference).all():
         return float("nan")
-    spread = difference.std(ddof=1)
-    if spread == 0:
-        return 1.0 if difference[0] == 0 else 0.0
+    spread, largest = difference.std(ddof=1), np.abs(difference).max()
+    if spread <= 1e-9 * largest:  # 0.5 - 0.25 and 0.3 - 0.05 differ in their last bit
+        return 1.0 if largest == 0 else 2.0 / 2 ** len(difference)
     t = difference.mean() / (spread / np.sqrt(len(difference)))
     return float(2 * stats.t.sf(abs(t), len(difference) - 1))
 

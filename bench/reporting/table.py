@@ -16,11 +16,12 @@ from bench.grid import Trial
 from bench.messages import shortened
 from bench.reporting import statistics
 from bench.reporting.columns import COLUMN, COSTS, MEASURES, Column
+from bench.reporting.spreadsheet import literal, write_csv
 from bench.store import STAGES, Store
 
 AXES = ["dataset", "model", "variant", "setting", "attack", "defense"]  # what tells one cell from another
 BOARD = AXES[:3]
-TEXTS = [*AXES, "status", "reason", "warnings", "trial", "commit", "machine"]
+TEXTS = [*AXES, "status", "reason", "warnings", "trial", "commit", "machine", "implant_weights"]
 FIGURES = ["poison_rate", *(column.name for column in (*MEASURES, *COSTS))]
 COLUMNS = [
     *AXES,
@@ -33,10 +34,13 @@ COLUMNS = [
     "commit",
     "clean",
     "machine",
+    "implant_weights",
     "trial",
 ]
 
 STATES = ("done", "not applicable", "wrecked", "diverged", "failed", "missing")
+# What two rows of one trial must agree in, whoever computed them.
+AGREE = ["status", *(column.name for column in MEASURES), "implant_weights"]
 OUTCOMES = ("done", "wrecked", "diverged")  # no repeat would change these
 LOST = ("wrecked", "diverged", "failed")  # these count against a method
 BASELINE = "no_defense"
@@ -50,12 +54,18 @@ RULES = (
     f"wrecked: done, but with more than {100 * WRECKED:.0f} points less clean accuracy than the infected model of the "
     "same seed; its figures stand in trials.csv and on the page, and are never averaged and never best",
     "a cell with a failed, diverged or wrecked seed has the worst rank of its block, below every figure, and counts as "
-    "an ASR of 100 % in tests; a defense with a missing or not applicable cell is not ranked",
+    "an ASR of 100 % in tests; a defense with a missing or not applicable cell, or of which nothing ended, is not "
+    "ranked",
     "rank: mean over attacks (blocks) of the rank by ASR within the setting, 1 is best; the undefended model is not "
     "ranked",
-    "bold: best of its setting, equal in print is equal; italic (underlined in LaTeX and on the page): not "
-    "significantly worse than the best at 5 %, by paired t-tests over seeds for one attack and by Wilcoxon's "
-    "signed-rank test over attacks for means, both with Holm's correction; one seed allows no test",
+    "bold, in the column of an attack: the best figure of the setting among the defenses whose seeds are all done "
+    "there, whatever happened in other columns; in a mean: among those whose cells of this mean are all done; in the "
+    "column rank: among those whose cells are all done, the clean model's included. Equal in print is equal. A figure "
+    f"that is worse than the undefended model's is never marked, nor are medians, counts, costs and {BASELINE}",
+    "italic (underlined in LaTeX and on the page): one of those compared for bold that is not significantly worse than "
+    "the best at 5 %, by paired t-tests over seeds for one attack and by Wilcoxon's signed-rank test over attacks for "
+    "means, both with Holm's correction; one seed allows no test, and seeds are paired only where both figures are "
+    "known to be of the same infected weights (implant_weights in trials.csv)",
 )
 
 
@@ -72,7 +82,7 @@ def trial_row(trial: Trial, store: Store) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
     keys = trial.keys()
     row |= {axis: getattr(trial, axis) for axis in (*AXES, "seed")}
-    row["status"], row["reason"], row["trial"] = "missing", "", keys[2]
+    row["status"], row["reason"], row["trial"], row["implant_weights"] = "missing", "", keys[2], ""
     made: list[dict[str, Any]] = []
     row["poison_rate"] = trial.implant["attack"]["poison_rate"]
     if not trial.defend:
@@ -90,9 +100,12 @@ def trial_row(trial: Trial, store: Store) -> dict[str, Any]:
             return row
         row[f"{stage}_seconds"] = result["seconds"]
         made.append(result["provenance"])
+        if stage == "implant":
+            row["implant_weights"] = _weights(store, key, result)
         if stage == "defend":
             row["peak_memory_mib"], row["defend_images"] = result["peak_memory_mib"], result["images"]
-            row["defend_gflop"] = result.get("gflop")  # stores of earlier versions have none
+            # Stores of earlier versions have none of these.
+            row["defend_gflop"], row["defend_updates"] = result.get("gflop"), result.get("updates")
     assert result is not None
     row |= {"status": result["status"], "reason": result.get("reason", "")}
     row |= {column.name: result.get("figures", {}).get(column.name) for column in MEASURES}
@@ -104,6 +117,29 @@ def trial_row(trial: Trial, store: Store) -> dict[str, Any]:
     return row
 
 
+def _weights(store: Store, key: str, result: dict[str, Any]) -> str:
+    """The digest of an infected model's weights; empty where neither it nor the weights were kept."""
+    from safetensors import SafetensorError
+
+    if "weights" in result:
+        return str(result["weights"])
+    path = store.folder("implant", key) / "model.safetensors"
+    try:
+        return _digest_of_file(path, path.stat().st_mtime_ns)
+    except (OSError, SafetensorError):
+        return ""
+
+
+@functools.cache
+def _digest_of_file(path: Path, written: int) -> str:
+    """Of an implant that an earlier version stored without it."""
+    from safetensors.torch import load_file
+
+    from bench.engine.files import digest_of
+
+    return digest_of(load_file(path), {})[:20]
+
+
 def _machine(origin: dict[str, Any]) -> str:
     """What a stage was computed on."""
     versions = ", ".join(f"{name} {origin[name]}" for name in ("python", "torch", "timm") if name in origin)
@@ -112,6 +148,10 @@ def _machine(origin: dict[str, Any]) -> str:
 
 def trial_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """All trials, typed and in one order, whether they come from the store, from MLflow or from a file."""
+    return _wreck(_typed(rows))
+
+
+def _typed(rows: list[dict[str, Any]]) -> pd.DataFrame:
     # Before pandas sees them: a text that is no Unicode ends it.
     texts = [{name: printable(row.get(name)) for name in TEXTS} for row in rows]
     table = pd.DataFrame([row | text for row, text in zip(rows, texts, strict=True)], columns=COLUMNS)
@@ -122,7 +162,7 @@ def trial_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     table["clean"] = table["clean"].map({True: "True", False: "False", "True": "True", "False": "False"}).fillna("")
     for column in TEXTS:
         table[column] = table[column].astype("object")
-    return _wreck(table)
+    return table
 
 
 def of_trials(
@@ -156,10 +196,16 @@ def _wreck(table: pd.DataFrame) -> pd.DataFrame:
     """Tell apart the finished trials whose model lost what it was good for: their low ASR is no defense."""
     place = [*BOARD, "attack", "seed"]
     done = table.status == "done"
-    base = table[done & (table.defense == BASELINE)].drop_duplicates(place)[[*place, "clean_accuracy"]]
-    before = table[place].merge(base, on=place, how="left").clean_accuracy.to_numpy()
-    # Without the undefended model in the grid, each evaluation still has its accuracy.
-    before = np.where(np.isnan(before), table.infected_accuracy.to_numpy(), before)
+    base = table[done & (table.defense == BASELINE)].drop_duplicates(place)
+    base = table[place].merge(base[[*place, "clean_accuracy", "implant_weights"]], on=place, how="left")
+    # Each evaluation has the accuracy of its own infected model. What earlier versions measured may lack it: there the
+    # undefended model's stands in, unless that is another model's.
+    other = (base.implant_weights.fillna("") != table.implant_weights.to_numpy()) & (
+        base.implant_weights.fillna("") != ""
+    )
+    other &= (table.implant_weights != "").to_numpy()
+    before = base.clean_accuracy.where(~other).to_numpy()
+    before = np.where(table.infected_accuracy.isna(), before, table.infected_accuracy.to_numpy())
     lost = before - table.clean_accuracy.to_numpy()
     # Rounded: 0.8 - 0.7 is a little more than 0.1.
     wrecked = (done & (np.round(lost, 9) > WRECKED)).to_numpy()
@@ -178,12 +224,13 @@ def read_trials(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
         name: what an error calls it; the path if it is one.
 
     Raises:
-        UserError: it is no such table.
+        UserError: it is no such table, a value is not one that its column can have, or two rows of one trial differ.
     """
     from bench.config import UserError
 
+    place = str(name or source)
     try:
-        table = pd.read_csv(source, keep_default_na=False, dtype=str)
+        table = pd.read_csv(source, keep_default_na=False, dtype=str).rename(columns=literal).map(literal)
         # An earlier version swept nothing, and had no such column.
         missing = [name for name in (*AXES, "seed", "status") if name not in table and name != "variant"]
         if missing:
@@ -191,10 +238,104 @@ def read_trials(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
         for column in FIGURES:
             if column in table:
                 table[column] = table[column].replace("", "nan")
-        return trial_table(table.to_dict("records"))  # type: ignore[arg-type]
+        _check_values(table, place)
+        return _wreck(_once(_typed(table.to_dict("records")), place))  # type: ignore[arg-type]
     except (OSError, ValueError) as error:
         text = shortened(str(error), 200)
-        raise UserError(f"{name or source} is no trials.csv of this benchmark: {text}") from error
+        raise UserError(f"{place} is no trials.csv of this benchmark: {text}") from error
+
+
+def _check_values(table: pd.DataFrame, place: str) -> None:
+    """Refuse a value that its column cannot have, by row and column; the heading is row 1, as in a spreadsheet."""
+    from bench.config import UserError
+
+    def refuse(wrong: Any, name: str, due: str) -> None:
+        rows = np.flatnonzero(wrong)
+        if len(rows):
+            more = f" (and {len(rows) - 1} more rows)" if len(rows) > 1 else ""
+            raise UserError(f"{place}, row {rows[0] + 2}: {name} is {table[name].iloc[rows[0]]!r}{more}; write {due}")
+
+    refuse(~table.status.isin(STATES), "status", f"one of {', '.join(STATES)}")
+    seeds = pd.to_numeric(table.seed, errors="coerce")
+    refuse(~(np.isfinite(seeds) & (seeds % 1 == 0)), "seed", "a whole number")
+    for name in FIGURES:
+        if name not in table:
+            continue
+        values = pd.to_numeric(table[name], errors="coerce")
+        gap = table[name].str.lower().isin(["nan"])
+        low, high, due = _range(name)
+        refuse(~gap & ~((values >= low) & (values <= high)), name, due)
+
+
+def _range(name: str) -> tuple[float, float, str]:
+    """The least and the largest value of a figure, and how to write one."""
+    column = COLUMN.get(name)
+    if column is not None and column.unit != "%":
+        return 0.0, math.inf, "a number, at least 0"
+    low = 0.0 if column is None else column.low
+    return low, 1.0, f"a number, a share in [{low:g}, 1] (0.93 for 93 %)"
+
+
+def _once(table: pd.DataFrame, place: str) -> pd.DataFrame:
+    """One row of each trial.
+
+    Raises:
+        UserError: two rows of one trial contradict each other.
+    """
+    from bench.config import UserError
+
+    cell = [*AXES, "seed"]
+    for keys, judged in ((cell, [*AGREE, "trial"]), (["trial"], AGREE)):
+        part = table[table.trial != ""] if keys == ["trial"] else table
+        for _, group in part[part.duplicated(keys, keep=False)].groupby(keys, sort=False):
+            (row, first), *others = group.iterrows()
+            for other, again in others:
+                if name := contradiction(first, again, judged):
+                    what = "/".join(str(first[axis]) for axis in cell if first[axis] != "")
+                    raise UserError(
+                        f"{place}: rows {row + 2} and {other + 2} are one trial ({what}), with {name} {first[name]!r} "
+                        f"and {again[name]!r}; leave the one that is right"
+                    )
+    return table.drop_duplicates(cell).reset_index(drop=True)
+
+
+def contradiction(one: Any, two: Any, judged: Sequence[str] | None = None) -> str:
+    """The first column in which two rows of one trial disagree; empty if they agree in all that is the same each time.
+
+    Seconds and memory may differ; weights that one of them does not know are no contradiction.
+    """
+    for name in judged or AGREE:
+        a, b = one[name], two[name]
+        unknown = name == "implant_weights" and "" in (a, b)
+        if not unknown and a != b and not (a != a and b != b):
+            return name
+    return ""
+
+
+def infected(trials: pd.DataFrame) -> np.ndarray[Any, Any]:
+    """Which infected model each finished trial is about, as a text; empty where nothing is finished.
+
+    The digest of its weights. Where that was not recorded, its own accuracy and ASR: two models that differ in them
+    are two, and two that do not may still be.
+    """
+    figures = [f"{acc!r} {asr!r}" for acc, asr in zip(trials.infected_accuracy, trials.infected_asr, strict=True)]
+    told = np.where(trials.implant_weights != "", trials.implant_weights, figures)
+    return np.where(trials.status.isin(["done", "wrecked"]), told, "")
+
+
+def elsewhere(trials: pd.DataFrame) -> np.ndarray[Any, Any]:
+    """Which trials are about another infected model than most of their data set, attack and seed.
+
+    Training amplifies rounding: the same settings give another infected model on another kind of device. What was
+    measured of it is a figure like any other, and no pair of those beside it.
+    """
+    place = [*BOARD, "attack", "seed"]
+    all_of = trials[place].assign(model_of=infected(trials))
+    told = all_of[all_of.model_of != ""]
+    counts = told.groupby([*place, "model_of"], sort=False).size().reset_index(name="count")
+    usual = counts.sort_values("count", ascending=False, kind="stable").drop_duplicates(place)
+    most = all_of[place].merge(usual.drop(columns="count"), on=place, how="left").model_of
+    return ((all_of.model_of != "").to_numpy()) & (all_of.model_of.to_numpy() != most.to_numpy())
 
 
 def cells(trials: pd.DataFrame) -> pd.DataFrame:
@@ -288,20 +429,18 @@ def read_reported(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
         raise UserError(f"report.reported: {path} has a row without provenance; say where its figures were printed")
     rows: dict[str, Any] = {axis: table[axis].astype(object) if axis in table else "" for axis in AXES}
     rows["poison_rate"] = math.nan
-    goals = [("poison_rate", "poison_rate", "%"), ("seeds", "seeds", "")]
-    for name, column in COLUMN.items():
-        goals += [(name, f"{name}_mean", column.unit), (f"{name}_std", f"{name}_std", column.unit)]
-    for figure, goal, unit in goals:
+    goals = [("poison_rate", "poison_rate", _range("poison_rate"))]
+    goals += [("seeds", "seeds", (1.0, math.inf, "a whole number, at least 1"))]
+    for name in COLUMN:
+        low, high, due = _range(name)
+        goals += [(name, f"{name}_mean", (low, high, due)), (f"{name}_std", f"{name}_std", (0.0, high, due))]
+    for figure, goal, (low, high, due) in goals:
         if figure in table:
             values = pd.to_numeric(table[figure].replace("", "nan"), errors="coerce")
-            wrong = values.isna() & ~table[figure].str.lower().isin(["", "nan"])
-            due = "a number"
-            if unit == "%":
-                wrong |= (values < 0) | (values > 1)
-                due = "a number, a share in [0, 1] (0.93 for 93 %)"
-            elif figure == "seeds":
-                wrong |= (values < 1) | (values % 1 != 0)
-                due = "a whole number, at least 1"
+            gap = table[figure].str.lower().isin(["", "nan"])
+            wrong = ~gap & ~((values >= low) & (values <= high))
+            if figure == "seeds":
+                wrong |= ~gap & (values % 1 != 0)
             if wrong.any():
                 raise UserError(f"report.reported: {path}: {figure} is {table[figure][wrong].iloc[0]!r}; write {due}")
             rows[goal] = values
@@ -378,75 +517,131 @@ def shown(table: pd.DataFrame, everything: bool = False) -> list[Column]:
 
 
 def marks(trials: pd.DataFrame, table: pd.DataFrame) -> Marks:
-    """Compare the defenses of each setting; reported rows and the undefended model are nobody's rivals.
+    """Compare the defenses of each setting; `RULES` says what is compared with what.
 
-    A row is ranked and marked only where every one of its seeds is done.
+    Reported rows, the undefended model, and figures of another infected model (`elsewhere`) are nobody's rivals.
     """
     found = Marks()
     measured = table[table.kind == "measured"]
-    rivals = measured[measured.defense != BASELINE]
     columns = [column for column in shown(measured, everything=True) if column.sign]
     trials = trials.reset_index(drop=True)
     number = trials.groupby(AXES, sort=False).ngroup().to_numpy()
     order = np.lexsort((trials.seed.to_numpy(), number))
     ends = np.cumsum(np.bincount(number)) if len(number) else np.empty(0, int)
     figures = {column.name: trials[column.name].to_numpy()[order] for column in columns}
+    weights, seeds = trials.implant_weights.to_numpy()[order], trials.seed.to_numpy()[order]
     means = {column.name: measured[f"{column.name}_mean"].to_numpy() for column in columns}
-    complete = (measured.done == measured.seeds).to_numpy()
+    undefended = {column.name: _undefended(measured, column.name) for column in columns}
+    strange = np.bincount(number[elsewhere(trials)], minlength=len(measured)) > 0
+    complete = (measured.done == measured.seeds).to_numpy() & ~strange
+    rivals = measured[measured.defense != BASELINE]
 
-    def seeds(cell: int, name: str) -> np.ndarray[Any, Any]:
-        return figures[name][(ends[cell - 1] if cell else 0) : ends[cell]]
+    def paired(one: int, two: int, name: str) -> float:
+        a, b = (slice(ends[cell - 1] if cell else 0, ends[cell]) for cell in (one, two))
+        _, i, j = np.intersect1d(seeds[a], seeds[b], return_indices=True)
+        same = (weights[a][i] == weights[b][j]) & (weights[a][i] != "")
+        return statistics.paired_t(figures[name][a][i][same], figures[name][b][j][same])
 
     for place, part in parts(rivals, [*BOARD, "setting"]):
         place = tuple(map(str, place))
-        whole = [label for label, row in parts(part, "defense") if complete[row.index].all()]
-        ranked = part[part.defense.isin(whole)]
-        for _, column_cells in parts(ranked, "attack"):
+        group = measured[(measured[[*BOARD, "setting"]].astype(str) == list(place)).all(axis=1)]
+        for _, column_cells in parts(part, "attack"):
             for column in columns:
-                members = [i for i in column_cells.index if not math.isnan(means[column.name][i])]
+                members = [i for i in column_cells.index if complete[i] and not math.isnan(means[column.name][i])]
                 marked = _marked(
                     column,
                     [means[column.name][i] for i in members],
-                    lambda one, two, members=members, name=column.name: statistics.paired_t(
-                        seeds(members[one], name), seeds(members[two], name)
-                    ),
+                    [undefended[column.name][i] for i in members],
+                    lambda one, two, members=members, name=column.name: paired(members[one], members[two], name),
                 )
                 found.cells |= {(members[i], column.name): mark for i, mark in marked.items()}
+        lowest: dict[str, tuple[float, float]] = {}  # mean ASR of a defense and of the models that it was given
         for column in columns:
-            wide = ranked.pivot_table(
-                index="attack", columns="defense", values=f"{column.name}_mean", sort=False
-            ).reindex(columns=whole)
-            wide = wide.loc[:, wide.notna().any()]
-            names = list(wide.columns)
-            blocks = wide.dropna()
+            name = column.name
+            counted = part[part.attack.isin(attacks_of(group, name))]
+            value = counted[f"{name}_mean"].where(complete[counted.index])
+            blocks = counted.assign(value=value).pivot(index="attack", columns="defense", values="value")
+            # A mean over other attacks than its rivals' is not compared.
+            blocks = blocks.reindex(columns=counted.defense.unique()).dropna(axis=1)
+            if blocks.empty:
+                continue
+            names = list(blocks.columns)
+            before = counted.assign(value=undefended[name][counted.index]).groupby("defense").value
+            floors = [float(before.get_group(n).mean(skipna=False)) for n in names]
+            averages = [float(blocks[n].mean()) for n in names]
             reachable = statistics.least_p(len(blocks)) * max(1, len(names) - 1) < statistics.ALPHA
             marked = _marked(
                 column,
-                [wide[name].mean() for name in names],
+                averages,
+                floors,
                 lambda one, two, blocks=blocks, reachable=reachable: (
                     statistics.signed_ranks(blocks.iloc[:, one], blocks.iloc[:, two]) if reachable else math.nan
                 ),
             )
-            found.rows |= {(*place, names[i], column.name): mark for i, mark in marked.items()}
-        ranking = _ranking(part, ["attack"])
+            found.rows |= {(*place, names[i], name): mark for i, mark in marked.items()}
+            if name == "asr":
+                lowest = dict(zip(names, zip(averages, floors, strict=True), strict=True))
+        ranking = _ranking(part, ["attack"], strange)
         if ranking:
             found.rankings[place] = ranking
             # A low rank with a model wrecked elsewhere, be it the clean one, is no first place.
+            whole = {str(label) for label, row in parts(part, "defense") if complete[row.index].all()}
             first = {name: rank for name, rank in ranking.ranks.items() if name in whole}
             reachable = statistics.least_p(ranking.blocks) * (len(ranking.ranks) - 1) < statistics.ALPHA
             for name, rank in first.items():
+                if name in lowest and _worse(COLUMN["asr"], *lowest[name]):
+                    continue
                 mark = BEST if f"{rank:.1f}" == f"{min(first.values()):.1f}" else ""
                 if mark or (reachable and name in ranking.alike):
                     found.rows[(*place, name, "rank")] = mark or ALIKE
     for (setting, variant), part in parts(rivals, ["setting", "variant"]):
-        ranking = _ranking(part, ["dataset", "model", "attack"])
+        ranking = _ranking(part, ["dataset", "model", "attack"], strange)
         if ranking:
             found.overall[str(setting), str(variant)] = ranking
     return found
 
 
-def _marked(column: Column, means: list[float], p: Any) -> dict[int, str]:
-    """Index -> mark of the figures in one column; p(i, j) is the p-value of i against j, NaN where there is no test."""
+def _undefended(measured: pd.DataFrame, name: str) -> np.ndarray[Any, Any]:
+    """The figure of the models that each cell's defense was given; NaN where nobody measured it.
+
+    The cell's own infected models have two of them; for the others the undefended model of the same setting has them.
+    """
+    place = [*BOARD, "setting", "attack"]
+    base = measured[measured.defense == BASELINE].drop_duplicates(place)[[*place, f"{name}_mean"]]
+    found = measured[place].merge(base, on=place, how="left")[f"{name}_mean"].to_numpy(float)
+    own = {"clean_accuracy": "infected_accuracy_mean", "asr": "infected_asr_mean"}.get(name)
+    if own is None or own not in measured:
+        return found
+    return np.where(measured[own].isna(), found, measured[own].to_numpy(float))
+
+
+def attacks_of(group: pd.DataFrame, name: str) -> list[str]:
+    """The attacks that a mean of this figure is over, in one setting: those for which any defense has the figure.
+
+    An attack that nobody's cell survived counts too: the ASR of one, and the accuracy of any.
+    """
+    found = []
+    for attack, cells in parts(group, "attack"):
+        lost = (cells.done == 0).all() and (name == "clean_accuracy" or (name == "asr" and cells.poison_rate.max() > 0))
+        if lost or cells[f"{name}_mean"].notna().any():
+            found.append(attack)
+    return found
+
+
+def _worse(column: Column, value: float, other: float) -> bool:
+    """Is a figure worse than another as both are printed? False where there is no other."""
+    if math.isnan(value) or math.isnan(other):
+        return False
+    return column.sign * float(column.text(value)) > column.sign * float(column.text(other))
+
+
+def _marked(column: Column, means: list[float], undefended: list[float], p: Any) -> dict[int, str]:
+    """Index -> mark of the figures in one column.
+
+    Args:
+        undefended: the figure of the models before the defense; a figure that is worse has no mark.
+        p: p(i, j) is the p-value of i against j, NaN where there is no test.
+    """
     if not means:
         return {}
     best = int(np.argmin([column.sign * mean for mean in means]))
@@ -455,12 +650,20 @@ def _marked(column: Column, means: list[float], p: Any) -> dict[int, str]:
     for i, adjusted in zip(others, statistics.holm([p(i, best) for i in others]), strict=True):
         if i not in found and adjusted >= statistics.ALPHA:
             found[i] = ALIKE
-    return found
+    return {i: mark for i, mark in found.items() if not _worse(column, means[i], undefended[i])}
 
 
-def _ranking(part: pd.DataFrame, blocks: list[str]) -> statistics.Ranking | None:
-    """Ranks by ASR of the defenses that have an outcome in every block with a trigger; None if nobody has."""
+def _ranking(part: pd.DataFrame, blocks: list[str], strange: np.ndarray[Any, Any]) -> statistics.Ranking | None:
+    """Ranks by ASR of the defenses that have an outcome in every block with a trigger; None if nobody has.
+
+    Args:
+        strange: by the row of the table of cells: is it about another infected model than its rivals?
+    """
     poisoned = part[part.poison_rate > 0]
+    # Nothing of it ended: a reason why it could not be computed is no result.
+    ended = poisoned.groupby("defense")[list(OUTCOMES)].sum().sum(axis=1)
+    other = set(poisoned.defense[strange[poisoned.index]])
+    poisoned = poisoned[poisoned.defense.isin(ended.index[ended > 0]) & ~poisoned.defense.isin(other)]
     lost = poisoned[[_field(state) for state in LOST]].sum(axis=1) > 0
     value = poisoned.asr_mean.where(poisoned.done == poisoned.seeds).where(~lost, math.inf)
     wide = poisoned.assign(value=value).pivot_table(
@@ -621,6 +824,9 @@ def _group(
     """The rows of one setting."""
     lines = []
     reported = bool((group.kind == "reported").any())
+    over = {
+        column.name: set(attacks_of(group, column.name)) for column in (*rest, COLUMN["clean_accuracy"], COLUMN["asr"])
+    }
     for name, row in parts(group, "defense"):
         whole = bool((row.done == row.seeds).all() or reported)
         lines.append((str(name), row, whole, summary(row)))
@@ -632,8 +838,10 @@ def _group(
         def mark(figure: str, name: str = name) -> str:
             return "" if reported else marked.rows.get((*place, name, figure), "")
 
-        def mean(figure: str, column: Column, means: dict[str, float] = means, whole: bool = whole) -> Entry:
+        def mean(figure: str, column: Column, means: dict[str, float] = means, row: pd.DataFrame = row) -> Entry:
             text = column.text(means[figure])
+            cells = row[row.attack.isin(over[column.name])]
+            whole = reported or (cells.done == cells.seeds).all()
             return Entry(((text + ("" if whole or text == "–" or column in COSTS else "†"), mark(figure)),))
 
         by_attack = {str(label): (index, cell) for label, index, cell in _cells_of(row)}
@@ -694,12 +902,13 @@ def _notes(part: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
     if (part.missing > 0).any():
         notes.append(f"missing: {int(part.missing.sum())} trials are not computed yet; run the grid to fill them")
     if (part.done < part.seeds).any():
-        notes.append("† a mean over finished cells only; nothing in such a row is bold")
+        notes.append("† a mean over finished cells only, which is not compared")
     unknown = (trials.status == "done") & trials.infected_accuracy.isna()
     if BASELINE not in set(part.defense) and unknown.any():
         notes.append(f"without {BASELINE} in the grid nobody can tell whether a model is wrecked")
     warned = trials[trials.warnings != ""].drop_duplicates(["defense", "attack", "warnings"])
     notes += [f"warning: {row.defense} against {row.attack}: {row.warnings}" for row in records(warned)]
+    notes += pairing(trials)
     commits = commits_of(trials)
     if commits:
         notes.append(f"commit: {', '.join(commits)}")
@@ -723,6 +932,24 @@ def implants(part: pd.DataFrame) -> list[str]:
         lost = np.round(clean - cell.clean_accuracy_mean, 3)
         if lost > DEAR:
             notes.append(f"dear: {cell.attack}: the infected models are {100 * lost:.1f} points below the clean model")
+    return notes
+
+
+def pairing(trials: pd.DataFrame) -> list[str]:
+    """What is not compared seed by seed because its infected models are others, or not known to be the same."""
+    notes = []
+    for (defense, attack), part in parts(trials[elsewhere(trials)], ["defense", "attack"]):
+        seeds = ", ".join(map(str, sorted(part.seed.unique())))
+        notes.append(
+            f"other infected models: {defense} against {attack} (seed {seeds}) was computed on other weights than the "
+            "rest of its column; it is not marked, ranked or tested"
+        )
+    unknown = trials[trials.status.isin(["done", "wrecked"]) & (trials.implant_weights == "")]
+    if not unknown.empty and trials.seed.nunique() > 1:
+        notes.append(
+            f"the infected weights of {len(unknown)} of {len(trials)} trials are not recorded: their seeds are not "
+            "paired, and no difference of theirs is tested over seeds"
+        )
     return notes
 
 
@@ -796,7 +1023,7 @@ def write(
     text = f"# {_safe(title)}\n\n" + "\n".join(board.markdown() for board in found)
     (folder / "leaderboard.md").write_text(text)
     (folder / "leaderboard.tex").write_text("\n".join(latex(board) for board in found))
-    _compact(table).to_csv(folder / "leaderboard.csv", index=False)
-    _compact(wide(table, marked)).to_csv(folder / "wide.csv", index=False)
-    _compact(trials).to_csv(folder / "trials.csv", index=False)
+    write_csv(_compact(table), folder / "leaderboard.csv")
+    write_csv(_compact(wide(table, marked)), folder / "wide.csv")
+    write_csv(_compact(trials), folder / "trials.csv")
     return found
