@@ -49,12 +49,22 @@ class GridConfig:
 
 
 @dataclass
+class AugmentationConfig:
+    """How training images are augmented; null is the data set's own choice, for an image folder no mirroring."""
+
+    crop: float | None = None  # largest shift as a share of the width: 0.125 is four pixels of 32
+    flip: bool | None = None  # mirror half of the images
+    rotation: float | None = None  # largest angle in degrees
+
+
+@dataclass
 class DatasetConfig:
     """Where data sets lie, and how large their images are made."""
 
     root: str = field(default_factory=lambda: os.environ.get("BENCH_DATA", "data"))  # $BENCH_DATA, or data/
     cache: str = "data/cache"  # where decoded images are kept
-    size: int | None = None  # pixels a side; null is the data set's own
+    size: int | None = None  # pixels a side; null is the data set's own. Other shapes are stretched to a square.
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 python -m bench.data NAME [...] [dataset.root=DIR] [dataset.cache=DIR] [dataset.size=PIXELS]
 
-Files that change later are not noticed: delete the data set's folder in the cache to decode it again.
+Files that are added, removed or changed later are decoded again; the digest says whether the images are the same.
 """
 
 from __future__ import annotations
@@ -14,26 +14,32 @@ from bench.door import enter
 
 def main(arguments: list[str]) -> int:
     from bench.config import UserError, load, said
-    from bench.engine.datasets import dataset, prepare
+    from bench.engine.datasets import DataError, dataset, prepare, source
 
     wanted = [argument for argument in arguments if "=" not in argument]
     if not wanted:
         raise UserError(f"name a data set: {', '.join(sorted(dataset))}, or folder:NAME for any image folder")
     cfg = load([argument for argument in arguments if "=" in argument]).dataset
     for name in wanted:
+        root, cache = Path(cfg.root), Path(cfg.cache)
+        told: list[str] = []
         try:
-            info = prepare(name, Path(cfg.root), Path(cfg.cache), cfg.size)
-        except FileNotFoundError:
             try:
-                info = prepare(name, Path(cfg.root), Path(cfg.cache), cfg.size, download=True)
-            except (OSError, RuntimeError) as error:
-                raise UserError(said(error)) from error
-        except (LookupError, OSError) as error:
+                info = prepare(name, root, cache, cfg.size, say=told.append)
+            except FileNotFoundError:
+                if not source(name).download:
+                    raise
+                info = prepare(name, root, cache, cfg.size, download=True, say=told.append)
+            for split in ("train", "test"):
+                info.load(split)  # verifies what is in the cache
+        except (LookupError, OSError, RuntimeError, DataError) as error:
             raise UserError(said(error)) from error
         print(
             f"{info.title}: {sum(info.train_counts)} + {sum(info.test_counts)} images of {info.num_classes} classes, "
             f"{'x'.join(map(str, info.shape))}, digest {info.digest}, in {info.folder}"
         )
+        for line in dict.fromkeys([*told, *(f"{name}: {note}" for note in info.notes)]):
+            print(line)
     return 0
 
 

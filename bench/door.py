@@ -123,12 +123,13 @@ def _data(cfg: DictConfig, dry: bool) -> tuple[dict[str, DatasetInfo], dict[str,
         UserError: a data set has an unknown name, or its files are missing and needed; the message lists all of them.
     """
     from bench.config import said
-    from bench.engine.datasets import as_published, prepare
+    from bench.engine.datasets import DataError, as_published, prepare
     from bench.grid import names
 
     infos: dict[str, DatasetInfo] = {}
     missing: dict[str, str] = {}
     needed = False
+    chosen = {key: value for key, value in cfg.dataset.augmentation.items() if value is not None}
     for name in names(cfg)["datasets"]:
         try:
             infos[name] = prepare(name, Path(cfg.dataset.root), Path(cfg.dataset.cache), cfg.dataset.size)
@@ -138,12 +139,12 @@ def _data(cfg: DictConfig, dry: bool) -> tuple[dict[str, DatasetInfo], dict[str,
             needed = needed or info is None
             if info is not None:
                 infos[name] = info
-        except (LookupError, OSError) as error:
+        except (LookupError, OSError, DataError) as error:
             raise UserError(said(error)) from error
     if needed:
         count = f"{len(missing)} data sets are missing:\n  " if len(missing) > 1 else ""
         raise UserError(count + "\n  ".join(missing.values()))
-    return infos, missing
+    return {name: info.augmented(**chosen) for name, info in infos.items()}, missing
 
 
 def _check_address(cfg: DictConfig) -> None:
@@ -255,12 +256,15 @@ def protocol(opened: Plan) -> list[str]:
         tainted = "; a share of it (swept) poisoned"
     images = "the whole test set" if measure.pgd_images is None else f"{measure.pgd_images} fixed test images"
     sets = [
-        f"{info.title} ({sum(info.train_counts)} + {sum(info.test_counts)} images of {info.num_classes} classes)"
+        f"{info.title} ({sum(info.train_counts)} + {sum(info.test_counts)} images of {info.num_classes} classes, "
+        f"digest {info.digest or 'unknown'})"
         for info in infos.values()
     ]
+    augmented = [f"{info.title}: {info.augmentation}" for info in infos.values()]
     lines = [
         f"data: {', '.join(sets)}; seeds: {', '.join(map(str, seeds_of(cfg.grid.seeds)))}; "
         "mean ± sample standard deviation over seeds, in percent",
+        f"augmentation of training images: {'; '.join(augmented)}",
         f"reserve: {size} of the training split, cut off before poisoning, never trained on by the attacker" + tainted,
         "ACC: clean test accuracy. ASR: share of triggered test images of other classes sent to the target "
         "(all-to-all: of all, to the next class). recovery: share of the same images given their true label",

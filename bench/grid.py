@@ -186,6 +186,12 @@ def check(cfg: DictConfig) -> None:
             f"measure.relearn_poisoned is {counts}; write different numbers of images from 1 up, "
             f"{RELEARN_TABLE} among them (the paper's, which the table shows)"
         )
+    for name, most, example in (("crop", 0.5, "0.125 for four pixels of 32"), ("rotation", 180, "10 for ten degrees")):
+        value = cfg.dataset.augmentation[name]
+        if value is not None and not 0 <= value <= most:
+            raise UserError(
+                f"dataset.augmentation.{name} is {value:g}; write a number from 0 to {most:g}, e.g. {example}"
+            )
     if dispatch.threads < 1 or (dispatch.workers is not None and dispatch.workers < 0):
         raise UserError("dispatch.threads is at least 1, and dispatch.workers at least 0 (null: one for each core)")
     if dispatch.kind not in ("local", "slurm"):

@@ -15,7 +15,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -255,7 +254,7 @@ class _Driver:
         self.workers = _workers(dispatch)
         self.settings = {
             "store": str(store.root.resolve()),
-            "infos": {name: {**asdict(info), "folder": str(info.folder.resolve())} for name, info in infos.items()},
+            "infos": {name: info.to_json() for name, info in infos.items()},
             "device": device.type,
             "threads": dispatch.threads,
             "workers": self.workers,

@@ -83,14 +83,7 @@ class Batch:
 
     @property
     def infos(self) -> dict[str, DatasetInfo]:
-        found = {}
-        for name, info in self.settings["infos"].items():
-            fields: dict[str, Any] = {
-                key: tuple(value) if isinstance(value, list) else value for key, value in info.items()
-            }
-            fields["folder"] = Path(info["folder"])
-            found[name] = DatasetInfo(**fields)
-        return found
+        return {name: DatasetInfo.from_json(info) for name, info in self.settings["infos"].items()}
 
 
 @dataclass(frozen=True)

@@ -229,15 +229,21 @@ def test_a_set_refuses_float_images_flat_images_and_a_wrong_number_of_labels():
 
 
 LARGE_SET = """
+import hashlib
 import sys
 from pathlib import Path
 import torch
-from bench.engine.datasets import DatasetInfo
+from bench.engine.datasets import DatasetInfo, write_facts
 from bench.engine.metrics import predict
 from bench.engine.models import ModelSpec
 from bench.engine.training import Recipe, fit
 
-info = DatasetInfo("x", "x", "", (3, 32, 32), (1,), (1,), (0.5,) * 3, (0.5,) * 3, Path(sys.argv[1]))
+folder = Path(sys.argv[1])
+sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*_labels.npy")}
+with (folder / "train_images.npy").open("rb") as file:
+    sums["train_images.npy"] = hashlib.file_digest(file, "sha256").hexdigest()
+write_facts(folder, {"digest": "", "checksums": sums})
+info = DatasetInfo("x", "x", "", (3, 32, 32), (1,), (1,), (0.5,) * 3, (0.5,) * 3, folder)
 images = info.load("train").to("cpu")
 model = ModelSpec("test_resnet", 4, 3, 32, (0.5,) * 3, (0.25,) * 3, "half").build(0)
 fit(model, images, Recipe(updates=3, batch_size=16), seed=0)

@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from bench.engine import datasets
-from bench.engine.datasets import Digits, Splits, dataset, prepare, source
+from bench.engine.datasets import DataError, Digits, Splits, dataset, prepare, source
 
 
 def noise(seed: int, *shape: int) -> np.ndarray:
@@ -201,17 +201,32 @@ def test_channels_have_means_of_their_own_also_over_many_images(tmp_path, monkey
     assert info.shape == (3, 2, 2)
 
 
-def test_classes_without_a_test_image_are_counted(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("train", "test", "empty"),
+    [
+        ([0, 1, 2, 2], [1, 2], "0"),
+        ([0, 1, 2, 2], [0, 2], "1"),
+        ([0, 1, 2, 2], [0, 1], "2"),
+        ([0, 0, 1], [0, 1, 2], "2"),  # the last: the labels of the training images do not show it
+        ([1, 2, 2], [0, 1, 2], "0"),
+        ([0, 1], [], "0 test"),
+        ([], [0, 1], "0 training"),
+    ],
+)
+def test_a_class_without_an_image_in_a_split_is_refused_whatever_the_data_set(
+    tmp_path, monkeypatch, train, test, empty
+):
     class Gaps(datasets.DataSource):
         title, size = "gaps", 2
 
         def read(self, root: Path, size: int, download: bool) -> Splits:
-            return Splits(noise(0, 6, 2, 2), np.array([0, 1, 2, 3, 3, 1]), noise(1, 2, 2, 2), np.array([1, 1]))
+            images = [noise(0, len(labels), 2, 2) for labels in (train, test)]
+            return Splits(images[0], np.array(train, int), images[1], np.array(test, int))
 
     monkeypatch.setitem(dataset, "gaps", Gaps)
-    info = prepare("gaps", tmp_path, tmp_path / "cache")
-    assert info.train_counts == (1, 2, 1, 2)
-    assert info.test_counts == (0, 2, 0, 0)
+    with pytest.raises(DataError, match=f"gaps.*{empty}"):
+        prepare("gaps", tmp_path, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 # Image folders ----------------------------------------------------------------------------------------------
@@ -272,7 +287,7 @@ def test_an_archive_cannot_write_outside_its_folder(tmp_path):
         entry = tarfile.TarInfo("../../escaped.txt")
         entry.size = 4
         file.addfile(entry, io.BytesIO(b"evil"))
-    with pytest.raises(tarfile.OutsideDestinationError):
+    with pytest.raises(DataError, match=r"evil\.tar\.gz"):
         prepare("folder:evil", tmp_path, tmp_path / "cache")
 
 
@@ -380,7 +395,7 @@ def test_an_archive_of_32_pixels_is_not_used_for_64(tmp_path):
         prepare("gtsrb", tmp_path / "packed", tmp_path / "cache", size=64)
 
 
-def test_tiny_imagenet_takes_its_classes_from_wnids_and_its_test_set_from_the_list(tmp_path):
+def test_tiny_imagenet_takes_its_classes_from_wnids_and_its_test_set_from_the_list(tmp_path, monkeypatch):
     folder = tmp_path / "tiny-imagenet-200"
     classes = ["n03", "n01", "n02"]  # the order of the file, not of the alphabet
     pixels = {}
@@ -391,17 +406,18 @@ def test_tiny_imagenet_takes_its_classes_from_wnids_and_its_test_set_from_the_li
             save(path, pixels[name, number])
         (folder / "train" / name / f"{name}_boxes.txt").write_text("")
     (folder / "wnids.txt").write_text("\n".join(classes) + "\n")
-    wanted = ["n02", "n02", "n03"]
-    for number in range(3):
+    wanted = ["n02", "n02", "n03", "n01"]
+    for number in range(4):
         save(folder / "val" / "images" / f"val_{number}.png", noise(50 + number, 64, 64, 3))
     (folder / "val" / "val_annotations.txt").write_text(
         "".join(f"val_{number}.png\t{name}\t0\t32\t44\t62\n" for number, name in enumerate(wanted))
     )
+    monkeypatch.setattr(datasets.TinyImageNet, "images", (6, 4))
     info = prepare("tiny_imagenet", tmp_path, tmp_path / "cache")
     train, test = info.load("train"), info.load("test")
     assert info.shape == (3, 64, 64)
     assert train.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    assert test.labels.tolist() == [2, 2, 0]
+    assert test.labels.tolist() == [2, 2, 0, 1]
     assert np.array_equal(train.images[2].permute(1, 2, 0).numpy(), pixels["n01", 0])
     assert np.array_equal(test.images[1].permute(1, 2, 0).numpy(), noise(51, 64, 64, 3))
 
@@ -434,7 +450,7 @@ class FakeTorchvision:
 
     def __call__(self, root: str, download: bool, train: bool | None = None, split: str | None = None) -> object:
         first = train if train is not None else split == "train"
-        images, labels = noise(int(first), 20 if first else 9, 32, 32, 3), np.arange(20 if first else 9) % 10
+        images, labels = noise(int(first), 20 if first else 11, 32, 32, 3), np.arange(20 if first else 11) % 10
         images = images.transpose(0, 3, 1, 2) if self.channels_first else images
         return type("Part", (), {"data": images, ("labels" if self.channels_first else "targets"): labels.tolist()})()
 
@@ -446,14 +462,14 @@ def test_torchvision_sets_keep_their_splits_and_pixels_whatever_the_order_of_axe
     monkeypatch.setattr(torchvision.datasets, kind, FakeTorchvision(channels_first=kind == "SVHN"))
     info = prepare(name, tmp_path, tmp_path / "cache")
     assert np.array_equal(info.load("train").images.permute(0, 2, 3, 1).numpy(), noise(1, 20, 32, 32, 3))
-    assert np.array_equal(info.load("test").images.permute(0, 2, 3, 1).numpy(), noise(0, 9, 32, 32, 3))
+    assert np.array_equal(info.load("test").images.permute(0, 2, 3, 1).numpy(), noise(0, 11, 32, 32, 3))
     assert info.train_counts == (2,) * 10
 
 
 # Mistakes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "fashion_mnist", "gtsrb"])
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "fashion_mnist", "gtsrb", "cifar10_jpeg"])
 def test_missing_data_that_can_be_fetched_names_the_command_and_the_setting(tmp_path, name):
     with pytest.raises(FileNotFoundError) as caught:
         prepare(name, tmp_path, tmp_path / "cache")
@@ -470,7 +486,6 @@ def test_missing_data_that_can_be_fetched_names_the_command_and_the_setting(tmp_
     [
         ("tiny_imagenet", "unpack tiny-imagenet-200.zip there"),
         ("folder:mine", "mine/train/<class>/* and mine/test/<class>/*"),
-        ("cifar10_jpeg", "cifar10_jpeg/train/<class>/*"),
     ],
 )
 def test_missing_data_that_cannot_be_fetched_says_where_to_put_it(tmp_path, name, advice):
@@ -505,7 +520,7 @@ def test_the_cache_holds_no_pickle(tmp_path):
     folder = prepare("digits", tmp_path, tmp_path / "cache").folder
     for path in folder.glob("*.npy"):
         np.load(path, allow_pickle=False)
-    assert json.loads((folder / "meta.json").read_text())["shape"] == [1, 16, 16]
+    assert json.loads((folder / "meta.json").read_text())["facts"]["shape"] == [1, 16, 16]
 
 
 # Images, classes, channels and pixels as the publications of the data sets give them.

@@ -612,13 +612,12 @@ def test_where_there_is_no_slurm_it_says_so(tiny, monkeypatch, tmp_path):
 
 
 def test_a_batch_comes_back_from_its_file_as_it_was(tiny, tmp_path):
-    from dataclasses import asdict
 
     from bench.dispatch import pending
 
     opened = plan(tiny)
     tasks = pending(opened.trials, opened.store)
-    infos = {name: {**asdict(info), "folder": str(info.folder)} for name, info in opened.infos.items()}
+    infos = {name: info.to_json() for name, info in opened.infos.items()}
     made = jobs.Batch.new(tmp_path / "slurm", {"infos": infos}, [tasks[:3], tasks[3:]])
     read = jobs.Batch.read(made.folder)
     assert read.infos == opened.infos

@@ -93,6 +93,10 @@ class Augmentation:
     flip: bool = False
     rotation: float = 0.0
 
+    def __str__(self) -> str:
+        mirrored = "mirrored at random" if self.flip else "not mirrored"
+        return f"shifted by up to {self.crop:.3g} of the width, {mirrored}, turned by up to {self.rotation:g} degrees"
+
     def __call__(self, images: Tensor, source: torch.Generator) -> Tensor:
         """Augment (B, C, H, W) images, uint8 or float; returns float32 in [0, 1], channels last in memory."""
         count, _, height, width = images.shape
