@@ -26,10 +26,13 @@ def main(arguments: list[str]) -> int:
         try:
             try:
                 info = prepare(name, root, cache, cfg.size, say=told.append)
-            except FileNotFoundError:
+            except FileNotFoundError as missing:
                 if not source(name).download:
                     raise
-                info = prepare(name, root, cache, cfg.size, download=True, say=told.append)
+                try:
+                    info = prepare(name, root, cache, cfg.size, download=True, say=told.append)
+                except (OSError, RuntimeError) as error:
+                    raise UserError(f"{said(missing)}; fetching it failed: {said(error)}") from error
             for split in ("train", "test"):
                 info.load(split)  # verifies what is in the cache
         except (LookupError, OSError, RuntimeError, DataError) as error:

@@ -1,8 +1,11 @@
 import csv
 import gzip
+import hashlib
 import io
 import json
 import os
+import pickle
+import shutil
 import struct
 import tarfile
 import threading
@@ -15,7 +18,11 @@ import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from bench import data as command
+from bench.config import UserError
+from bench.door import plan, protocol
 from bench.engine import datasets
+from bench.engine.data import Augmentation
 from bench.engine.datasets import DataError, Digits, Splits, dataset, prepare, source
 
 
@@ -229,6 +236,169 @@ def test_a_class_without_an_image_in_a_split_is_refused_whatever_the_data_set(
     assert not (tmp_path / "cache").exists()
 
 
+def test_digits_keep_the_digest_of_the_stored_results(tmp_path):
+    assert prepare("digits", tmp_path, tmp_path / "cache").digest == "09e602bd1751e4e9"
+
+
+@pytest.mark.parametrize("name", ["folder:cifar10_jpeg", "cifar10_jpeg"])
+def test_another_root_is_another_source(tmp_path, name):
+    for number, root in enumerate(("one", "two")):
+        animals(tmp_path / root / "cifar10_jpeg")
+        save(tmp_path / root / "cifar10_jpeg" / "train" / "cat" / "a.png", noise(90 + number, 32, 32, 3))
+    one, two = (prepare(name, tmp_path / root, tmp_path / "cache") for root in ("one", "two"))
+    assert one.digest != two.digest
+    assert prepare(name, tmp_path / "one", tmp_path / "cache") == one
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty"):
+        prepare(name, tmp_path / "empty", tmp_path / "cache")
+    # The identity of a trial is that of the images, wherever they lie.
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert prepare(name, tmp_path / "moved", tmp_path / "cache").digest == one.digest
+
+
+def changed(folder: Path, how: str) -> None:
+    image = folder / "train" / "cat" / "a.png"
+    if how == "added":
+        save(image.with_name("new.png"), noise(90, 32, 32, 3))
+    elif how == "removed":
+        image.unlink()
+    elif how == "renamed":
+        image.rename(image.with_name("z.png"))
+    elif how == "rewritten":
+        save(image, noise(91, 32, 32, 3))
+    else:  # of the same size
+        content = image.read_bytes()
+        image.unlink()
+        image.write_bytes(content)
+        os.utime(image, (1, 1))
+
+
+@pytest.mark.parametrize("how", ["added", "removed", "renamed", "rewritten", "touched"])
+def test_changed_files_are_decoded_again(tmp_path, how):
+    animals(tmp_path / "animals")
+    before = prepare("folder:animals", tmp_path, tmp_path / "cache")
+    changed(tmp_path / "animals", how)
+    after = prepare("folder:animals", tmp_path, tmp_path / "cache")
+    assert after.folder != before.folder
+    assert (after.digest == before.digest) == (how == "touched")
+    assert after.digest == prepare("folder:animals", tmp_path, tmp_path / "fresh").digest
+
+
+def test_a_replaced_archive_is_decoded_again(tmp_path):
+    animals(tmp_path / "a" / "animals")
+    (tmp_path / "root").mkdir()
+    pack(tmp_path / "a" / "animals", tmp_path / "root" / "animals.tar", "w")
+    before = prepare("folder:animals", tmp_path / "root", tmp_path / "cache")
+    changed(tmp_path / "a" / "animals", "rewritten")
+    pack(tmp_path / "a" / "animals", tmp_path / "root" / "animals.tar", "w")
+    assert prepare("folder:animals", tmp_path / "root", tmp_path / "cache").digest != before.digest
+
+
+def test_images_whose_files_are_gone_are_used_with_a_word(tmp_path):
+    animals(tmp_path / "animals")
+    before = prepare("folder:animals", tmp_path, tmp_path / "cache")
+    shutil.rmtree(tmp_path / "animals")
+    said: list[str] = []
+    assert prepare("folder:animals", tmp_path, tmp_path / "cache", say=said.append) == before
+    assert "folder:animals" in said[0]
+
+
+def test_a_damaged_archive_is_named(tmp_path):
+    animals(tmp_path / "a" / "animals")
+    (tmp_path / "root").mkdir()
+    archive = tmp_path / "root" / "animals.tar.gz"
+    pack(tmp_path / "a" / "animals", archive, "w:gz")
+    archive.write_bytes(archive.read_bytes()[:3000])
+    with pytest.raises(DataError, match=str(archive)):
+        prepare("folder:animals", tmp_path / "root", tmp_path / "cache")
+
+
+def damaged(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "absent":
+        path.unlink()
+    elif how == "a folder":
+        path.unlink()
+        path.mkdir()
+    elif how == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "zeros":
+        path.write_bytes(bytes(len(content)))
+    elif how == "foreign":
+        path.write_bytes(b'{"digest": 1}\n\xff')
+    else:
+        content[-3] ^= 1
+        path.write_bytes(content)
+
+
+DAMAGES = ["absent", "a folder", "truncated", "empty", "zeros", "foreign", "one bit"]
+
+
+@pytest.mark.parametrize("file", ["train_images.npy", "test_labels.npy", "meta.json"])
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("when", ["before the command", "while it runs"])
+def test_a_damaged_cache_is_set_aside_and_decoded_again(tmp_path, monkeypatch, file, how, when):
+    animals(tmp_path / "animals")
+    info = prepare("folder:animals", tmp_path, tmp_path / "cache")
+    whole = [info.load(split) for split in ("train", "test")]
+    whole = [(part.images.clone(), part.labels.clone()) for part in whole]
+    damaged(info.folder / file, how)
+    monkeypatch.setattr(datasets, "_verified", set())  # as in another process
+    if when == "before the command":
+        info = prepare("folder:animals", tmp_path, tmp_path / "cache")
+    for split, (images, labels) in zip(("train", "test"), whole, strict=True):
+        part = info.load(split)
+        assert torch.equal(part.images, images)
+        assert torch.equal(part.labels, labels)
+    aside = [path for path in (tmp_path / "cache").iterdir() if path.name.startswith("damaged")]
+    assert len(aside) == 1
+    assert prepare("folder:animals", tmp_path, tmp_path / "cache") == info
+
+
+def test_a_damaged_figure_of_a_data_set_is_noticed(tmp_path):
+    info = prepare("digits", tmp_path, tmp_path / "cache")
+    meta = info.folder / "meta.json"
+    meta.write_text(meta.read_text().replace("0.304974", "0.904974"))
+    assert prepare("digits", tmp_path, tmp_path / "cache") == info
+
+
+def test_a_damaged_cache_whose_source_is_gone_or_changed_is_refused(tmp_path):
+    animals(tmp_path / "animals")
+    for how in ("changed", "gone"):
+        info = prepare("folder:animals", tmp_path, tmp_path / "cache")
+        damaged(info.folder / "train_images.npy", "one bit")
+        if how == "gone":
+            shutil.rmtree(tmp_path / "animals")
+            shutil.rmtree(tmp_path / "changed")
+            for other in set((tmp_path / "cache").iterdir()) - {info.folder}:
+                shutil.rmtree(other)
+        else:
+            shutil.copytree(tmp_path / "animals", tmp_path / "changed")
+            changed(tmp_path / "animals", "rewritten")
+        with pytest.raises(DataError, match="folder:animals") as caught:
+            info.load("train")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_verified_once(tmp_path, monkeypatch):
+    info = prepare("digits", tmp_path, tmp_path / "cache")
+    monkeypatch.setattr(datasets, "_verified", set())
+    hashed, checksum = [], datasets._checksum
+    monkeypatch.setattr(datasets, "_checksum", lambda path: hashed.append(path.name) or checksum(path))
+    for _ in range(3):
+        info.load("train")
+    assert sorted(hashed) == ["train_images.npy", "train_labels.npy"]
+
+
+def test_facts_come_back_from_json_as_they_were(tmp_path):
+    animals(tmp_path / "animals")
+    for name in ("digits", "folder:animals"):
+        info = prepare(name, tmp_path, tmp_path / "cache").augmented(flip=True, rotation=3)
+        assert datasets.DatasetInfo.from_json(json.loads(json.dumps(info.to_json()))) == info
+
+
 # Image folders ----------------------------------------------------------------------------------------------
 
 
@@ -297,6 +467,93 @@ def test_jpeg_cifar_is_an_image_folder_with_a_title(tmp_path):
     assert info.title == "CIFAR-10 (JPEG)"
     assert info.train_counts == (1, 2)
     assert info.augmentation.flip
+
+
+CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def few_cifar(root: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """CIFAR-10 as torchvision has it: pickled batches of rows of 3,072 bytes, channels first; 50 + 20 images."""
+    from torchvision.datasets import CIFAR10
+
+    folder, splits = root / "cifar-10-batches-py", {}
+    folder.mkdir(parents=True)
+    sums = {}
+    for split, names, count in (("train", [f"data_batch_{n}" for n in range(1, 6)], 10), ("test", ["test_batch"], 20)):
+        images = noise(len(names), len(names) * count, 32, 32, 3)
+        labels = np.random.default_rng(len(names)).permutation(len(images)) % 10
+        splits[split] = images, labels
+        for number, name in enumerate(names):
+            rows = slice(number * count, (number + 1) * count)
+            data = images[rows].transpose(0, 3, 1, 2).reshape(count, -1)
+            content = pickle.dumps({"data": data, "labels": labels[rows].tolist()})
+            (folder / name).write_bytes(content)
+            sums[name] = hashlib.md5(content).hexdigest()
+    meta = pickle.dumps({"label_names": CIFAR})
+    (folder / "batches.meta").write_bytes(meta)
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, sums[name]] for name in sums if name != "test_batch"])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": hashlib.md5(meta).hexdigest()})
+    return splits
+
+
+def test_jpeg_cifar_is_made_from_cifar_as_from_files_of_its_quality(tmp_path, monkeypatch, capsys):
+    splits = few_cifar(tmp_path / "cifar", monkeypatch)
+    for split, (images, labels) in splits.items():
+        seen = dict.fromkeys(range(10), 0)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            place = tmp_path / "files" / "cifar10_jpeg" / split / CIFAR[label]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(place / f"{seen[label]:04}.jpg", quality=75, subsampling=2)
+            seen[label] += 1
+    files = prepare("cifar10_jpeg", tmp_path / "files", tmp_path / "cache")
+    words = ["cifar10_jpeg", f"dataset.root={tmp_path / 'cifar'}", f"dataset.cache={tmp_path / 'cache'}"]
+    assert command.main(words) == 0
+    first, second = capsys.readouterr().out.strip().split("\n")
+    assert files.digest in first
+    for part in ("CIFAR-10", "quality 75", "4:2:0"):
+        assert part in second
+    made = prepare("cifar10_jpeg", tmp_path / "cifar", tmp_path / "cache")
+    assert (made.digest, made.train_counts, made.notes[0] in second) == (files.digest, (5,) * 10, True)
+
+
+# Augmentation -----------------------------------------------------------------------------------------------
+
+
+def test_an_image_folder_is_not_mirrored_unless_that_is_said(tmp_path):
+    animals(tmp_path / "animals")
+    own = ["grid.datasets=[digits,folder:animals]", f"dataset.root={tmp_path}", f"dataset.cache={tmp_path}/cache"]
+    own += ["grid.attacks=[none]", "grid.defenses=[no_defense]", "grid.seeds=1", "train.batch_size=2"]
+    own += [f"results={tmp_path}/results", "reserve.pool=0.5", "reserve.size=0.5", "grid.models=[test_resnet]"]
+    usual = {"digits": {"crop": 1 / 16, "flip": False, "rotation": 0}}
+    usual["folder:animals"] = {"crop": 1 / 8, "flip": False, "rotation": 0}
+    cases = [([], {}), (["flip=true", "rotation=7"], {"flip": True, "rotation": 7}), (["crop=0"], {"crop": 0})]
+    keys = set()
+    for settings, chosen in cases:
+        opened = plan([*own, *(f"dataset.augmentation.{setting}" for setting in settings)])
+        lines = "\n".join(protocol(opened))
+        for trial in opened.trials:
+            assert trial.implant["dataset"]["augmentation"] == {**usual[trial.dataset], **chosen}
+            assert str(Augmentation(**trial.implant["dataset"]["augmentation"])) in lines
+            keys.add(trial.keys()[0])
+        assert all(info.digest in lines for info in opened.infos.values())
+    assert len(keys) == 6
+    # What a data set has anyway changes no key.
+    same = plan([*own, "dataset.augmentation.flip=false"])
+    assert {trial.keys()[0] for trial in same.trials} < keys
+
+
+@pytest.mark.parametrize("setting", ["crop=0.6", "crop=-0.1", "crop=nan", "rotation=181", "rotation=-1"])
+def test_an_impossible_augmentation_is_refused(tmp_path, setting):
+    name, _, value = setting.partition("=")
+    with pytest.raises(UserError, match=rf"dataset\.augmentation\.{name}.*{value}"):
+        plan([f"dataset.augmentation.{setting}", f"dataset.cache={tmp_path}"])
+
+
+@pytest.mark.parametrize("size", [0, -8])
+def test_an_impossible_size_is_refused(tmp_path, size):
+    with pytest.raises(UserError, match=rf"dataset\.size.*{size}"):
+        plan([f"dataset.size={size}", f"dataset.cache={tmp_path}"])
 
 
 # Published layouts ------------------------------------------------------------------------------------------
@@ -420,6 +677,109 @@ def test_tiny_imagenet_takes_its_classes_from_wnids_and_its_test_set_from_the_li
     assert test.labels.tolist() == [2, 2, 0, 1]
     assert np.array_equal(train.images[2].permute(1, 2, 0).numpy(), pixels["n01", 0])
     assert np.array_equal(test.images[1].permute(1, 2, 0).numpy(), noise(51, 64, 64, 3))
+
+
+def few_things(root: Path, ending: str = "\n", after: str = "") -> Path:
+    """Tiny-ImageNet with two classes of eight training images and eleven test images."""
+    folder = root / "tiny-imagenet-200"
+    lines = []
+    for label, name in enumerate(("n02", "n01")):
+        for number in range(8):
+            save(folder / "train" / name / "images" / f"{name}_{number}.JPEG", noise(20 * label + number, 64, 64, 3))
+    for number in range(11):
+        save(folder / "val" / "images" / f"val_{number}.JPEG", noise(50 + number, 64, 64, 3))
+        lines.append(f"val_{number}.JPEG\t{('n01', 'n02')[number % 2]}\t0\t0\t1\t1")
+    (folder / "val" / "val_annotations.txt").write_bytes((ending.join(lines) + after).encode())
+    (folder / "wnids.txt").write_text(ending.join(["n02", "n01"]))
+    return folder
+
+
+@pytest.fixture
+def few_things_are_whole(monkeypatch):
+    monkeypatch.setattr(datasets.TinyImageNet, "images", (16, 11))
+
+
+@pytest.mark.parametrize(("ending", "after"), [("\r\n", "\r\n"), ("\n", "\n\n  \n")])
+def test_line_ends_and_blank_lines_of_tiny_imagenet_change_nothing(tmp_path, few_things_are_whole, ending, after):
+    few_things(tmp_path / "plain")
+    few_things(tmp_path / "other", ending, after)
+    one, other = (prepare("tiny_imagenet", tmp_path / root, tmp_path / "cache") for root in ("plain", "other"))
+    assert one.digest == other.digest
+    assert one.test_counts == (5, 6)
+
+
+@pytest.mark.parametrize("keeps_list", [True, False])
+@pytest.mark.parametrize("below", ["", "images"])
+def test_test_images_that_were_moved_into_folders_of_classes_are_the_same(
+    tmp_path, few_things_are_whole, keeps_list, below
+):
+    few_things(tmp_path / "plain")
+    val = few_things(tmp_path / "moved") / "val"
+    for number in range(11):
+        place = val / ("n01", "n02")[number % 2] / below
+        place.mkdir(parents=True, exist_ok=True)
+        (val / "images" / f"val_{number}.JPEG").rename(place / f"val_{number}.JPEG")
+    (val / "images").rmdir()
+    if not keeps_list:
+        (val / "val_annotations.txt").unlink()
+    one, other = (prepare("tiny_imagenet", tmp_path / root, tmp_path / "cache") for root in ("plain", "moved"))
+    assert one.digest == other.digest
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("val_0.JPEG\tn03\t0\t0\t1\t1", "line 12.*n03"),
+        ("val_0.JPEG", "line 12"),
+        ("val_99.JPEG\tn01\t0", r"line 12.*val_99\.JPEG"),
+    ],
+)
+def test_a_wrong_line_of_tiny_imagenet_is_named(tmp_path, few_things_are_whole, wrong, said):
+    few_things(tmp_path, after="\n" + wrong)
+    with pytest.raises(DataError, match=said):
+        prepare("tiny_imagenet", tmp_path, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("lost", ["train", "test", "a class", "the list", "the classes"])
+def test_tiny_imagenet_that_is_not_all_there_is_refused(tmp_path, few_things_are_whole, lost):
+    folder = few_things(tmp_path)
+    if lost == "train":
+        next((folder / "train" / "n01" / "images").iterdir()).unlink()
+    elif lost == "test":
+        listed = folder / "val" / "val_annotations.txt"
+        listed.write_text("\n".join(listed.read_text().split("\n")[:3]))
+    elif lost == "a class":
+        shutil.rmtree(folder / "train" / "n01" / "images")
+    elif lost == "the list":
+        (folder / "val" / "val_annotations.txt").unlink()
+    else:
+        (folder / "wnids.txt").unlink()
+    expected = {"train": r"15 \+ 11.*16 \+ 11", "test": r"16 \+ 3", "a class": r"8 \+ 11", "the classes": "wnids"}
+    with pytest.raises((FileNotFoundError, DataError), match=expected.get(lost, "val_annotations")):
+        prepare("tiny_imagenet", tmp_path, tmp_path / "cache")
+
+
+def test_traffic_signs_as_another_site_has_them_are_refused_with_what_is_there(tmp_path, few_signs):
+    save(tmp_path / "gtsrb" / "Train" / "0" / "a.png", noise(0, 32, 32, 3))
+    (tmp_path / "gtsrb" / "Test.csv").write_text("Width,Height,ClassId,Path\n")
+    with pytest.raises(FileNotFoundError, match=r"Test\.csv, Train.*GTSRB/"):
+        prepare("gtsrb", tmp_path, tmp_path / "cache")
+
+
+def test_a_wrong_list_of_traffic_signs_is_named(tmp_path, few_signs):
+    signs(tmp_path)
+    listed = tmp_path / "gtsrb" / "GT-final_test.csv"
+    listed.write_text(listed.read_text().replace(";", ","))
+    with pytest.raises(DataError, match=r"GT-final_test\.csv, line 2"):
+        prepare("gtsrb", tmp_path, tmp_path / "cache")
+
+
+def test_a_damaged_idx_file_is_named(tmp_path):
+    (tmp_path / "fashion-mnist").mkdir()
+    for part in datasets._IDX:
+        (tmp_path / "fashion-mnist" / f"{part}-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\3\0"))
+    with pytest.raises(DataError, match="train-images-idx3"):
+        prepare("fashion_mnist", tmp_path, tmp_path / "cache")
 
 
 def test_fashion_mnist_is_read_from_packed_idx_files(tmp_path):

@@ -71,12 +71,12 @@ def printable(name: str | Path) -> str:
 
 def is_service(name: str) -> bool:
     """Is this the name of a file or folder that no person put there?"""
-    return name.startswith(".") or name.lower() in SERVICE_NAMES
+    return name[:1] == "." or name.lower() in SERVICE_NAMES
 
 
 def normal(name: str) -> str:
     """One spelling of a name: macOS decomposes accented letters (NFD) that others write as one (NFC)."""
-    return unicodedata.normalize("NFC", name)
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def walk(folder: Path, left_out: LeftOut | None = None) -> list[os.DirEntry[str]]:
@@ -91,12 +91,13 @@ def walk(folder: Path, left_out: LeftOut | None = None) -> list[os.DirEntry[str]
     files: list[tuple[str, str, os.DirEntry[str]]] = []
 
     def visit(directory: str, above: frozenset[tuple[int, int]]) -> None:
+        name = normal(directory)
         with os.scandir(directory) as entries:
             for entry in entries:
                 if is_service(entry.name):
                     left_out.add("service files or folders", entry.name)
                 elif not is_folder(entry):
-                    files.append((normal(directory), normal(entry.name), entry))
+                    files.append((name, normal(entry.name), entry))
                 elif (inode := _inode(entry.path)) in above:
                     left_out.add("links to a folder above them", entry.name)
                 else:
@@ -137,18 +138,15 @@ def images_in(folder: Path, left_out: LeftOut, expected: tuple[str, ...] = ()) -
 def fingerprint(paths: Iterable[Path], root: Path) -> str | None:
     """A hash of the names, sizes and times of all files at these paths under `root`; None: there are none.
 
-    Reads no file: about 0.4 s for 60,000 of them.
+    Opens no file: about 0.6 s for 60,000 of them.
     """
-    digest, empty = hashlib.sha256(), True
+    states, above = [], str(root)
     for path in paths:
         files = [(file.path, file.stat(follow_symlinks=False)) for file in walk(path)] if path.is_dir() else []
         if path.is_file():
             files = [(str(path), path.stat())]
-        for name, found in files:
-            empty = False
-            digest.update(os.fsencode(name.removeprefix(str(root))))
-            digest.update(f"\0{found.st_size} {found.st_mtime_ns}\0".encode())
-    return None if empty else digest.hexdigest()[:8]
+        states += [f"{name.removeprefix(above)}\0{at.st_size} {at.st_mtime_ns}\0" for name, at in files]
+    return hashlib.sha256("".join(states).encode(errors="surrogateescape")).hexdigest()[:8] if states else None
 
 
 def read_image(path: Path) -> tuple[Image.Image, bool]:
