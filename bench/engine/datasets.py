@@ -171,7 +171,9 @@ class DatasetInfo:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> DatasetInfo:
-        facts = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+        facts: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
+        }
         facts["folder"] = Path(fields["folder"])
         facts["root"] = Path(fields["root"]) if fields["root"] else None
         facts["augmentation"] = Augmentation(**fields["augmentation"])
@@ -280,7 +282,7 @@ def prepare(
         for note in facts["notes"]:
             say(f"{name}: {note}")
     assert folder is not None
-    known = {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
+    known: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in facts.items()}
     del known["checksums"]
     where = None if kind.embedded else root
     return DatasetInfo(name=name, title=kind.title, folder=folder, augmentation=kind.augmentation, root=where, **known)
