@@ -57,8 +57,8 @@ class Splits:
     train_labels: NDArray[Any]
     test_images: Array
     test_labels: NDArray[Any]
-    notes: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+    classes: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 class DataSource:
@@ -333,7 +333,8 @@ def _store(folder: Path, splits: Splits, size: int, name: str) -> dict[str, Any]
     for split in ("train", "test"):
         images = _channels_first(getattr(splits, f"{split}_images"), size)
         labels = np.ascontiguousarray(getattr(splits, f"{split}_labels"), dtype=np.int64)
-        for file, array in zip(_array_files(split), (images, labels), strict=True):
+        arrays: tuple[NDArray[Any], NDArray[Any]] = (images, labels)
+        for file, array in zip(_array_files(split), arrays, strict=True):
             np.save(beside / file, array)
             facts["checksums"][file] = _checksum(beside / file)
         digest.update(repr(images.shape).encode() + images.tobytes() + labels.tobytes())
