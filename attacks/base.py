@@ -14,6 +14,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from bench.engine.counts import images_of, least_share
 from bench.engine.data import Augmentation, ImageSet, generator, to_float, to_uint8
 from bench.engine.models import Classifier
 from bench.engine.registry import LATER, Registry
@@ -141,12 +142,14 @@ class Attack:
                 f"attack.{self.name}.target_label is {self.target_label}; the classes are 0 to {len(class_counts) - 1}"
             )
         total, own = sum(class_counts), class_counts[self.target_label]
-        if self.poison_rate and not round(self.poison_rate * total):
-            raise ValueError(
-                f"attack.{self.name}.poison_rate is {self.poison_rate:g}, less than one of {total} images; "
-                f"write at least {1 / total:.2g}"
-            )
-        stamped = round(self.poison_rate * total) + round(self.cover_rate * total)
+        for key in ("poison_rate", "cover_rate"):
+            share = getattr(self, key)
+            if share and not images_of(share, total):
+                raise ValueError(
+                    f"attack.{self.name}.{key} is {share:g}, less than one of {total} images; "
+                    f"write at least {least_share(total):g}"
+                )
+        stamped = images_of(self.poison_rate, total) + images_of(self.cover_rate, total)
         if self.label_mode == "clean_label" and stamped > own:
             covers = f" and cover_rate {self.cover_rate:g}" if self.cover_rate else ""
             raise ValueError(
@@ -249,8 +252,8 @@ class Attack:
                 poisoned share of another set (a tainted reserve).
         """
         device = clean.device
-        count = round((self.poison_rate if rate is None else rate) * len(clean))
-        cover = round(self.cover_rate * len(clean)) if rate is None else 0
+        count = images_of(self.poison_rate if rate is None else rate, len(clean))
+        cover = images_of(self.cover_rate, len(clean)) if rate is None else 0
         roles = self.choose(clean.labels, generator(seed, "poison"), count, cover)
         possible = int((roles == POISON).sum())
         if possible < count:

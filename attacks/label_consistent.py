@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.engine.adversarial import pgd
+from bench.engine.counts import images_of
 from bench.engine.data import ImageSet, generator, to_float, to_uint8
 from bench.engine.training import Tensors
 
@@ -82,7 +83,7 @@ class LabelConsistent(Attack):
 
         # The same source and counts as in `poison`: PGD is spent on the images that it will draw, no others.
         source = generator(setup.seed, "poison")
-        counts = round(self.poison_rate * len(trainset)), round(self.cover_rate * len(trainset))
+        counts = images_of(self.poison_rate, len(trainset)), images_of(self.cover_rate, len(trainset))
         victims = (self.choose(trainset.labels, source, *counts) == POISON).nonzero().flatten()
         perturbed = trainset.batch(victims)
         if len(victims) and self.steps and self.epsilon:

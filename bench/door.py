@@ -90,9 +90,11 @@ def plan(arguments: list[str], dry: bool = False) -> Plan:
 
 def planned(cfg: DictConfig, arguments: list[str], dry: bool = False) -> Plan:
     """`plan`, of a configuration that is loaded."""
+    from bench.config import explicit_in, separated
     from bench.grid import check, expand
     from bench.store import Store
 
+    arguments = separated(arguments)
     check(cfg)
     _check_address(cfg)
     store = Store(Path(cfg.results) / "store")
@@ -111,7 +113,7 @@ def planned(cfg: DictConfig, arguments: list[str], dry: bool = False) -> Plan:
         from slurm.dispatch import check as check_slurm
 
         check_slurm(cfg.dispatch, dry)
-    explicit = frozenset(argument.partition("=")[0].lstrip("+") for argument in arguments)
+    explicit = explicit_in(arguments)
     trials = expand(cfg, infos, "bfloat16" if device.type == "cuda" else "float32", explicit)
     return Plan(cfg, trials, infos, store, device, explicit, arguments, _published(cfg, trials), missing)
 
@@ -245,16 +247,12 @@ def _device(cfg: DictConfig, pick: Callable[[str], torch.device]) -> torch.devic
 
 def protocol(opened: Plan) -> list[str]:
     """The lines printed beneath every table: what the numbers mean, and every setting that is not a default."""
-    from bench.grid import ablations, applies, seeds_of, swept_keys, written
+    from bench.config import to_override
+    from bench.grid import ablations, applies, seeds_of
 
     cfg, infos = opened.cfg, opened.infos
-    measure, reserve = cfg.measure, cfg.reserve
-    swept = swept_keys(cfg)
-    size = "a share (swept)" if "reserve.size" in swept else f"{reserve.size:.1%}"
-    tainted = f"; {reserve.contamination:.1%} of it poisoned" if reserve.contamination else ""
-    if "reserve.contamination" in swept:
-        tainted = "; a share of it (swept) poisoned"
-    images = "the whole test set" if measure.pgd_images is None else f"{measure.pgd_images} fixed test images"
+    measure = cfg.measure
+    used = _counts(opened)
     sets = [
         f"{info.title} ({sum(info.train_counts)} + {sum(info.test_counts)} images of {info.num_classes} classes, "
         f"digest {info.digest or 'unknown'})"
@@ -265,11 +263,11 @@ def protocol(opened: Plan) -> list[str]:
         f"data: {', '.join(sets)}; seeds: {', '.join(map(str, seeds_of(cfg.grid.seeds)))}; "
         "mean ± sample standard deviation over seeds, in percent",
         f"augmentation of training images: {'; '.join(augmented)}",
-        f"reserve: {size} of the training split, cut off before poisoning, never trained on by the attacker" + tainted,
+        f"reserve: {used['reserve']}; cut off before poisoning, never trained on by the attacker",
         "ACC: clean test accuracy. ASR: share of triggered test images of other classes sent to the target "
         "(all-to-all: of all, to the next class). recovery: share of the same images given their true label",
         f"robust: accuracy under PGD-{measure.pgd_steps}, L∞ {measure.pgd_epsilon * 255:.3g}/255, step "
-        f"{measure.pgd_step_size * 255:.3g}/255, one random start, on {images}",
+        f"{measure.pgd_step_size * 255:.3g}/255, one random start, on {used['robust']}",
         "the last checkpoint is measured; nothing is chosen on test data or by ASR",
         "means: over all attacks, and over the clean model for figures that need no trigger",
         "seconds and MiB: of the defense alone, mean seconds and largest peak memory over attacks (on a CPU: of the "
@@ -278,6 +276,8 @@ def protocol(opened: Plan) -> list[str]:
         + ", ".join(f"{key} {value}" for key, value in cfg.train.items() if key not in ("updates",) or value),
         f"settings that are not the methods' defaults: {_changed(cfg) or 'none'}",
     ]
+    if used["poisoned"]:
+        lines.append(f"poisoned training images, where the nearest whole number is another share: {used['poisoned']}")
     if opened.published:
         lines.append(
             f"computed elsewhere, each row with its commit in trials.csv: trials of {', '.join(cfg.published)}"
@@ -286,7 +286,7 @@ def protocol(opened: Plan) -> list[str]:
     lines.append(f"command: {masked(shlex.join(['python', '-m', 'bench.run', *words]))}")
 
     def settings(changed: dict[str, Any]) -> str:
-        return ", ".join(f"{key}={written(value)}" for key, value in changed.items())
+        return ", ".join(f"{key}={to_override(value)}" for key, value in changed.items())
 
     for name, entry in ablations(cfg).items():
         if name in cfg.grid.defenses:
@@ -295,6 +295,58 @@ def protocol(opened: Plan) -> list[str]:
         for where, changed in applies(cfg, exception, opened.explicit).items():
             lines.append(f"exception for {', '.join(where) or 'all cells'}: {settings(changed)}: {exception['why']}")
     return lines
+
+
+def _counts(opened: Plan) -> dict[str, str]:
+    """The images that the shares of a grid come to on its data sets, in words: `reserve`, `robust`, `poisoned`."""
+    from bench.grid import Counts, counts_of
+
+    named = len(opened.infos) > 1
+    cells: dict[tuple[Any, ...], tuple[Trial, Counts]] = {}
+    for trial in opened.trials:
+        attacker, measure = trial.implant["attack"], trial.evaluate
+        shares = trial.implant["pool"], attacker["poison_rate"], attacker["cover_rate"]
+        reserve = tuple(trial.defend.get("reserve", {}).values())
+        place = (trial.dataset, trial.attack, *shares, reserve, measure.get("pgd_images"))
+        place += (measure.get("autoattack_images"), bool(trial.defend))
+        if place not in cells:
+            cells[place] = trial, counts_of(trial, opened.infos[trial.dataset])
+    found: dict[str, dict[str, None]] = {"reserve": {}, "pool": {}, "robust": {}, "poisoned": {}}
+    # On a clean model the reserve is clean; the line is about the others.
+    backdoored = any(trial.implant["attack"]["poison_rate"] for trial, _ in cells.values())
+    for trial, counts in cells.values():
+        where = f" of {trial.dataset}" if named else ""
+        attacker = trial.implant["attack"]
+        if counts.reserve is not None and (attacker["poison_rate"] or not backdoored):
+            share = trial.defend["reserve"]
+            text = f"{counts.reserve} of {counts.train} training images{where} ({counts.reserve / counts.train:.2%}"
+            text += f", for reserve.size={share['size']:g})"
+            if share["contamination"]:
+                assert counts.tainted is not None
+                text += f", {counts.tainted} of them poisoned ({counts.tainted / counts.reserve:.2%}"
+                text += f", for reserve.contamination={share['contamination']:g})"
+            found["reserve"][text] = None
+        pool = sum(counts.pool)
+        text = f"{pool} of {counts.train} training images{where} ({pool / counts.train:.2%}"
+        found["pool"][f"{text}, for reserve.pool={trial.implant['pool']:g}), which no defense of this grid uses"] = None
+        if trial.evaluate:
+            whole = f"the whole test set{where} ({counts.test} images)"
+            text = whole if counts.robust == counts.test else f"{counts.robust} fixed test images{where}"
+            if counts.autoattack:
+                part = whole if counts.autoattack == counts.test else f"{counts.autoattack} fixed test images{where}"
+                text += f" (AutoAttack: on {part})"
+            found["robust"][text] = None
+        left = counts.train - sum(counts.pool)
+        for kind, count in (("poison_rate", counts.poisoned), ("cover_rate", counts.covers)):
+            # Equal in print is equal.
+            if count is not None and f"{count / left:.1%}" != f"{attacker[kind]:.1%}":
+                text = f"{trial.attack}{where}: {count} of {left} ({count / left:.2%}, for {kind}={attacker[kind]:g})"
+                found["poisoned"][text] = None
+    return {
+        "reserve": ", ".join(found["reserve"] or found["pool"]),
+        "robust": ", ".join(found["robust"]) or "test images",
+        "poisoned": ", ".join(found["poisoned"]),
+    }
 
 
 def _changed(cfg: DictConfig) -> str:
@@ -324,7 +376,8 @@ def command(opened: Plan, trial: Trial) -> str:
 
     The precision is named: on another kind of device `auto` would be another one.
     """
-    from bench.grid import PER_CELL, written
+    from bench.config import PER_CELL, to_override
+    from bench.grid import method_of, swept_path
 
     axes = ("dataset", "model", "attack", "defense", "setting")
     mine = (*(f"grid.{axis}s=" for axis in axes), "grid.seeds=", "train.precision=")
@@ -333,16 +386,23 @@ def command(opened: Plan, trial: Trial) -> str:
     words = [
         word
         for word in opened.arguments
-        if not (bare := word.lstrip("+~")).startswith(mine) and (bare.startswith(kept) or not LOCAL.match(bare))
+        if not (bare := word.lstrip("+")).startswith(mine) and (bare.startswith(kept) or not LOCAL.match(bare))
     ]
+    # A grid of one cell refuses the settings of other methods.
+    methods = {"attack": trial.attack, "defense": method_of(opened.cfg, trial.defense)}
+    others = [f"{group}.{name}." for group in methods for name in opened.cfg[group] if name != methods[group]]
+    if trial.control:
+        others.remove("attack.none.")
+    words = [word for word in words if not word.lstrip("+").startswith(tuple(others))]
     if opened.cfg.dispatch.threads != 1:
         words.append(f"dispatch.threads={opened.cfg.dispatch.threads}")
     if trial.variant:
         words = [word for word in words if not word.startswith("grid.sweep=")]
         pairs = re.split(rf", (?=(?:{'|'.join(PER_CELL)})\.[\w.]+=)", trial.variant)
         swept = [pair.partition("=") for pair in pairs]
+        swept = [entry for entry in swept if swept_path(opened.cfg, entry[0], methods)]
         words.append("grid.sweep=[" + ",".join(f"{{key:{key},values:[{value}]}}" for key, _, value in swept) + "]")
-    words += [f"grid.{axis}s=[{written(getattr(trial, axis))}]" for axis in axes]
+    words += [f"grid.{axis}s=[{to_override(getattr(trial, axis))}]" for axis in axes]
     words.append("results=reproduced")
     if "train.precision=" not in trial.variant:  # what is swept cannot be set beside the sweep
         words.append(f"train.precision={trial.implant['train']['precision']}")

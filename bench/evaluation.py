@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from attacks.base import Attack
 from bench.engine import connection, reactivation, robustness
+from bench.engine.counts import images_of
 from bench.engine.data import Augmentation, ImageSet, generator, to_uint8
 from bench.engine.metrics import (
     accuracy,
@@ -123,9 +124,10 @@ def measured(
     classes = [value for value in accuracy_by_class(clean, test.labels, case.num_classes) if value is not None]
     figures |= {"min_class_accuracy": min(classes)} | _against_infected(figures, clean, test, inspected["figures"])
     figures["cross_trigger_accuracy"] = _under_wrong_trigger(model, case) if judged.any() else None
+    attacked = fixed_part(test, measure["pgd_images"])
     figures["robust_accuracy"] = robust_accuracy(
         model,
-        fixed_part(test, measure["pgd_images"]),
+        attacked,
         epsilon=measure["pgd_epsilon"],
         step_size=measure["pgd_step_size"],
         steps=measure["pgd_steps"],
@@ -134,9 +136,11 @@ def measured(
     result: dict[str, Any] = {
         "asr_by_class": success_by_class(triggered, wanted, test.labels, judged, case.num_classes),
         "warnings": [],
+        "robust_images": len(attacked),
     }
     if measure["autoattack_images"]:
         part = fixed_part(test, measure["autoattack_images"])
+        result["autoattack_images"] = len(part)
         result["autoattack"] = rows = robustness.curve(model, part, seed=case.seed)
         figures |= {"autoattack_accuracy": rows[-2]["accuracy"], "autoattack_l2_accuracy": rows[-1]["accuracy"]}
         result["warnings"] = robustness.square_warnings(rows) + robustness.masking_warnings(
@@ -236,12 +240,13 @@ def relearned(model: Classifier, case: Case, counts: list[int]) -> list[dict[str
     """Retune copies of a model with so many poisoned images each: ASR behind it, and the course to there.
 
     The images are drawn from the training split, the same ones for a repaired model and its control, and each smaller
-    number of poisoned ones is a part of the larger. A copy that diverges has no figures.
+    number of poisoned ones is a part of the larger. A number beyond what the split has is all of them, and `poisoned`
+    says how many that is; the same number is measured once. A copy that diverges has no figures.
     """
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     train = case.train()
     order = torch.randperm(len(train), generator=generator(case.seed, "relearn images")).to(train.device)
-    size = max(1, round(reactivation.CLEAN_SHARE * len(train)))
+    size = max(1, images_of(reactivation.CLEAN_SHARE, len(train)))
     rest = order[size:]
     clean, victims = train[order[:size]], train[rest[case.attacker.judged(train.labels[rest])][: max(counts)]]
     stamped = torch.cat([to_uint8(case.trigger(images)) for images, _ in victims.chunks()])
@@ -249,7 +254,7 @@ def relearned(model: Classifier, case: Case, counts: list[int]) -> list[dict[str
     # A case of its own keeps its triggered images, which are looked at in every step.
     probe = replace(case, test=fixed_part(case.judged(case.test), PROBE_IMAGES))
     rows = []
-    for count in counts:
+    for count in dict.fromkeys(min(count, len(victims)) for count in counts):
         try:
             done = reactivation.relearn(
                 model,

@@ -5,23 +5,24 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import product
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from attacks.base import Attack, attack
-from bench.config import UserError, attack_of, defense_of
-from bench.engine import ENGINE_VERSION, autoattack, connection
-from bench.engine.datasets import DatasetInfo
-from bench.engine.models import ModelSpec
+from bench.config import PER_CELL, UserError, as_list, attack_of, defense_of, to_override, update
+from bench.engine import ENGINE_VERSION, autoattack, connection, reactivation
+from bench.engine.counts import images_of, least_share, pool_of, reserve_of
+from bench.engine.datasets import DatasetInfo, dataset
+from bench.engine.models import ModelSpec, architectures
 from bench.engine.registry import near
 from bench.store import Identity, key_of
 from defenses.base import SETTINGS, Defense, ReserveView, TrainsetView, defense, offered
@@ -33,10 +34,11 @@ RELEARN_TABLE = 5
 # Measures that are read beside a clean twin.
 CONTROLLED = ("relearn", "reactivate", "connection")
 # Folders beside the grids' own under results/.
-RESERVED = ("store", "mlflow", "checkpoints", "slurm", "tracking", "readme")
-# The groups of settings that may differ from cell to cell.
-PER_CELL = ("attack", "defense", "train", "reserve", "measure")
-# Of these, the groups that have settings for each method.
+RESERVED = ("store", "mlflow", "mlflow.db", "checkpoints", "slurm", "tracking", "readme")
+NAME_BYTES = 200  # of a grid's name: file systems take 255, and what is written beside its folder needs some
+SEEDS = 2**32  # seeds are below it: table columns and NumPy take no larger ones
+MANY_SEEDS = 10_000
+# The groups that have settings for each method.
 METHODS = {"attack": attack, "defense": defense}
 
 
@@ -116,19 +118,118 @@ class Trial:
         return "/".join([*place, *([self.variant] if self.variant else []), str(self.seed)])
 
 
-def seeds_of(value: Any) -> list[int]:
-    """A number n is seeds 0 to n - 1; a list is itself.
+@dataclass(frozen=True)
+class Counts:
+    """The numbers of images that the shares of a trial come to.
+
+    Attributes:
+        train, pool: training images of the data set, and those of them that are set aside.
+        poisoned, covers: training images that the attack stamps; None where it owns the training, and each batch has
+            its own.
+        reserve, tainted: images of the defender's reserve, and the poisoned ones among them; None without a reserve.
+        robust, autoattack: test images that robust accuracy is measured on.
+    """
+
+    train: int
+    pool: tuple[int, ...]
+    poisoned: int | None
+    covers: int | None
+    reserve: int | None
+    tainted: int | None
+    test: int
+    robust: int
+    autoattack: int
+
+
+def counts_of(trial: Trial, info: DatasetInfo) -> Counts:
+    """What the shares in a trial's identities come to on its data set."""
+    attacker, train, test = trial.implant["attack"], sum(info.train_counts), sum(info.test_counts)
+    pool = pool_of(trial.implant["pool"], info.train_counts)
+    left = train - sum(pool)
+    is_fixed = attacker["regime"] == "static"
+    share = trial.defend.get("reserve")
+    reserve = reserve_of(share["size"], trial.implant["pool"], info.train_counts) if share else None
+    robust = trial.evaluate.get("pgd_images")
+    return Counts(
+        train=train,
+        pool=tuple(pool),
+        poisoned=images_of(attacker["poison_rate"], left) if is_fixed else None,
+        covers=images_of(attacker["cover_rate"], left) if is_fixed else None,
+        reserve=reserve,
+        tainted=images_of(share["contamination"], reserve) if share and reserve is not None else None,
+        test=test,
+        robust=test if robust is None else min(robust, test),
+        autoattack=min(trial.evaluate.get("autoattack_images", 0), test),
+    )
+
+
+def _check_points(trials: list[Trial], infos: dict[str, DatasetInfo], seed: int) -> None:
+    """Refuse two points of a sweep that are one and the same on a data set: equal stages, or shares of equal counts.
 
     Raises:
-        UserError: neither, or none.
+        UserError: it names the two, and what they come to.
     """
-    seeds = list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
-    try:
-        found = [int(seed) for seed in seeds]
-    except (TypeError, ValueError):
-        found = []
-    if not found or [str(seed) for seed in seeds] != [str(seed) for seed in found] or len(set(found)) < len(found):
-        raise UserError(f"grid.seeds is {value!r}; write a number (3 is seeds 0, 1, 2) or a list of different ones")
+    digests: dict[tuple[str, str], Any] = {}
+    implants: dict[str, str] = {}
+    seen: dict[tuple[str, str], Counts] = {}
+    for trial in trials:
+        if trial.seed != seed:
+            continue
+        counts = counts_of(trial, infos[trial.dataset])
+        key = trial.keys()[0]
+        if key not in implants:
+            attacker = trial.implant["attack"]
+            if counts.poisoned is not None:
+                attacker = {**attacker, "poison_rate": counts.poisoned, "cover_rate": counts.covers}
+            implants[key] = key_of({**trial.implant, "attack": attacker, "pool": list(counts.pool)})
+        defend = {**trial.defend, "implant": "", "reserve": [counts.reserve, counts.tainted]}
+        evaluate = {name: value for name, value in trial.evaluate.items() if name not in ("defend", "inspect")}
+        evaluate |= {"pgd_images": counts.robust, "autoattack_images": counts.autoattack}
+        point = trial.dataset, trial.variant
+        digest = digests.setdefault(point, hashlib.sha256())
+        digest.update(repr((implants[key], sorted(defend.items()), sorted(evaluate.items()))).encode())
+        if counts.reserve is not None or point not in seen:
+            seen[point] = counts
+    points: dict[tuple[str, bytes], str] = {}
+    for (name, variant), digest in digests.items():
+        same = points.setdefault((name, digest.digest()), variant)
+        if same != variant:
+            counts = seen[name, variant]
+            reserve = "" if counts.reserve is None else f", a reserve of {counts.reserve} ({counts.tainted} poisoned)"
+            poisoned = "" if counts.poisoned is None else f", {counts.poisoned} poisoned training images"
+            raise UserError(
+                f"grid.sweep: {same} and {variant} are the same experiment on {name} ({counts.train} training images"
+                f"{poisoned}{reserve}, {counts.robust} test images for robust accuracy); leave one of them out"
+            )
+
+
+def seeds_of(value: Any) -> list[int]:
+    """A number n is seeds 0 to n - 1; a list is itself. A number that arrives as text counts as a number.
+
+    Raises:
+        UserError: neither, none, two alike, or one that not every random source takes.
+    """
+    advice = "write a number (3 is seeds 0, 1, 2) or a list of different ones, e.g. 'grid.seeds=[0,5]'"
+
+    def whole(number: Any) -> int:
+        if isinstance(number, str) and re.fullmatch(r"-?[0-9]+", number):
+            return int(number)
+        if isinstance(number, int) and not isinstance(number, bool):
+            return number
+        raise UserError(f"grid.seeds is {value!r}, and {number!r} is not a whole number; {advice}")
+
+    if OmegaConf.is_list(value) or isinstance(value, list | tuple):
+        found = [whole(number) for number in value]
+        odd = [seed for seed in found if not 0 <= seed < SEEDS]
+        if odd:
+            raise UserError(f"grid.seeds has {odd[0]}; a seed is a whole number from 0 to {SEEDS - 1}")
+    else:
+        count = whole(value)
+        if not 1 <= count <= MANY_SEEDS:
+            raise UserError(f"grid.seeds is {value!r}; as a number of seeds write 1 to {MANY_SEEDS}")
+        found = list(range(count))
+    if not found or len(set(found)) < len(found):
+        raise UserError(f"grid.seeds is {value!r}; {advice}")
     return found
 
 
@@ -176,7 +277,7 @@ def check(cfg: DictConfig) -> None:
     if not 0 <= measure.pgd_epsilon <= 1 or not 0 < measure.pgd_step_size <= 1:
         raise UserError(
             f"measure.pgd_epsilon is {measure.pgd_epsilon:g} and measure.pgd_step_size {measure.pgd_step_size:g}; "
-            "pixels are in [0, 1]. For 8 levels write 0.03137."
+            "pixels are in [0, 1]. For 8 levels write 8/255 (0.03137)."
         )
     if measure.autoattack_images < 0:
         raise UserError(f"measure.autoattack_images is {measure.autoattack_images}; write 0 for none, or more")
@@ -199,9 +300,26 @@ def check(cfg: DictConfig) -> None:
     for name in ("max_tries", "trials_per_job", "trials_per_gpu", "max_jobs"):
         if dispatch[name] < 1:
             raise UserError(f"dispatch.{name} is {dispatch[name]}; write at least 1")
-    if str(cfg.grid.name) in RESERVED or "/" in str(cfg.grid.name):
-        raise UserError(f"grid.name is {cfg.grid.name!r}; write another, without /, and none of {', '.join(RESERVED)}")
+    _check_name(str(cfg.grid.name))
+    results = os.path.abspath(cfg.results)
+    if cfg.tracking.enabled and not cfg.tracking.uri and re.search(r"\?|%[0-9A-Fa-f]{2}", results):
+        raise UserError(
+            f"results is {cfg.results!r} ({results}), and MLflow would read ? or % in the address of its database as "
+            "something else and open another file; write a folder without them, or tracking.enabled=false"
+        )
     _check_exceptions(cfg)
+
+
+def _check_name(name: str) -> None:
+    """A grid's name is that of its folder under results/: it leads nowhere else, and takes no other folder's place."""
+    if not name.strip(". ") or name != name.strip() or "/" in name or name.lower() in RESERVED:
+        raise UserError(
+            f"grid.name is {name!r}; it names a folder under results/: write another, without /, not only dots, "
+            f"without blanks around it, and none of {', '.join(RESERVED)}"
+        )
+    size = len(os.fsencode(name))
+    if size > NAME_BYTES:
+        raise UserError(f"grid.name is {name[:40]!r}... with {size} bytes; write at most {NAME_BYTES}")
 
 
 def _check_ablations(cfg: DictConfig) -> None:
@@ -244,28 +362,62 @@ def method_of(cfg: DictConfig, name: str) -> str:
 
 
 def _check_exceptions(cfg: DictConfig) -> None:
-    """Every exception has what it needs, and matches by names that exist."""
-    known: dict[str, Iterable[str] | None] = {
-        "dataset": None,
-        "model": None,
-        "attack": attack,
-        "defense": [*defense, *ablations(cfg)],
-        "setting": SETTINGS,
+    """Every exception has what it needs, and matches by names that exist.
+
+    A name need not be on an axis of the grid: a grid that ships is narrowed on the command line.
+    """
+    known: dict[str, Callable[[], Iterable[str]]] = {
+        "dataset": lambda: [*cfg.grid.datasets, *dataset, *_folders(str(cfg.dataset.root))],
+        "model": lambda: [*cfg.grid.models, *architectures()],
+        "attack": lambda: attack,
+        "defense": lambda: [*defense, *ablations(cfg)],
+        "setting": lambda: SETTINGS,
     }
     for exception in cfg.grid.exceptions:
-        if not {"set", "why"} <= set(exception) or not set(exception) <= set(known) | {"set", "why"}:
+        complete = OmegaConf.is_dict(exception) and {"set", "why"} <= set(exception) <= {*known, "set", "why"}
+        if not complete or not OmegaConf.is_dict(exception["set"]):
             raise UserError(
-                f"grid.exceptions: {dict(exception)} needs `set`, `why` and any of {', '.join(sorted(known))} to match"
+                f"grid.exceptions: {exception!r} needs `set` (a dictionary), `why` and any of "
+                f"{', '.join(sorted(known))} to match, e.g. {{attack: sig, set: {{attack.poison_rate: 0.05}}, "
+                'why: "..."}'
             )
         for axis, names_ in known.items():
             if axis in exception:
-                _distinct(listed(exception[axis]), f"grid.exceptions.{axis}s", names_)
+                _distinct(as_list(exception[axis]), f"grid.exceptions.{axis}s", names_())
         for key in exception["set"]:
             if str(key).partition(".")[0] not in PER_CELL:
                 raise UserError(
                     f"grid.exceptions: {key!r} cannot be set for single cells; keys begin with {', '.join(PER_CELL)}, "
                     "e.g. attack.poison_rate"
                 )
+
+
+@cache
+def _folders(root: str) -> list[str]:
+    """The image folders under a root, as a grid names them."""
+    try:
+        return [f"folder:{entry.name}" for entry in os.scandir(root) if entry.is_dir()]
+    except OSError:
+        return []
+
+
+def _check_explicit(cfg: DictConfig, explicit: frozenset[str]) -> None:
+    """Refuse a setting of the command line that no cell has: it would change nothing.
+
+    Raises:
+        UserError: it belongs to a method that is not on the grid's axis.
+    """
+    rows = {"attack": list(cfg.grid.attacks), "defense": [method_of(cfg, name) for name in cfg.grid.defenses]}
+    if any(cfg.measure[name] for name in CONTROLLED):
+        rows["attack"].append("none")  # the clean twin
+    for path in sorted(explicit):
+        group, _, rest = path.partition(".")
+        method = rest.partition(".")[0]
+        if group in METHODS and method and method not in rows[group]:
+            raise UserError(
+                f"{path} changes nothing, since grid.{group}s has no {method!r} (it is "
+                f"{to_override(list(cfg.grid[f'{group}s']))}); leave it out, or add {method} there"
+            )
 
 
 def cell_path(key: str, methods: dict[str, str]) -> str | None:
@@ -307,7 +459,7 @@ def applies(cfg: DictConfig, exception: Any, explicit: frozenset[str]) -> dict[t
         if axis not in exception:
             return row
         names_ = (row, method_of(cfg, row) if axis == "defense" else row)
-        return next((name for name in names_ if name in listed(exception[axis])), None)
+        return next((name for name in names_ if name in as_list(exception[axis])), None)
 
     def is_left(key: str, head: str, row: str) -> bool:
         """Does what goes before an exception leave this key of a row's method to it?"""
@@ -334,14 +486,11 @@ def applies(cfg: DictConfig, exception: Any, explicit: frozenset[str]) -> dict[t
         place: list[str] = []
         for axis, left in where.items():
             names_ = {told(axis, row) for row in left}
-            place += [name for name in (listed(exception[axis]) if axis in exception else axes[axis]) if name in names_]
+            place += [
+                name for name in (as_list(exception[axis]) if axis in exception else axes[axis]) if name in names_
+            ]
         found.setdefault(tuple(place), {})[str(key)] = value
     return found
-
-
-def listed(value: Any) -> list[Any]:
-    """One name, or a list of names, as a list."""
-    return [value] if isinstance(value, str) else list(value)
 
 
 def expand(
@@ -358,6 +507,7 @@ def expand(
         UserError: a setting is wrong, or an attack or architecture is impossible on a data set.
     """
     check(cfg)
+    _check_explicit(cfg, explicit)
     axes, seeds = names(cfg), seeds_of(cfg.grid.seeds)
     variants = _variants(cfg, explicit)
     exceptions: list[dict[str, Any]] = OmegaConf.to_container(cfg.grid.exceptions, resolve=True)  # type: ignore[assignment]
@@ -380,18 +530,9 @@ def expand(
                         for swept in variants:
                             own = _with_exceptions(cfg, place, exceptions, ablated, explicit, swept, once)
                             trials += _trials(own, infos[data], place, seeds, precision, swept, once)
+    if len(variants) > 1:
+        _check_points(trials, infos, seeds[0])
     return trials
-
-
-def written(value: Any) -> str:
-    """A setting as Hydra reads it on a command line, with no blank behind the commas of a list."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, list | ListConfig):
-        return "[" + ",".join(map(written, value)) + "]"
-    if not isinstance(value, str) or re.fullmatch(r"[A-Za-z_][\w./:-]*", value):
-        return str(value)
-    return '"' + re.sub(r'(\\*)"', r'\1\1\\"', value) + '"'
 
 
 def _variants(cfg: DictConfig, explicit: frozenset[str]) -> list[dict[str, Any]]:
@@ -409,20 +550,29 @@ def _variants(cfg: DictConfig, explicit: frozenset[str]) -> list[dict[str, Any]]
             raise UserError(
                 f"grid.sweep: {key!r} cannot differ from cell to cell; sweep a key of {', '.join(PER_CELL)}"
             )
-        if not values or len({str(value) for value in values}) < len(values) or key in axes:
-            raise UserError(f"grid.sweep: {key} is swept over {values}; write different values, each key once")
+        if any(OmegaConf.is_dict(value) for value in values) or key in PER_CELL:
+            raise UserError(f"grid.sweep: {key!r} is a group of settings; sweep one of them, e.g. train.epochs")
         if key in explicit:
             raise UserError(f"{key} is swept by this grid; leave it out, or write grid.sweep=[]")
         group, _, rest = key.partition(".")
         rows = {"attack": list(cfg.grid.attacks), "defense": [method_of(cfg, name) for name in cfg.grid.defenses]}
-        if group in METHODS and not any(_swept_path(cfg, key, {group: method}) for method in rows[group]):
+        if group in METHODS and not any(swept_path(cfg, key, {group: method}) for method in rows[group]):
             settings = sorted({str(setting) for method in rows[group] for setting in cfg[group][method]})
             raise UserError(f"grid.sweep: no {group} of this grid has the setting {key}.{near(rest, settings)}")
-        axes[key] = values
+        paths = (swept_path(cfg, key, {group: method}) for method in rows.get(group, ("",)))
+        path = next(path for path in paths if path)
+        typed = [OmegaConf.select(_with(cfg, [("sweep", path, value)]), path) for value in values]
+        if not values or len({str(value) for value in typed}) < len(values) or key in axes:
+            raise UserError(f"grid.sweep: {key} is swept over {values}; write different values, each key once")
+        # A number that came as text (8/255, or from the environment) is one from here on.
+        axes[key] = [
+            number if isinstance(value, str) and isinstance(number, int | float) else value
+            for value, number in zip(values, typed, strict=True)
+        ]
     return [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
 
 
-def _swept_path(cfg: DictConfig, key: str, methods: dict[str, str]) -> str | None:
+def swept_path(cfg: DictConfig, key: str, methods: dict[str, str]) -> str | None:
     """Where a swept key lies in a cell; None where its attack or defense has no such setting."""
     path = cell_path(key, methods)
     if path is None or key.partition(".")[0] not in METHODS:
@@ -463,6 +613,8 @@ def _trials(
     tainted = cfg.reserve.contamination if implant["attack"]["poison_rate"] else 0.0
     row = ("defend", id(cfg), place["defense"], place["setting"], tainted)
     defend, reason = once(row, lambda: _defend(cfg, place, usual, tainted))
+    if "reserve" in defend:
+        once(("reserve", *where), lambda: _check_counts(cfg, info, attack_of(cfg, place["attack"])))
     versions = {"autoattack": autoattack.VERSION} if cfg.measure.autoattack_images else {}
     measure: Identity = once(
         ("measure", id(cfg)),
@@ -472,7 +624,9 @@ def _trials(
     # Without a trigger there is nothing to wake.
     wanted = [name for name in CONTROLLED if measure[name] and implant["attack"]["poison_rate"]]
     twin = once(("twin", id(cfg)), lambda: _identity_of(attack_of(cfg, "none"))) if wanted else {}
-    variant = ", ".join(f"{key}={written(value)}" for key, value in swept.items())
+    if "relearn" in wanted:
+        once(("relearn", *where), lambda: _check_relearn(cfg, info, attack_of(cfg, place["attack"])))
+    variant = ", ".join(f"{key}={to_override(value)}" for key, value in swept.items())
 
     def infected(seed: int) -> tuple[Identity, str, Identity, Identity, str]:
         """What the trials on one infected model share: its identity, what is measured of it, its clean twin."""
@@ -515,7 +669,10 @@ def _implant(
     """The identity of an infected model but for its seed, and the training recipe that no attack has changed."""
     attacker = attack_of(cfg, place["attack"])
     # The pool is cut off before poisoning: what is left is what the attacker poisons.
-    left = [count - round(cfg.reserve.pool * count) for count in info.train_counts]
+    pool = pool_of(cfg.reserve.pool, info.train_counts)
+    if not sum(pool):
+        raise UserError(f"reserve.pool is {cfg.reserve.pool:g}, less than one image of each class of {info.name}")
+    left = [count - own for count, own in zip(info.train_counts, pool, strict=True)]
     try:
         attacker.check(left, info.shape)
         recipe = asdict(attacker.recipe(OmegaConf.to_object(cfg.train)))  # type: ignore[arg-type]
@@ -525,17 +682,6 @@ def _implant(
     for kept in (recipe, usual):
         if kept["precision"] == "auto":
             kept["precision"] = precision
-    pool = sum(round(cfg.reserve.pool * count) for count in info.train_counts)
-    if not pool:
-        raise UserError(f"reserve.pool is {cfg.reserve.pool:g}, less than one image of each class of {info.name}")
-    tainted = cfg.reserve.contamination * cfg.reserve.size * sum(info.train_counts)
-    # The reserve has the classes in their proportions.
-    own = math.floor(cfg.reserve.size * info.train_counts[attacker.target_label])
-    if attacker.label_mode == "clean_label" and round(tainted) > own:
-        raise UserError(
-            f"reserve.contamination is {cfg.reserve.contamination:g}, but {attacker.name} can only poison images of "
-            f"class {attacker.target_label}; write less, or another attack.{attacker.name}.label_mode"
-        )
     implant: Identity = {
         "stage": "implant",
         "engine": ENGINE_VERSION,
@@ -556,6 +702,53 @@ def _model(cfg: DictConfig, info: DatasetInfo, name: str) -> dict[str, str]:
     except ValueError as error:
         raise UserError(str(error)) from error
     return {**model, **({"source": source} if source else {})}
+
+
+def _check_counts(cfg: DictConfig, info: DatasetInfo, attacker: Attack) -> None:
+    """Refuse shares of the reserve and of the test set's kin that come to no image of a data set.
+
+    Raises:
+        UserError: with the least share that comes to one.
+    """
+    total = sum(info.train_counts)
+    size = reserve_of(cfg.reserve.size, cfg.reserve.pool, info.train_counts)
+    if not size:
+        raise UserError(
+            f"reserve.size is {cfg.reserve.size:g}, less than one of the {total} training images of {info.name}; write "
+            f"at least {least_share(total):g}"
+        )
+    if not attacker.poison_rate:
+        return  # where nothing is poisoned there is no poison to taint a reserve with
+    tainted = images_of(cfg.reserve.contamination, size)
+    if cfg.reserve.contamination and not tainted:
+        raise UserError(
+            f"reserve.contamination is {cfg.reserve.contamination:g}, less than one of the {size} images of the "
+            f"reserve of {info.name}; write at least {least_share(size):g}, or 0"
+        )
+    # The reserve has the classes in their proportions.
+    own = size * info.train_counts[attacker.target_label] // total
+    if attacker.label_mode == "clean_label" and tainted > own:
+        raise UserError(
+            f"reserve.contamination is {cfg.reserve.contamination:g}, but {attacker.name} can only poison images of "
+            f"class {attacker.target_label}; write less, or another attack.{attacker.name}.label_mode"
+        )
+
+
+def _check_relearn(cfg: DictConfig, info: DatasetInfo, attacker: Attack) -> None:
+    """Refuse a data set with fewer images to poison than the retuning that the table shows takes.
+
+    Raises:
+        UserError: whichever images its clean share takes.
+    """
+    pool = pool_of(cfg.reserve.pool, info.train_counts)
+    left = [count - own for count, own in zip(info.train_counts, pool, strict=True)]
+    victims = sum(left) - (0 if attacker.label_mode == "all_to_all" else left[attacker.target_label])
+    victims -= max(1, images_of(reactivation.CLEAN_SHARE, sum(left)))
+    if victims < RELEARN_TABLE:
+        raise UserError(
+            f"measure.relearn is true, but {info.name} has only {max(victims, 0)} training images to poison for it, "
+            f"and the table shows {RELEARN_TABLE}; write measure.relearn=false, or take a larger data set"
+        )
 
 
 def _defend(cfg: DictConfig, place: dict[str, str], usual: dict[str, Any], tainted: float) -> tuple[Identity, str]:
@@ -630,7 +823,7 @@ def _with_exceptions(
     fitting = (
         exception
         for exception in exceptions
-        if all({place[axis], methods[axis]} & set(listed(value)) for axis, value in exception.items() if axis in place)
+        if all({place[axis], methods[axis]} & set(as_list(value)) for axis, value in exception.items() if axis in place)
     )
     settings: list[tuple[str, str, Any]] = []
     for exception in fitting:
@@ -643,7 +836,7 @@ def _with_exceptions(
     for path in explicit & set(own):
         raise UserError(f"{path} is what the row {name!r} of this grid changes; leave it out, or the row")
     for key, value in swept.items():
-        path = _swept_path(cfg, key, methods)
+        path = swept_path(cfg, key, methods)
         if path in explicit:
             raise UserError(f"{path} is swept by this grid (as {key}); leave it out, or write grid.sweep=[]")
         if path in own:
@@ -656,16 +849,26 @@ def _with_exceptions(
 
 
 def _changed(cfg: DictConfig, settings: list[tuple[str, str, Any]]) -> DictConfig:
+    cfg = _with(cfg, settings)
+    check(cfg)
+    return cfg
+
+
+def _with(cfg: DictConfig, settings: list[tuple[str, str, Any]]) -> DictConfig:
+    """A copy with these settings, each told by where it comes from, its path and its value.
+
+    Raises:
+        UserError: there is no such setting, or the value has another type.
+    """
     cfg = cfg.copy()
     for source, path, value in settings:
         try:
-            OmegaConf.update(cfg, path, value, force_add=False)
-        except OmegaConfBaseException as error:
+            update(cfg, path, value)
+        except (OmegaConfBaseException, ValueError) as error:
             group, _, name = path.rpartition(".")
             known = [str(key) for key in OmegaConf.select(cfg, group) or ()]
             why = " ".join(str(error).split()) if name in known else f"there is no such setting.{near(name, known)}"
             raise UserError(f"grid.{source}: {path}={value!r}: {why}") from error
-    check(cfg)
     return cfg
 
 

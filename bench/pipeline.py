@@ -29,6 +29,7 @@ import bench
 from attacks.base import POISON, Attack, Setup, attack
 from bench import evaluation
 from bench.engine import stopping
+from bench.engine.counts import images_of, reserve_of
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.datasets import DatasetInfo
 from bench.engine.files import digest_of, disk_is_full
@@ -315,14 +316,16 @@ class Bench:
             return {"status": "diverged", "reason": str(error)}, {}
         self._check_stored(trial, method, verdict.model)
         tensors: dict[str, Tensors] = {"model": verdict.model.state_dict()}
-        images = len(self._roles(trial)) if trial.defend["view"] != DefenderView.__name__ else 0
+        roles = self._roles(trial) if trial.defend["view"] != DefenderView.__name__ else torch.empty(0)
+        images = len(roles)
         findings = _findings(verdict.suspicion, verdict.flagged, images, method.name)
         if findings:
             tensors["findings"] = findings
         for index, step in enumerate(verdict.rounds):
             findings = _findings(step.suspicion, step.selected, images, method.name)
             tensors[f"round_{index}"] = findings | named("model", step.weights or {})
-        return {"rounds": [step.name for step in verdict.rounds]}, tensors
+        shown = {"view_images": images, "view_poisoned": int((roles == POISON).sum())} if images else {}
+        return {"rounds": [step.name for step in verdict.rounds], **shown}, tensors
 
     def _check_stored(self, trial: Trial, method: Defense, model: Classifier) -> None:
         """Weights are all that is kept of a repaired model: one that is more than its weights is refused.
@@ -500,7 +503,7 @@ class Bench:
         if SETTINGS[trial.setting] is TrainsetView:
             return attacker.poison(train, self.trigger_of(trial), classes, seed)
         share = trial.defend["reserve"]
-        reserve = pool[: max(1, round(share["size"] * (len(train) + len(pool))))]
+        reserve = pool[: reserve_of(share["size"], identity["pool"], self.infos[trial.dataset].train_counts)]
         if not share["contamination"]:
             return reserve, torch.zeros(len(reserve), dtype=torch.uint8)
         tainted = generator(seed, "reserve").initial_seed()
@@ -536,7 +539,7 @@ def split(labels: Tensor, pool: float, seed: int) -> tuple[Tensor, Tensor]:
     for value in by_class.unique():
         members = (by_class == value).nonzero().flatten()
         share[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
-        taken[members[: round(pool * len(members))]] = True
+        taken[members[: images_of(pool, len(members))]] = True
     first = shuffled[taken][share[taken].argsort(stable=True)]
     return shuffled[~taken].to(labels.device), first.to(labels.device)
 

@@ -17,15 +17,13 @@ load_methods([])
 TINY = [
     "grid=quick",
     "grid.seeds=1",
-    "grid.exceptions=[]",
+    "grid.exceptions=["
+    "{defense:[fine_tuning,fine_pruning],set:{defense.epochs:1},why:tiny},"
+    "{defense:aft,set:{defense.updates:2,defense.adversarial_updates:1},why:tiny}]",
     "model.stem=stock",
     "train.epochs=1",
     "measure.pgd_steps=1",
     "measure.pgd_images=50",
-    "defense.fine_tuning.epochs=1",
-    "defense.fine_pruning.epochs=1",
-    "defense.aft.updates=2",
-    "defense.aft.adversarial_updates=1",
     "tracking.enabled=false",
     "report.plots=false",
     "dispatch.workers=0",

@@ -51,6 +51,84 @@ def test_every_default_is_the_one_of_the_code():
         ("grid.settings=[reserved]", ["Did you mean 'reserve'?"]),
         ("grid.models=[vgg16_bn]", ["16x16", "dataset.size"]),
         ("grid=quik", ["Did you mean 'quick'?"]),
+        # Words of Hydra's that have another name here.
+        ("-m train.epochs=1,2", ["-m", "grid.sweep"]),
+        ("--multirun", ["--multirun", "grid.sweep"]),
+        ("--config-name=quick", ["--config-name", "grid=NAME"]),
+        ("--config-dir=/tmp", ["--config-dir", "hydra.searchpath"]),
+        ("--cfg=job", ["--cfg", "dry_run=true"]),
+        ("hydra.run.dir=x", ["hydra.run.dir", "results=DIR"]),
+        ("hydra.job.chdir=true", ["hydra.job.chdir"]),
+        ("hydra/launcher=joblib", ["hydra.launcher", "dispatch"]),
+        ("hydra.searchpath=[file:///nowhere] grid=mine", ["hydra.searchpath", "/nowhere"]),
+        ("tracking=null", ["tracking=null", "local", "tracking.enabled=false"]),
+        ("grid=null", ["grid=null", "quick"]),
+        ("dispatch=null", ["dispatch=null", "local"]),
+        ("grid=digits,quick", ["grid=digits,quick", "grid=digits"]),
+        ("train.epochs=1,2", ["train.epochs", "1,2", "grid.sweep"]),
+        ("grid.attacks=badnets,blended", ["grid.attacks=[badnets,blended]"]),
+        ("~train.epochs", ["~train.epochs"]),
+        ("results=a,b", ["""results="a,b\""""]),
+        ("results=my results", ["results=my results", "quote"]),
+        ("results=a(b)", ["""results="a(b)\""""]),
+        ("train=3", ["train.KEY"]),
+        ("measure=null", ["measure.KEY"]),
+        ("attack.badnets=5", ["attack.badnets.KEY"]),
+        ("train.lr=1/0", ["train.lr", "1/0"]),
+        ("train.epochs=6/2", ["train.epochs", "6/2"]),
+        # Interpolations.
+        ("train.epochs=${oc.env:BENCH_TEST_NOT_SET}", ["train.epochs", "BENCH_TEST_NOT_SET"]),
+        ("grid.seeds=[${oc.env:BENCH_TEST_NOT_SET}]", ["grid.seeds", "BENCH_TEST_NOT_SET"]),
+        ("measure.relearn=${grid.name}", ["measure.relearn", "quick", "true or false"]),
+        ("measure.pgd_steps=${train.lr}", ["measure.pgd_steps", "0.1"]),
+        ("reserve.size=${reserve.nothing}", ["reserve.size", "reserve.nothing"]),
+        # Seeds.
+        ("grid.seeds=[-1]", ["-1", "4294967295"]),
+        ("grid.seeds=[99999999999999999999]", ["99999999999999999999", "4294967295"]),
+        ("grid.seeds=1.5", ["grid.seeds", "1.5"]),
+        ("grid.seeds=[0,1.0]", ["grid.seeds", "1.0"]),
+        ("grid.seeds=true", ["grid.seeds", "True"]),
+        ("grid.seeds=-3", ["grid.seeds", "-3"]),
+        ("grid.seeds=0x10", ["grid.seeds", "0x10"]),
+        ("grid.seeds=100000000", ["grid.seeds", "100000000"]),
+        ("""grid.seeds=["1",1]""", ["grid.seeds"]),
+        # Names in a grid's exceptions, and settings that no cell has.
+        ("grid.exceptions=[{dataset:digit,set:{train.epochs:7},why:x}]", ["Did you mean 'digits'?"]),
+        ("grid.exceptions=[{dataset:'folder:nowhere',set:{train.epochs:7},why:x}]", ["folder:nowhere"]),
+        ("grid.exceptions=[{model:test-resnet,set:{train.epochs:7},why:x}]", ["Did you mean 'test_resnet'?"]),
+        ("grid.exceptions=[{model:[test_resnet,resnet81],set:{train.epochs:7},why:x}]", ["resnet81"]),
+        ("grid.exceptions=[digits]", ["grid.exceptions", "digits"]),
+        ("grid.attacks=[badnets] attack.sig.poison_rate=0.2", ["attack.sig.poison_rate", "grid.attacks"]),
+        ("defense=${grid.name}", ["defense.KEY"]),
+        ("grid.attacks=[badnets] defense={nad:{beta:0}}", ["defense.nad.beta", "grid.defenses"]),
+        # Shares that come to no image, or to the same ones.
+        ("reserve.contamination=0.002", ["0.002", "71", "at least 0.0071"]),
+        ("reserve.size=0.0001", ["0.0001", "1438", "at least 0.00035"]),
+        ("attack.badnets.poison_rate=0.0001", ["0.0001", "1367"]),
+        ("attack.badnets.cover_rate=0.0003", ["cover_rate", "0.0003", "1367"]),
+        (
+            "grid.sweep=[{key:reserve.size,values:[0.02,0.0201]}]",
+            ["reserve.size=0.02 ", "reserve.size=0.0201", "digits"],
+        ),
+        ("grid.sweep=[{key:attack.poison_rate,values:[0.1,0.1001]}]", ["0.1 ", "0.1001", "137"]),
+        ("grid.sweep=[{key:measure.pgd_images,values:[359,5000]}]", ["=359", "=5000"]),
+        ("grid.sweep=[{key:measure.pgd_epsilon,values:[1/2,0.5]}]", ["different values"]),
+        ("grid.sweep=[{key:train,values:[{epochs:1},{epochs:2}]}]", ["group of settings"]),
+        # What would lie elsewhere on the disk, or in no file at all.
+        ("grid.name=..", ["grid.name", ".."]),
+        ("grid.name=.", ["grid.name"]),
+        ('grid.name=""', ["grid.name"]),
+        ("grid.name=a/b", ["grid.name", "a/b"]),
+        ("grid.name=Store", ["grid.name", "Store"]),
+        ("grid.name=mlflow.db", ["grid.name", "mlflow.db"]),
+        (f"grid.name={'x' * 260}", ["grid.name", "260"]),
+        (f'grid.name="{"ü" * 130}"', ["grid.name", "260"]),
+        ('grid.name="a\x1bb"', ["grid.name", "x1b"]),
+        ('grid.models=["a\x00b"]', ["grid.models", "x00"]),
+        ('dispatch.slurm.partition="gpu\x07"', ["dispatch.slurm.partition", "x07"]),
+        ('dispatch.slurm.setup=["a\u2028b"]', ["dispatch.slurm.setup", "u2028"]),
+        ("results=a%20b", ["results", "a%20b"]),
+        ("results=a?b", ["results", "a?b"]),
         ("gird=quick", ["Did you mean 'grid'?"]),
         ("grid.seeds=0", ["grid.seeds"]),
         ("grid.seeds=[1,1]", ["different"]),
@@ -108,6 +186,92 @@ def test_a_grid_in_a_folder_of_the_users_is_found(tmp_path, cache):
     )
     opened = plan(["grid=mine", f"hydra.searchpath=[file://{tmp_path}]", f"dataset.cache={cache}"])
     assert {(trial.attack, trial.seed) for trial in opened.trials} == {("none", 7)}
+
+
+YAML = """
+# @package _global_
+grid:
+  name: mine
+  purpose: >
+    two lines
+    of prose
+  datasets: [digits]
+  models: [test_resnet]
+  attacks: [badnets]
+  defenses: [no_defense]
+  seeds: "${oc.env:BENCH_TEST_SEEDS}"
+  exceptions:
+    - attack: badnets
+      set: {attack: {poison_rate: 1/4}, train.lr: "${oc.env:BENCH_TEST_RATE}"}
+      why: "${grid.purpose}"
+measure:
+  pgd_images: ${oc.env:BENCH_TEST_IMAGES}
+  pgd_epsilon: 4/255
+  relearn: "${oc.env:BENCH_TEST_FLAG}"
+"""
+
+
+@pytest.mark.parametrize("flag", ["false", "true", "no", "on"])
+def test_a_grid_in_yaml_reads_numbers_from_the_environment(tmp_path, cache, monkeypatch, flag):
+    (tmp_path / "grid").mkdir()
+    (tmp_path / "grid" / "mine.yaml").write_text(YAML)
+    for name, value in (("SEEDS", "10"), ("RATE", "1/8"), ("IMAGES", "30"), ("FLAG", flag)):
+        monkeypatch.setenv(f"BENCH_TEST_{name}", value)
+    opened = plan(["grid=mine", f"hydra.searchpath=[file://{tmp_path}]", f"dataset.cache={cache}"])
+    assert [trial.seed for trial in opened.trials] == list(range(10))
+    trial = opened.trials[0]
+    assert (trial.evaluate["pgd_images"], trial.evaluate["pgd_epsilon"]) == (30, 4 / 255)
+    assert trial.evaluate["relearn"] is (flag in ("true", "on"))
+    assert bool(trial.control) is trial.evaluate["relearn"]
+    assert (trial.implant["attack"]["poison_rate"], trial.implant["train"]["lr"]) == (0.25, 0.125)
+    assert opened.cfg.grid.purpose == opened.cfg.grid.exceptions[0].why == "two lines of prose"
+
+
+def test_a_grid_in_yaml_that_cannot_be_read_is_refused_in_one_line(tmp_path, cache):
+    (tmp_path / "grid").mkdir()
+    for text in ("grid: {name: [", "# @package _global_\ntrain: {epohcs: 3}", "# @package _global_\ntrain: null"):
+        (tmp_path / "grid" / "mine.yaml").write_text(text)
+        refusal("grid=mine", f"hydra.searchpath=[file://{tmp_path}]", f"dataset.cache={cache}")
+
+
+@pytest.mark.parametrize("value", [10, "10", list(range(10)), [str(seed) for seed in range(10)]])
+def test_a_number_of_seeds_that_arrives_as_text_is_the_number(value):
+    assert seeds_of(value) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "a",
+        "true",
+        "8/255",
+        "a b",
+        'it\'s "it"',
+        "back\\",
+        "a,b",
+        "[x]",
+        "{x}",
+        "${not.one",
+        "",
+        "5",
+        None,
+        True,
+        0.1,
+        1e-7,
+    ],
+)
+def test_what_is_written_for_a_command_line_is_read_back(value):
+    from bench.config import _parsed, to_override
+
+    assert _parsed(f"a.b={to_override(value)}") == value
+    assert _parsed(f"a.b=[{to_override(value)}]") == [value]
+
+
+def test_the_largest_seed_has_its_place_in_a_table(cache, tmp_path):
+    from bench.reporting.table import of_trials
+
+    opened = plan(["grid.seeds=[4294967295]", f"dataset.cache={cache}", f"results={tmp_path}"])
+    assert set(of_trials(opened.trials, opened.store).seed) == {2**32 - 1}
 
 
 def test_a_number_of_seeds_counts_from_zero():

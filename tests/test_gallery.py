@@ -47,13 +47,26 @@ def test_a_report_draws_each_stored_trigger_once_and_forgets_those_of_other_sett
     (folder / "trigger_of_another_grid.png").write_text("old")
     assert pictures(plan([*tiny, *settings, swept])) == [folder / "triggers.png"]
     found = sorted(folder.glob("trigger_*.png"))
-    assert [path.stem for path in found] == [f"trigger_digits_test_resnet_blended_attack_alpha_0_{n}" for n in (1, 3)]
+    names = [picture_of("digits", "test_resnet", "blended", f"attack.alpha=0.{n}") for n in (1, 3)]
+    assert [path.name for path in found] == sorted(names)
     assert found[0].read_bytes() != found[1].read_bytes()
     for weights in (tmp_path / "results" / "store" / "implant").rglob("*.safetensors"):
         weights.unlink()
     assert pictures(plan([*tiny, *settings, swept])) == []  # deleted for their room: a report is no worse for it
     assert pictures(plan([*tiny, *settings])) == []  # nothing is stored with these
     assert list(folder.glob("trigger*")) == []
+
+
+def test_no_two_places_share_a_picture_and_its_name_is_fit_for_a_file():
+    from bench.reporting.page import picture_of
+
+    names = ["signs v1.0", "signs v1_0", "signs_v1.0", "signs/v1.0", "Signs v1.0", "s" * 300, "s" * 301, "ü", "u"]
+    places = [(f"folder:{name}", "net", "badnets", "") for name in names]
+    places += [("a", "b_c", "d", ""), ("a_b", "c", "d", ""), ("a", "b", "c_d", "")]
+    places += [("a", "b", "c", f"attack.pattern={value}") for value in ("x.y", "x_y", "x-y")]
+    pictures_ = {picture_of(*place).lower() for place in places}  # some file systems know no capitals
+    assert len(pictures_) == len(places)
+    assert all(name.isascii() and len(name) < 200 and not set(name) & set("/\\%?#: ") for name in pictures_)
 
 
 def test_a_trigger_that_a_sweep_does_not_change_is_shown_once(run_grid, tiny, monkeypatch):

@@ -54,8 +54,8 @@ def test_a_plan_is_the_product_of_its_axes(cache):
         ("tracking.enabled=false", "000"),
         ("results=elsewhere", "000"),
         ("grid.name=another", "000"),
-        ("attack.blended.alpha=0.5", "000"),  # another attack's setting
-        ("defense.aft.lr=0.5", "000"),
+        ("grid.exceptions=[{attack:blended,set:{attack.alpha:0.5},why:x}]", "000"),  # another attack's setting
+        ("grid.exceptions=[{defense:aft,set:{defense.lr:0.5},why:x}]", "000"),
     ],
 )
 def test_identity_changes_with_figures_and_with_nothing_else(keys, change, stages):
@@ -120,6 +120,87 @@ def test_the_command_line_wins_over_an_exception_of_the_grid(cache):
     opened = plan(["grid=quick", "defense.aft.epsilon=0.5", f"dataset.cache={cache}"])
     aft = next(trial for trial in opened.trials if trial.defense == "aft").defend["defense"]
     assert (aft["epsilon"], aft["updates"]) == (0.5, 160)
+
+
+EXCEPTION = "grid.exceptions=[{attack: badnets, set: {attack.poison_rate: 0.05, train.lr: 0.3}, why: mine}]"
+SWEEP = "grid.sweep=[{key: reserve.size, values: [0.01, 0.02]}]"
+ROW = ["grid.ablations=[{name: short, defense: fine_tuning, set: {epochs: 3}}]", "grid.defenses=[short]"]
+
+
+@pytest.mark.parametrize(
+    ("words", "dotted", "others"),
+    [
+        ([EXCEPTION], "attack.badnets.poison_rate=0.2", ["attack.badnets={poison_rate: 0.2}"]),
+        ([EXCEPTION], "attack.badnets.poison_rate=0.2", ["attack={badnets: {poison_rate: 2/10}}"]),
+        ([EXCEPTION], "train.lr=0.4", ["train={lr: 0.4}", "++train={lr: 4e-1}", "train.lr=2/5"]),
+        ([SWEEP], "reserve.size=0.03", ["reserve={size: 0.03}"]),
+        (
+            ROW,
+            "defense.fine_tuning.epochs=9",
+            ["defense.fine_tuning={epochs: 9}", "defense={fine_tuning: {epochs: 9}}"],
+        ),
+        ([], "measure.pgd_steps=3", ["measure={pgd_steps: 3}"]),
+        ([], "measure.pgd_epsilon=0.03137254901960784", ["measure.pgd_epsilon=8/255", "measure={pgd_epsilon: 8/255}"]),
+        ([], "attack.sig.delta=3", ["attack={sig: {delta: 3}}"]),
+    ],
+)
+def test_a_setting_counts_the_same_however_it_is_written(cache, words, dotted, others):
+    def outcome(word: str) -> object:
+        try:
+            opened = plan([*BASE, *words, word, f"dataset.cache={cache}"])
+        except UserError as error:
+            return str(error)
+        lines = [line for line in protocol(opened) if not line.startswith("command: ")]
+        return [trial.keys() for trial in opened.trials], lines
+
+    assert {repr(outcome(other)) for other in others} == {repr(outcome(dotted))}
+
+
+def test_the_shipped_grid_takes_a_dictionary_as_it_takes_the_dotted_form(cache):
+    words = ["grid=quick", "grid.defenses=[aft]", "grid.attacks=[badnets]", "grid.seeds=1", f"dataset.cache={cache}"]
+    opened = plan([*words, "defense.aft={epsilon: 0.02}"])
+    assert opened.trials[0].defend["defense"]["epsilon"] == 0.02
+    assert "command: python -m bench.run grid=quick" in "\n".join(protocol(opened))
+    assert "defense.aft.epsilon=0.02" in opened.arguments
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["grid.sweep=[{key: measure.pgd_epsilon, values: [4/255, 8/255]}]"],
+        ["grid.ablations=[{name: gentle, defense: aft, set: {epsilon: 6/255}}]", "grid.defenses=[aft,gentle]"],
+        ["grid.exceptions=[{defense: aft, set: {defense.epsilon: 6/255}, why: x}]"],
+        ["defense={aft: {epsilon: 6/255}}", "attack.badnets.poison_rate=1/8", "grid.attacks=[badnets,blended]"],
+        ["grid.sweep=[{key: attack.badnets.poison_rate, values: [1/8, 1/4]}]", "grid.attacks=[none,badnets,blended]"],
+        ["grid.sweep=[{key: defense.aft.epsilon, values: [1/8, 1/4]}]"],
+    ],
+)
+def test_the_command_of_each_cell_computes_that_cell(cache, words):
+    import shlex
+
+    from bench.door import command
+
+    base = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,aft]", "grid.seeds=1", f"dataset.cache={cache}"]
+    opened = plan([*base, *words])
+    for trial in opened.trials:
+        again = plan(shlex.split(command(opened, trial))[3:])
+        assert [one.keys() for one in again.trials] == [trial.keys()]
+
+
+def test_a_fraction_is_its_quotient_wherever_a_number_stands(cache):
+    words = ["grid.exceptions=[{attack: badnets, set: {attack.poison_rate: 1/8}, why: x}]"]
+    words += ["grid.sweep=[{key: train.lr, values: [1/3, 2/3]}]", "measure={pgd_epsilon: 6/255}"]
+    trials = plan([*BASE, *words, f"dataset.cache={cache}"]).trials
+    assert [trial.implant["train"]["lr"] for trial in trials] == [1 / 3, 2 / 3]
+    assert {trial.implant["attack"]["poison_rate"] for trial in trials} == {1 / 8}
+    assert {trial.evaluate["pgd_epsilon"] for trial in trials} == {6 / 255}
+    row = ["grid.ablations=[{name: row, defense: aft, set: {epsilon: 6/255}}]", "grid.defenses=[row]"]
+    assert plan([*BASE, *row, f"dataset.cache={cache}"]).trials[0].defend["defense"]["epsilon"] == 6 / 255
+
+
+def test_an_exception_may_be_about_what_the_command_line_narrowed_away(cache):
+    words = ["grid.exceptions=[{dataset: cifar10, attack: sig, defense: nad, set: {attack.delta: 3}, why: x}]"]
+    assert plan([*BASE, *words, f"dataset.cache={cache}"]).trials
 
 
 def test_the_protocol_prints_an_exception_unless_the_command_line_replaced_it_for_that_method(cache):

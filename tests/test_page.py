@@ -422,9 +422,9 @@ def test_the_command_of_a_swept_cell_plans_that_very_cell_whatever_kind_of_value
 def test_a_name_in_a_command_comes_through_the_shell_and_hydra(name):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from bench.grid import written
+    from bench.config import to_override
 
-    (word,) = shlex.split(shlex.join([f"grid.datasets=[{written(name)}]"]))
+    (word,) = shlex.split(shlex.join([f"grid.datasets=[{to_override(name)}]"]))
     assert OverridesParser.create().parse_override(word).value() == [name]
 
 

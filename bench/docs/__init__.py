@@ -271,7 +271,7 @@ def _defaults(cls: type) -> dict[str, str]:
 
 def _default(f: Field[Any]) -> str:
     """As a command line has it."""
-    from bench.grid import written
+    from bench.config import to_override
 
     value = f.default_factory() if f.default_factory is not MISSING else f.default
     if isinstance(value, tuple):
@@ -279,7 +279,7 @@ def _default(f: Field[Any]) -> str:
     if isinstance(value, float) and len(repr(value)) > 12:  # 6 / 255 is what was meant
         levels = 255 * value
         return f"{levels:.0f}/255" if abs(levels - round(levels)) < 1e-9 else f"{value:.4g}"
-    return written(value)
+    return to_override(value)
 
 
 def _about(cls: type) -> dict[str, str]:

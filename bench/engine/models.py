@@ -329,11 +329,16 @@ def _is_of(module: str, package: str) -> bool:
     return module.partition(".")[0] == package
 
 
-def check_name(name: str) -> None:
-    """Raises LookupError, with the near names, if timm has no such architecture."""
+def architectures() -> list[str]:
+    """The names of all architectures."""
     import timm  # half of the start of every door that builds no network
 
-    known = timm.list_models()
+    return list(timm.list_models())
+
+
+def check_name(name: str) -> None:
+    """Raises LookupError, with the near names, if timm has no such architecture."""
+    known = architectures()
     if name not in known:
         near = get_close_matches(name, known, n=3)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

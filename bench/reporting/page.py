@@ -8,6 +8,7 @@ files beside the page, which loads them when they are asked for.
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import json
 import math
@@ -35,9 +36,13 @@ PART = 1_000_000  # characters in one of these files, about
 
 
 def picture_of(dataset: str, model: str, attack: str, variant: str = "") -> str:
-    """The name of the file that shows a trigger; some attacks find theirs on the network."""
-    place = f"{dataset}_{model}_{attack}" + (f"_{swept(variant)}" if swept(variant) else "")
-    return "trigger_" + re.sub(r"[^\w-]", "_", place)[:200] + ".png"
+    """The name of the file that shows a trigger; some attacks find theirs on the network.
+
+    The digest tells names apart that read the same once they are fit for a file.
+    """
+    place = [dataset, model, attack, *([swept(variant)] if swept(variant) else [])]
+    digest = hashlib.sha256(json.dumps(place).encode()).hexdigest()[:12]
+    return "trigger_" + re.sub(r"[^a-zA-Z0-9-]", "_", "_".join(place))[:150] + f"_{digest}.png"
 
 
 def swept(variant: str) -> str:

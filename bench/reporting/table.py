@@ -22,7 +22,9 @@ from bench.store import STAGES, Store
 AXES = ["dataset", "model", "variant", "setting", "attack", "defense"]  # what tells one cell from another
 BOARD = AXES[:3]
 TEXTS = [*AXES, "status", "reason", "warnings", "trial", "commit", "machine", "implant_weights"]
-FIGURES = ["poison_rate", *(column.name for column in (*MEASURES, *COSTS))]
+# Images that the defender had, the poisoned ones among them, and those that robust accuracy is measured on.
+COUNTS = ("view_images", "view_poisoned", "robust_images")
+FIGURES = ["poison_rate", *COUNTS, *(column.name for column in (*MEASURES, *COSTS))]
 COLUMNS = [
     *AXES,
     "poison_rate",
@@ -30,6 +32,7 @@ COLUMNS = [
     "status",
     "reason",
     *(column.name for column in (*MEASURES, *COSTS)),
+    *COUNTS,
     "warnings",
     "commit",
     "clean",
@@ -99,6 +102,7 @@ def trial_row(trial: Trial, store: Store) -> dict[str, Any]:
                 row["reason"] = f"{stage} is damaged: {damage}"
             return row
         row[f"{stage}_seconds"] = result["seconds"]
+        row |= {name: result[name] for name in COUNTS if name in result}  # stores of earlier versions have none
         made.append(result["provenance"])
         if stage == "implant":
             row["implant_weights"] = _weights(store, key, result)
