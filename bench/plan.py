@@ -168,13 +168,14 @@ def _work(stage: str, identity: Identity, implant: Identity, size: Size) -> Work
         identity: of the stage.
         implant: of the infected model that it trains or is about.
     """
+    from bench.engine.counts import pool_of
     from bench.engine.models import ModelSpec
 
     channels, pixels, _ = size.shape
     plain = (0.0,) * channels
     model = implant["model"]
     spec = ModelSpec(model["name"], len(size.train_counts), channels, pixels, plain, plain, model["stem"])
-    trainset = sum(count - round(implant["pool"] * count) for count in size.train_counts)
+    trainset = sum(size.train_counts) - sum(pool_of(implant["pool"], size.train_counts))
     tests = sum(size.test_counts)
     if stage == "implant":
         images: float = _training(identity["train"], trainset)
