@@ -212,7 +212,7 @@ RUN = [
     "grid.seeds=2",
     "grid.defenses=[no_defense,fine_tuning]",
     "model.stem=stock",
-    "train.epochs=150",
+    "train.epochs=60",
     "defense.fine_tuning.epochs=1",
     "measure.pgd_steps=1",
     "measure.pgd_images=50",
@@ -235,8 +235,9 @@ def _started(line: list[str], results: Path, **more) -> subprocess.Popen[str]:
 
 
 def _children(pid: int) -> list[int]:
-    listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(pid)], capture_output=True, text=True, check=True)
-    return [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
+    """The workers of a driver."""
+    listed = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    return [child for child in listed if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def _gone(pids: list[int], seconds: float) -> bool:
