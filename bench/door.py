@@ -230,7 +230,7 @@ def _published(cfg: DictConfig, trials: list[Trial]) -> dict[str, dict[str, Any]
                     f"{row['attack']}, seed {row['seed']}: {name} is {found[key][name]!r} and {row[name]!r}; leave one "
                     "of the two files out"
                 )
-            found.setdefault(key, row)
+            found.setdefault(key, {str(name): value for name, value in row.items()})
             source.setdefault(key, path)
     return found
 
@@ -308,9 +308,9 @@ def _counts(opened: Plan) -> dict[str, str]:
         shares = trial.implant["pool"], attacker["poison_rate"], attacker["cover_rate"]
         reserve = tuple(trial.defend.get("reserve", {}).values())
         place = (trial.dataset, trial.attack, *shares, reserve, measure.get("pgd_images"))
-        place += (measure.get("autoattack_images"), bool(trial.defend))
-        if place not in cells:
-            cells[place] = trial, counts_of(trial, opened.infos[trial.dataset])
+        within = (*place, measure.get("autoattack_images"), bool(trial.defend))
+        if within not in cells:
+            cells[within] = trial, counts_of(trial, opened.infos[trial.dataset])
     found: dict[str, dict[str, None]] = {"reserve": {}, "pool": {}, "robust": {}, "poisoned": {}}
     # On a clean model the reserve is clean; the line is about the others.
     backdoored = any(trial.implant["attack"]["poison_rate"] for trial, _ in cells.values())

@@ -316,14 +316,14 @@ def _data(
         taken.clear()
 
     for number, cell in enumerate(listed):
-        start, end = cell["trials"]
-        cell["command"] = next(filter(None, map(details.command, order[start:end])), "")
+        begin, stop = cell["trials"]
+        cell["command"] = next(filter(None, map(details.command, order[begin:stop])), "")
         if split:
             cell["stds"] = [_brief(column, value) for column, value in zip(columns, spreads[number], strict=True)]
-            if end == start:
+            if stop == begin:
                 continue  # others report it
             taken.append(number)
-            if end - listed[taken[0]]["trials"][0] >= room:
+            if stop - listed[taken[0]]["trials"][0] >= room:
                 close()
     if taken:
         close()
