@@ -228,7 +228,7 @@ def test_a_file_that_cannot_be_used_is_named_in_one_line(tmp_path, name):
     two_classes(tmp_path / "toy")
     bad = tmp_path / "toy" / "train" / "cat" / "zz.png"
     bad.write_bytes(content)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=said or "cannot be used") as caught:
         command.main(["folder:toy", f"dataset.root={tmp_path}", f"dataset.cache={tmp_path}/cache"])
     assert str(bad) in str(caught.value)
     assert "\n" not in str(caught.value)
