@@ -96,9 +96,9 @@ def _show(opened: Plan, thorough: bool = False) -> tuple[bool, bool]:
             print(f"    {line}")
     damaged = False
     for place, title in titles.items():
-        if reason := store.damage(*place, thorough=thorough):
+        if defect := store.damage(*place, thorough=thorough):
             damaged = True
-            print(f"damaged: {title}: {place[0]} {place[1]}: {reason}; bench.run computes it again")
+            print(f"damaged: {title}: {place[0]} {place[1]}: {defect}; bench.run computes it again")
     if aside := store.aside():
         print(f"{len(aside)} damaged stages were moved to {store.root / 'damaged'}/, which you can delete")
     for state in ("diverged", "wrecked"):

@@ -40,7 +40,7 @@ def digest_of(tensors: dict[str, Tensor], notes: dict[str, str]) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
