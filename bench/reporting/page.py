@@ -315,14 +315,14 @@ def _data(
         parts.append(f'{{"cells":{_json(own)},{details.part(order[first:last], row)}}}')
         taken.clear()
 
-    for number, cell in enumerate(listed):
+    for index, cell in enumerate(listed):
         begin, stop = cell["trials"]
         cell["command"] = next(filter(None, map(details.command, order[begin:stop])), "")
         if split:
-            cell["stds"] = [_brief(column, value) for column, value in zip(columns, spreads[number], strict=True)]
+            cell["stds"] = [_brief(column, value) for column, value in zip(columns, spreads[index], strict=True)]
             if stop == begin:
                 continue  # others report it
-            taken.append(number)
+            taken.append(index)
             if stop - listed[taken[0]]["trials"][0] >= room:
                 close()
     if taken:
