@@ -20,6 +20,7 @@ from bench import list as listing
 from bench import report, status
 from bench.door import plan
 from bench.pipeline import Bench
+from bench.reporting.page import picture_of
 from bench.reporting.table import of_trials
 
 FIRST = ["grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"]
@@ -157,7 +158,7 @@ def test_a_grid_ends_in_a_leaderboard_with_tables_and_plots(run_grid, tmp_path, 
     assert (trials.status == "done").all()
     folder = tmp_path / "results" / "quick"
     tables = {"leaderboard.md", "leaderboard.tex", "leaderboard.html", "leaderboard.csv", "wide.csv", "trials.csv"}
-    tables |= {"config.yaml", "trigger_digits_test_resnet_badnets.png"}
+    tables |= {"config.yaml", picture_of("digits", "test_resnet", "badnets")}
     plots = {"asr_heatmap", "accuracy_against_asr", "robust_accuracy", "cost", "triggers"}
     drawn = {f"{name}.{kind}" for name in plots for kind in ("png", "pdf")}
     assert {path.name for path in folder.iterdir()} == tables | drawn | {".report"}
@@ -165,7 +166,7 @@ def test_a_grid_ends_in_a_leaderboard_with_tables_and_plots(run_grid, tmp_path, 
     printed = capsys.readouterr().out
     assert (folder / "leaderboard.md").read_text().split("\n", 2)[2].strip() in printed
     assert "robust: accuracy under PGD-1" in printed  # the protocol stands beneath
-    assert "defense.fine_tuning.epochs=1" in printed  # and whatever is not a default
+    assert "exception for fine_tuning: defense.epochs=1" in printed  # and whatever is not a default
     assert "epochs 1, batch_size 64" in printed
 
 
@@ -173,15 +174,18 @@ def test_the_command_that_reproduces_a_cell_names_what_changes_a_figure_and_noth
     from bench.door import command
 
     kept = ["defense.fine_tuning.epochs=3", "measure.pgd_steps=2", "reserve.size=0.02"]
+    others = ["defense.aft.lr=0.02", "attack.badnets.patch_size=4"]  # of methods that the cell does not have
     dropped = ["dispatch.workers=2", "dispatch.max_tries=3", "++dispatch.slurm.additional.nice=5", "report.plots=true"]
     dropped += ["tracking=server", "tracking.uri=http://example.org", "tracking.enabled=false"]
-    opened = plan([*tiny, *kept, *dropped, "dispatch.threads=2"])
-    words = shlex.split(command(opened, opened.trials[-1]))
+    opened = plan([*tiny, *kept, *dropped, *others, "dispatch.threads=2"])
+    cell = next(trial for trial in opened.trials if (trial.attack, trial.defense) == ("blended", "fine_tuning"))
+    words = shlex.split(command(opened, cell))
     assert set(kept) <= set(words)
+    assert not set(others) & set(words)
     assert "dispatch.threads=2" in words  # another order of sums: the last bits
     places = [word for word in words if word.startswith(("tracking", "report", "dispatch", "++dispatch"))]
     assert places == ["dispatch.device=cpu", "dispatch.threads=2"]
-    assert plan(words[3:]).trials[0].keys() == opened.trials[-1].keys()
+    assert plan(words[3:]).trials[0].keys() == cell.keys()
 
 
 def test_a_report_is_written_again_only_if_it_would_be_another(run_grid, tmp_path, tiny):
