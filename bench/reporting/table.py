@@ -297,8 +297,8 @@ def _once(table: pd.DataFrame, place: str) -> pd.DataFrame:
                 if name := contradiction(first, again, judged):
                     what = "/".join(str(first[axis]) for axis in cell if first[axis] != "")
                     raise UserError(
-                        f"{place}: rows {int(str(row)) + 2} and {int(str(other)) + 2} are one trial ({what}), with {name} {first[name]!r} "
-                        f"and {again[name]!r}; leave the one that is right"
+                        f"{place}: rows {int(str(row)) + 2} and {int(str(other)) + 2} are one trial ({what}), "
+                        f"with {name} {first[name]!r} and {again[name]!r}; leave the one that is right"
                     )
     return table.drop_duplicates(cell).reset_index(drop=True)
 
