@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -433,7 +434,10 @@ def report(opened: Plan, again: bool = True) -> Any:
     stamp, made_of = opened.folder / ".report", _made_of(opened, trials, lines)
     if not again and _is_written(stamp, made_of):
         return table.boards(trials, lines, reported), trials
+    if stamp.is_dir():  # somebody else's
+        os.replace(stamp, stamp.with_name(f".report.{time.strftime('%Y%m%d-%H%M%S')}"))
     stamp.unlink(missing_ok=True)
+    before = _written_at(opened.folder)
     _keep_lost(opened, trials)
     boards = table.write(trials, lines, opened.folder, opened.title, reported)
     (opened.folder / "steps.csv").unlink(missing_ok=True)  # of other settings
@@ -449,9 +453,22 @@ def report(opened: Plan, again: bool = True) -> Any:
 
         drawn = plots.write(trials, opened.folder, name, details.drawn) + pictures(opened)
     page.write(trials, details, lines, opened.folder, opened.title, reported, drawn)
-    files = sorted(path.name for path in opened.folder.iterdir() if path != stamp)
-    stamp.write_text("\n".join([made_of, *files]))
+    # Other commands have files there too (bench.gallery, bench.connection), which they may write anew.
+    names = [name for name, time_ns in _written_at(opened.folder).items() if before.get(name) != time_ns]
+    files = {name: _sum_of(opened.folder / name) for name in sorted(names)}
+    stamp.write_text(json.dumps({"made_of": made_of, "files": files}, indent=1))
     return boards, trials
+
+
+def _written_at(folder: Path) -> dict[str, int]:
+    """The files of a folder, each with the time in nanoseconds when it was last written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*") if path.is_file()}
+
+
+def _sum_of(path: Path) -> list[Any]:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
 def _evidence(opened: Plan, store: Store) -> Iterator[dict[str, Any]]:
@@ -524,12 +541,14 @@ def _made_of(opened: Plan, trials: pd.DataFrame, lines: list[str]) -> str:
 
 
 def _is_written(stamp: Path, made_of: str) -> bool:
-    """Was the report last made of this, and is all of it still there?"""
+    """Was the report last made of this, and is all of it still there, byte for byte?"""
     try:
-        last, *files = stamp.read_text().split("\n")
-    except OSError:
+        last = json.loads(stamp.read_text())
+        # Of whatever a foreign or broken stamp holds, nothing is believed.
+        files = last["files"].items() if last["made_of"] == made_of else ()
+        return bool(files) and all(_sum_of(stamp.parent / name) == told for name, told in files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    return last == made_of and all((stamp.parent / name).exists() for name in files)
 
 
 def duration(seconds: float) -> str:

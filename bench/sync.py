@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.door import enter, plan
+from bench.door import enter, plan, report
 
 
 def main(arguments: list[str]) -> int:
@@ -18,6 +18,8 @@ def main(arguments: list[str]) -> int:
 
     uri = masked(opened.tracking_uri)
     name, artifacts = str(opened.cfg.grid.name), Path(opened.cfg.results) / "mlflow"
+    if opened.folder.is_dir():
+        report(opened, again=False)  # a table that was damaged since it was written is not sent as it is
     try:
         sent = tracking.sync(opened.trials, opened.store, opened.tracking_uri, name, artifacts)
         if opened.folder.is_dir():
