@@ -1,4 +1,4 @@
-"""Do the papers' claims hold in this table? Answers for each: reproduced, not reproduced, or not tested.
+"""Do the papers' claims hold in this table? Answers for each: reproduced, not reproduced, not tested, or not testable.
 
     python -m bench.claims [grid=NAME] [key=value ...]      the same settings as bench.run
     python -m bench.claims results/NAME/trials.csv          a published table
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CLAIMS = Path("results/claims.yaml")
-KEYS = {"figure", "of", "minus", "at_most", "at_least", "attacks"}
+KEYS = {"figure", "of", "minus", "same", "otherwise", "at_most", "at_least", "attacks"}
+PLACE = ["dataset", "model", "variant", "attack"]
 ROWS = {"defense", "setting", "reserve"}  # what `of` and `minus` choose rows by
 
 
@@ -28,7 +29,8 @@ class Answer:
     """What a table says of one claim.
 
     Attributes:
-        verdict: `reproduced`, `not reproduced` or `not tested`.
+        verdict: `reproduced`, `not reproduced`, `not tested` (no such rows) or `not testable` (rows that may not be
+            held against each other).
         evidence: the figures behind it, one line for each check.
     """
 
@@ -77,6 +79,8 @@ def load(path: Path) -> list[dict[str, Any]]:
         for check in claim.get("checks", ()):
             chosen = {"of": check.get("of") or {}, "minus": check.get("minus") or {}}
             wrong = set(check) - KEYS | {f"{key}.{name}" for key in chosen for name in set(chosen[key]) - ROWS}
+            if "same" in check and not {"minus", "otherwise"} <= set(check):
+                raise UserError(f"{path}, {claim.get('id')}: same needs minus, and otherwise: what to compute instead")
             if wrong or not {"figure", "of"} <= set(check) or not {"at_most", "at_least"} & set(check):
                 raise UserError(
                     f"{path}, {claim.get('id')}: a check needs figure, of, and at_most or at_least"
@@ -100,13 +104,18 @@ def contamination(trials: pd.DataFrame, usual: float) -> pd.Series:
 
 def answer(claim: dict[str, Any], trials: pd.DataFrame) -> Answer:
     """Judge one claim: it holds if every check does, and is not tested if a check finds no rows."""
-    verdicts, evidence = [], []
+    verdicts, evidence, testable = [], [], True
     for check in claim["checks"]:
         verdict, line = judge(check, trials)
         verdicts.append(verdict)
         evidence.append(line)
+        if reason := unfair(check, trials):
+            evidence.append(reason)
+            testable = False
     if False in verdicts:
         return Answer(claim, "not reproduced", evidence)
+    if not testable:
+        return Answer(claim, "not testable", evidence)
     return Answer(claim, "not tested" if None in verdicts else "reproduced", evidence)
 
 
@@ -117,10 +126,10 @@ def judge(check: dict[str, Any], trials: pd.DataFrame) -> tuple[bool | None, str
     diverged or was wrecked does not hold.
     """
     figure, minus = check["figure"], check.get("minus")
-    values = _means(trials, check["of"], figure)
-    if minus is not None:
-        others = _means(trials, minus, figure)
-        values = {place: value - others[place] for place, value in values.items() if place in others}
+    if minus is None:
+        values = _means(trials, check["of"], figure)
+    else:
+        values = {place: value for place, value in _differences(check, trials).items() if value is not None}
     bounds = [f"at most {100 * check['at_most']:g}"] if "at_most" in check else []
     bounds += [f"at least {100 * check['at_least']:g}"] if "at_least" in check else []
     wanted = check.get("attacks", "every")
@@ -152,16 +161,73 @@ def judge(check: dict[str, Any], trials: pd.DataFrame) -> tuple[bool | None, str
     return verdict, f"{line}: {told}"
 
 
+def unfair(check: dict[str, Any], trials: pd.DataFrame) -> str:
+    """What cannot be held against each other in a check, and what to compute instead; empty if nothing."""
+    found = _differences(check, trials) if "minus" in check else {}
+    places = [" ".join(place) for place, value in found.items() if value is None]
+    if not places:
+        return ""
+    what = f"with the same {check['same']} and " if "same" in check else ""
+    advice = f"; {check['otherwise']}" if "same" in check else "; compute both on one kind of device"
+    return f"not testable: no {_name(check['of'])} {what}of the same infected models on {', '.join(places)}{advice}"
+
+
+def _differences(check: dict[str, Any], trials: pd.DataFrame) -> dict[tuple[str, ...], float | None]:
+    """The figure of `of` less that of `minus` in each place that has both; None where the two are no pair.
+
+    A pair is of the same infected models and, where the check asks for it, of the same figure `same`: the first of the
+    defenses that `of` names which is.
+    """
+    figure, same = check["figure"], check.get("same")
+    others = _means(trials, check["minus"], figure)
+    theirs = _models(trials, check["minus"])
+    due = _means(trials, check["minus"], same) if same else {}
+    found: dict[tuple[str, ...], float | None] = {}
+    names = check["of"].get("defense")
+    for name in names if isinstance(names, list) else [names]:
+        rows = check["of"] | ({"defense": name} if name else {})
+        own, price = _models(trials, rows), _means(trials, rows, same) if same else {}
+        for place, value in _means(trials, rows, figure).items():
+            if place not in others or found.get(place) is not None:
+                continue
+            seeds = own.get(place, {}).keys() & theirs.get(place, {}).keys()
+            alike = all(own[place][seed] == theirs[place][seed] for seed in seeds)
+            paid = not same or (place in price and price[place] == due.get(place))
+            # What is lost does not hold, whatever it cost; a control that is lost is none.
+            lost = math.isnan(others[place]) or (not same and math.isnan(value))
+            found[place] = value - others[place] if (alike and paid) or lost else None
+    return found
+
+
+def _models(trials: pd.DataFrame, of: dict[str, Any]) -> dict[tuple[str, ...], dict[int, str]]:
+    """(data set, network, variant if any, attack) -> seed -> which infected model its figures are about."""
+    from bench.reporting.table import infected
+
+    part = _chosen(trials, of)
+    found: dict[tuple[str, ...], dict[int, str]] = {}
+    if {"implant_weights", "infected_accuracy", "infected_asr"} <= set(part):
+        models = infected(part)
+        for place, seed, model in zip(part[PLACE].itertuples(index=False), part.seed, models, strict=True):
+            if model:
+                found.setdefault(tuple(str(name) for name in place if name), {})[seed] = model
+    return found
+
+
+def _chosen(trials: pd.DataFrame, of: dict[str, Any]) -> pd.DataFrame:
+    """The rows of poisoned models that `of` or `minus` names."""
+    part = trials[trials.poison_rate > 0]
+    for key, value in of.items():
+        part = part[(part.contamination > 0) == (value == "tainted") if key == "reserve" else part[key] == value]
+    return part[~part.status.isin(["missing", "not applicable"])]
+
+
 def _means(trials: pd.DataFrame, of: dict[str, str], figure: str) -> dict[tuple[str, ...], float]:
     """(data set, network, variant if any, attack) -> mean over seeds; NaN where one failed, diverged or was wrecked."""
     if figure not in trials:
         return {}
-    part = trials[trials.poison_rate > 0]
-    for key, value in of.items():
-        part = part[(part.contamination > 0) == (value == "tainted") if key == "reserve" else part[key] == value]
-    part = part[~part.status.isin(["missing", "not applicable"])]
+    part = _chosen(trials, of)
     found = {}
-    for place, group in part.groupby(["dataset", "model", "variant", "attack"], sort=False):
+    for place, group in part.groupby(PLACE, sort=False):
         whole = (group.status == "done").all()
         if whole and group[figure].isna().all():
             continue  # the table does not have this figure
@@ -169,8 +235,8 @@ def _means(trials: pd.DataFrame, of: dict[str, str], figure: str) -> dict[tuple[
     return found
 
 
-def _name(of: dict[str, str]) -> str:
-    return " ".join(of.values())
+def _name(of: dict[str, Any]) -> str:
+    return " ".join(" or ".join(value) if isinstance(value, list) else value for value in of.values())
 
 
 def markdown(answers: list[Answer]) -> str:

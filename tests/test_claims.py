@@ -98,7 +98,10 @@ def test_the_shipped_claims_are_well_formed_and_name_registered_methods():
         for check in claim["checks"]:
             for rows in (check["of"], check.get("minus", {})):
                 assert set(rows) <= ROWS
-                assert not rows or (rows["defense"] in defense and rows["setting"] in SETTINGS), rows
+                names = rows.get("defense", [])
+                known = {*defense, "aft_no_adversarial"}  # the ablation of grid ablation_aft
+                assert {names} <= known if isinstance(names, str) else set(names) <= known, rows
+                assert not rows or rows["setting"] in SETTINGS, rows
 
 
 def test_a_door_reads_a_published_table_and_fails_on_a_claim_that_does_not_hold(tmp_path, capsys):
@@ -160,3 +163,38 @@ def test_a_file_that_is_no_table_of_trials_is_refused(tmp_path, text):
     (tmp_path / "leaderboard.csv").write_text(text)
     with pytest.raises(UserError, match=r"is no trials\.csv"):
         main([str(tmp_path / "leaderboard.csv")])
+
+
+def beats(updates: dict[str, float], asr: dict[str, float], **more) -> pd.DataFrame:
+    rows = table(*((name, attack, value) for attack in ("sig", "wanet") for name, value in asr.items()))
+    rows = rows.assign(setting="reserve", defend_updates=rows.defense.map(updates), contamination=0.0)
+    return rows.assign(**more)
+
+
+@pytest.mark.parametrize(
+    ("updates", "verdict"),
+    [
+        ({"fine_tuning": 200, "aft": 600, "aft_no_adversarial": 600}, "not reproduced"),  # 0.1 < 0.2
+        ({"fine_tuning": 600, "aft": 600}, "reproduced"),
+        ({"fine_tuning": 200, "aft": 600}, "not testable"),
+        ({}, "not testable"),  # a table that does not record them
+    ],
+)
+def test_aft_is_held_against_fine_tuning_of_as_many_updates(updates, verdict):
+    (claim,) = [claim for claim in load(Path("results/claims.yaml")) if claim["id"] == "aft-beats-fine-tuning"]
+    asr = {"fine_tuning": 0.9, "aft": 0.2}
+    if "aft_no_adversarial" in updates:
+        asr["aft_no_adversarial"] = 0.1
+    found = answer(claim, beats(updates, asr))
+    assert found.verdict == verdict
+    assert any("aft_no_adversarial" in line and "write" in line for line in found.evidence) == (
+        verdict == "not testable"
+    )
+
+
+def test_figures_of_different_infected_models_are_not_subtracted():
+    check = {"figure": "asr", "of": {"defense": "fine_tuning"}, "minus": {"defense": "aft"}, "at_least": 0.0}
+    rows = beats({}, {"fine_tuning": 0.9, "aft": 0.2}, infected_accuracy=0.9, infected_asr=0.9, implant_weights="one")
+    assert answer({"checks": [check]}, rows).verdict == "reproduced"
+    rows.loc[(rows.defense == "aft") & (rows.attack == "sig"), "implant_weights"] = "two"
+    assert answer({"checks": [check]}, rows).verdict == "not testable"
