@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -508,7 +509,7 @@ def test_sorting_filtering_and_columns(visit):
     tab.locator("#filter-attack summary").click()
     tab.locator("#filter-attack").get_by_label("blended").uncheck()
     assert not any("blended" in text for text in rows_shown(tab)[0])
-    assert "ranks and marks of means need all" in tab.locator("#count").inner_text()
+    assert "ranks and underlined figures need all" in tab.locator("#count").inner_text()
     tab.keyboard.press("Escape")
     tab.locator("#columns summary").click()
     tab.locator("#columns").get_by_label("memory (MiB)").uncheck()
@@ -668,3 +669,56 @@ def test_a_report_outlives_tensors_that_were_deleted_for_their_room(run_grid, ti
     for tensors in (tmp_path / "results" / "store" / "implant").rglob("*.safetensors"):
         tensors.unlink()
     assert main([*tiny, *one]) == 0
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {},
+        {"defense": ["no_defense", "beta", "gamma", "delta"]},
+        {"attack": ["none", "sig"]},
+        {"defense": ["beta", "gamma"], "attack": ["sig", "badnets"]},
+    ],
+    ids=str,
+)
+def test_bold_on_the_page_is_the_best_of_what_a_filter_shows(tmp_path, kept):
+    """By a table of the visible trials alone; what is underlined is taken from the whole table, and from no other."""
+    from urllib.parse import urlencode
+
+    if shutil.which("node") is None:
+        pytest.skip("no node to run the script of the page")
+    attacks, names = ["none", "badnets", "sig", "wanet"], ["no_defense", "alpha", "beta", "gamma", "delta"]
+    trials = trials_of(
+        attacks, names, infected_accuracy=lambda *_: 0.93, infected_asr=lambda a, d, s: 0.55 if a else None
+    )
+    lost = (trials.defense == "beta") & (trials.attack == "wanet") & (trials.seed == 0)
+    trials.loc[lost, "status"] = "wrecked"
+    write(trials, tmp_path)
+    (tmp_path / "data.json").write_text(json.dumps(data_of(tmp_path)))
+    source = Path(page.__file__).with_name("page.js")
+    command = [
+        "node",
+        Path(__file__).with_name("page_marks.js"),
+        source,
+        tmp_path / "data.json",
+        "#" + urlencode(kept, doseq=True),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    seen = trials[[all(row[axis] in chosen for axis, chosen in kept.items()) for _, row in trials.iterrows()]]
+    seen = seen.reset_index(drop=True)
+    # The undefended model counts as the floor whether it is shown or not; its own figures are in every row here.
+    cells = table.cells(seen)
+    marked = table.marks(seen, cells)
+    levels = {"best": 1, "alike": 0 if kept else 2}
+    expected = {(cells.attack[i], cells.defense[i], name): levels[mark] for (i, name), mark in marked.cells.items()}
+    expected |= {("mean", key[4], key[5]): levels[mark] for key, mark in marked.rows.items() if key[5] != "rank"}
+    mine = {tuple(entry[:3]): entry[3] for entry in (*found["cells"], *found["rows"])}
+    assert {key: mark for key, mark in mine.items() if mark} == {key: mark for key, mark in expected.items() if mark}
+    assert any(mine.values())
+    if not kept:  # where the printed table has a dagger
+        (board,) = table.boards(trials, [])
+        row = next(row for row in board.rows if row[0].text == "beta")
+        daggers = {name for _, defense, name, _, part in found["rows"] if part and defense == "beta"}
+        assert ("asr" in daggers) == row[board.header.index("mean ASR")].text.endswith("†") is True

@@ -113,5 +113,8 @@ def _entry(entry: Entry) -> str:
 def _caption(board: Board) -> str:
     measures = f"{COLUMN['clean_accuracy'].heading} / {COLUMN['asr'].heading}"
     data = next((note for note in board.notes if note.startswith("data: ")), "")
-    text = f"{measures} in percent. Bold: best of its setting; underlined: not significantly worse at 5 %. {data}"
+    text = (
+        f"{measures} in percent. Bold: best of its setting among the defenses that are done there, and not worse than "
+        f"without a defense; underlined: not significantly worse at 5 %. {data}"
+    )
     return escape(text)

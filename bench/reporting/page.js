@@ -88,6 +88,70 @@ function writeAddress() {
 
 const passes = (cell) => AXES.every((axis) => !state.filters[axis] || state.filters[axis].has(cell[axis]));
 
+// Marks: those of the whole table, or under a filter worked out anew over what it shows -------------------------------
+
+/** Does a filter hide a part of what a figure was compared with? Figures are compared within the other axes. */
+const partial = () => Boolean(state.filters.attack || state.filters.rate || state.filters.defense);
+const place = (cell) => JSON.stringify([cell.dataset, cell.model, cell.variant, cell.setting]);
+const bases = new Map(cells.filter((cell) => cell.base && cell.kind === "measured").map((cell) => [place(cell) + cell.attack, cell]));
+const complete = (cell) => cell.states[0] === cell.seeds && !cell.other;
+
+/** The figure of the models that a cell's defense was given. */
+function undefended(cell, i) {
+  const own = index[{ clean_accuracy: "infected_accuracy", asr: "infected_asr" }[columns[i].name]];
+  if (own !== undefined && !Number.isNaN(cell.means[own])) return cell.means[own];
+  return bases.get(place(cell) + cell.attack)?.means[i] ?? NaN;
+}
+
+/** Of entries [key, mean, figure without a defense] the keys of the best, but of none that is worse than no defense. */
+function best(column, entries) {
+  const known = entries.filter(([, value]) => column.sign && !Number.isNaN(value));
+  const lead = known.reduce((a, b) => (column.sign * b[1] < column.sign * a[1] ? b : a), known[0]);
+  const worse = ([, value, floor]) => !Number.isNaN(floor) && column.sign * Number(figure(column, value)) > column.sign * Number(figure(column, floor));
+  return new Set(known.filter((entry) => figure(column, entry[1]) === figure(column, lead[1]) && !worse(entry)).map(([key]) => key));
+}
+
+function grouped(list, key) {
+  const groups = new Map();
+  for (const item of list) groups.set(key(item), [...(groups.get(key(item)) ?? []), item]);
+  return groups;
+}
+
+/** The attacks that a mean of figure i is over, among the measured cells of one setting. */
+function attacksOf(group, i) {
+  const name = columns[i].name;
+  return new Set([...grouped(group, (cell) => cell.attack)].filter(([, list]) =>
+    list.some((cell) => !Number.isNaN(cell.means[i])) || (list.every((cell) => !cell.states[0]) && (name === "clean_accuracy" || (name === "asr" && !list[0].clean)))).map(([attack]) => attack));
+}
+
+let shownMarks = null; // under a filter: "cell id / figure" of what is bold
+
+function markCells(found) {
+  shownMarks = null;
+  if (!partial()) return;
+  shownMarks = new Set();
+  const rivals = found.filter((cell) => cell.kind === "measured" && !cell.base && complete(cell));
+  for (const list of grouped(rivals, (cell) => place(cell) + cell.attack).values())
+    columns.forEach((column, i) => best(column, list.map((cell) => [cell.id, cell.means[i], undefended(cell, i)])).forEach((id) => shownMarks.add(`${id}/${i}`)));
+}
+const markOf = (cell, i) => (shownMarks ? Number(shownMarks.has(`${cell.id}/${i}`)) : cell.marks[i]);
+
+/** The marks of the means, and of which of them a part is not done. */
+function markRows(rows) {
+  for (const group of grouped(rows.filter((row) => row.kind === "measured"), place).values()) {
+    const all = group.flatMap((row) => row.all);
+    columns.forEach((column, i) => {
+      const over = attacksOf(all, i);
+      const counted = (row) => row.all.filter((cell) => over.has(cell.attack));
+      for (const row of group) if (counted(row).some((cell) => cell.states[0] !== cell.seeds)) row.parts.add(i);
+      if (!partial()) return;
+      const rivals = group.filter((row) => !row.base && counted(row).length === over.size && counted(row).every((cell) => complete(cell) && !Number.isNaN(cell.means[i])));
+      const bold = best(column, rivals.map((row) => [row, mean(counted(row).map((cell) => cell.means[i])), mean(counted(row).map((cell) => undefended(cell, i)))]));
+      for (const row of bold) row.bold.add(column.name);
+    });
+  }
+}
+
 // The two tables ------------------------------------------------------------------------------------------------------
 
 /** One row for each defense: the figures of its cells that pass the filter. */
@@ -99,9 +163,9 @@ function defenses(found) {
     rows.get(key).cells.set(cell.attack, cell);
     rows.get(key).all.push(cell);
   }
-  // Marks and ranks were worked out over all attacks: over some of them they would be wrong.
-  const whole = !state.filters.attack && !state.filters.rate;
-  return [...rows.values()].map((row) => {
+  // Ranks, and what is underlined, were worked out over all attacks and defenses: over some of them they would be wrong.
+  const whole = !partial();
+  const listed = [...rows.values()].map((row) => {
     const of = (i) => row.all.map((cell) => cell.means[i]).filter((value) => !Number.isNaN(value));
     row.means = columns.map((column, i) => (column.largest ? Math.max(...of(i), -Infinity) : mean(of(i))));
     row.means = row.means.map((value, i) => (of(i).length ? value : NaN));
@@ -110,12 +174,15 @@ function defenses(found) {
     row.high = asr.filter((value) => value > data.high).length;
     row.count = asr.length;
     row.done = row.kind === "reported" || row.all.every((cell) => cell.states[0] === cell.seeds);
-    const place = [row.dataset, row.model, row.variant, row.setting];
-    row.rank = whole && row.kind === "measured" ? rankings.get(JSON.stringify(place))?.[row.defense] ?? NaN : NaN;
-    row.mark = (name) => (whole && row.kind === "measured" ? rowMarks.get(JSON.stringify([...place, row.defense, name])) : 0);
+    const where = [row.dataset, row.model, row.variant, row.setting];
+    row.rank = whole && row.kind === "measured" ? rankings.get(JSON.stringify(where))?.[row.defense] ?? NaN : NaN;
+    [row.bold, row.parts] = [new Set(), new Set()];
+    row.mark = (name) => (row.kind !== "measured" ? 0 : whole ? rowMarks.get(JSON.stringify([...where, row.defense, name])) ?? 0 : Number(row.bold.has(name)));
     row.worth = Number.isNaN(row.means[index.asr] ?? NaN) ? Infinity : row.means[index.asr];
     return row;
   });
+  markRows(listed);
+  return listed;
 }
 
 const stateText = (cell) => data.states.map((name, i) => [name, cell.states[i]]).filter(([name, n]) => n && name !== "done");
@@ -128,8 +195,8 @@ function parts(cell) {
     if (!cell.states[0]) return { figures: [], note: others.map(([name]) => name).join(", ") };
   }
   const figures = [], a = index.clean_accuracy, b = index.asr;
-  if (a !== undefined) figures.push([spread(ACC, cell.means[a], cell.stds[a]), cell.clean ? cell.marks[a] : 0]);
-  if (b !== undefined && !cell.clean && !Number.isNaN(cell.means[b])) figures.push([spread(ASR, cell.means[b], cell.stds[b]), cell.marks[b]]);
+  if (a !== undefined) figures.push([spread(ACC, cell.means[a], cell.stds[a]), cell.clean ? markOf(cell, a) : 0]);
+  if (b !== undefined && !cell.clean && !Number.isNaN(cell.means[b])) figures.push([spread(ASR, cell.means[b], cell.stds[b]), markOf(cell, b)]);
   return { figures, note: cell.kind === "reported" ? "" : stateText(cell).map(([name, n]) => `${n} ${name}`).join(", ") };
 }
 
@@ -159,7 +226,7 @@ function layout() {
       })),
       ...chosen.map((column) => ({
         id: column.name, title: column.title, about: column.about, value: (cell) => cell.means[column.i],
-        show: (cell) => marked(spread(column, cell.means[column.i], cell.stds[column.i]), cell.marks[column.i]),
+        show: (cell) => marked(spread(column, cell.means[column.i], cell.stds[column.i]), markOf(cell, column.i)),
       })),
       {
         id: "state", title: "state", name: true, value: (cell) => cell.states[0] / (cell.seeds || 1),
@@ -171,14 +238,14 @@ function layout() {
       },
     ];
   }
-  const dagger = (row, column) => (row.done || (column.scale === 1) || Number.isNaN(row.means[column.i]) ? "" : "†");
+  const dagger = (row, column) => (!row.parts.has(column.i) || column.scale === 1 || Number.isNaN(row.means[column.i]) ? "" : "†");
   const means = chosen.map((column) => ({
     id: column.name, title: (column.scale === 1 ? "" : "mean ") + column.title, about: column.about, value: (row) => row.means[column.i],
     show: (row) => marked(figure(column, row.means[column.i]) + dagger(row, column), row.mark(column.name)),
   }));
   const hasAsr = ASR && state.columns.has("asr");
   const extra = hasAsr ? [
-    { id: "median", title: "median ASR", value: (row) => row.median, show: (row) => figure(ASR, row.median) + (row.done || !row.count ? "" : "†") },
+    { id: "median", title: "median ASR", value: (row) => row.median, show: (row) => figure(ASR, row.median) + (!row.parts.has(index.asr) || !row.count ? "" : "†") },
     { id: "high", title: `ASR >\u00a0${100 * data.high}\u00a0%`, value: (row) => (row.count ? row.high / row.count : NaN), show: (row) => (row.count ? `${row.high} of ${row.count}` : "–") },
   ] : [];
   const after = means.findIndex((column) => column.id === "asr") + 1 || means.length;
@@ -208,6 +275,7 @@ const usual = (a, b) => b.base - a.base || b.done - a.done || (a.worth === b.wor
 
 function draw() {
   const found = cells.filter(passes), shape = layout();
+  markCells(found);
   const sorted = shape.find((column) => column.id === state.sort);
   let groups;
   if (state.view === "cells") groups = [["", sorted ? ordered(found, sorted) : found]];
@@ -250,8 +318,8 @@ function draw() {
   const focused = document.activeElement?.dataset?.sort;
   $("board").replaceChildren(total ? table : el("p", { class: "faint" }, "Nothing passes these filters."));
   if (focused) [...$("board").querySelectorAll("[data-sort]")].find((button) => button.dataset.sort === focused)?.focus();
-  const partial = state.view === "defenses" && (state.filters.attack || state.filters.rate) ? "; means are over the attacks shown, ranks and marks of means need all" : "";
-  $("count").textContent = `${found.length} of ${cells.length} cells, ${total} rows${partial}`;
+  const remark = partial() ? "; means and bold figures are over what is shown, ranks and underlined figures need all" : "";
+  $("count").textContent = `${found.length} of ${cells.length} cells, ${total} rows${remark}`;
   drawPages(total);
   writeAddress();
 }

@@ -277,6 +277,7 @@ def _data(
                 ],
                 "clean": bool(cell.poison_rate == 0),
                 "base": cell.defense == table.BASELINE,
+                "other": index in marked.elsewhere,
                 "kind": cell.kind,
                 "seeds": int(cell.seeds),
                 "states": states[index],

@@ -503,12 +503,14 @@ class Marks:
         rankings: (data set, model, variant, setting) -> ranks over attacks.
         overall: (setting, variant) -> ranks over all attacks, data sets and architectures: a swept value's infected
             models are no further blocks beside another's.
+        elsewhere: rows of the table of cells that are about other infected models than their rivals.
     """
 
     cells: dict[tuple[int, str], str] = field(default_factory=dict)
     rows: dict[tuple[str, ...], str] = field(default_factory=dict)
     rankings: dict[tuple[str, ...], statistics.Ranking] = field(default_factory=dict)
     overall: dict[tuple[str, str], statistics.Ranking] = field(default_factory=dict)
+    elsewhere: frozenset[int] = frozenset()
 
 
 def shown(table: pd.DataFrame, everything: bool = False) -> list[Column]:
@@ -537,6 +539,7 @@ def marks(trials: pd.DataFrame, table: pd.DataFrame) -> Marks:
     means = {column.name: measured[f"{column.name}_mean"].to_numpy() for column in columns}
     undefended = {column.name: _undefended(measured, column.name) for column in columns}
     strange = np.bincount(number[elsewhere(trials)], minlength=len(measured)) > 0
+    found.elsewhere = frozenset(np.flatnonzero(strange).tolist())
     complete = (measured.done == measured.seeds).to_numpy() & ~strange
     rivals = measured[measured.defense != BASELINE]
 
