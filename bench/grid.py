@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
 from functools import cache, cached_property, partial
 from itertools import product
 from typing import Any, TypeVar
@@ -38,6 +39,7 @@ RESERVED = ("store", "mlflow", "mlflow.db", "checkpoints", "slurm", "tracking", 
 NAME_BYTES = 200  # of a grid's name: file systems take 255, and what is written beside its folder needs some
 SEEDS = 2**32  # seeds are below it: table columns and NumPy take no larger ones
 MANY_SEEDS = 10_000
+MANY_NAMES = 100  # beyond so many a message lists the nearest alone
 # The groups that have settings for each method.
 METHODS = {"attack": attack, "defense": defense}
 
@@ -241,7 +243,12 @@ def _distinct(values: Iterable[Any], key: str, known: Iterable[str] | None = Non
         if known is not None and name not in list(known):
             kind = key.rsplit(".", 1)[-1].rstrip("s")
             own = " A method of your own needs 'plugins=[its_module]'." if kind in METHODS else ""
-            raise UserError(f"{key}: no {kind} is named {name!r}.{near(name, list(known))}{own}")
+            names_ = list(dict.fromkeys(known))
+            close = get_close_matches(name, names_, n=3)
+            # timm has more than a thousand.
+            few = len(names_) <= MANY_NAMES
+            hint = near(name, names_) if few else f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise UserError(f"{key}: no {kind} is named {name!r}.{hint}{own}")
     return found
 
 
@@ -613,8 +620,7 @@ def _trials(
     tainted = cfg.reserve.contamination if implant["attack"]["poison_rate"] else 0.0
     row = ("defend", id(cfg), place["defense"], place["setting"], tainted)
     defend, reason = once(row, lambda: _defend(cfg, place, usual, tainted))
-    if "reserve" in defend:
-        once(("reserve", *where), lambda: _check_counts(cfg, info, attack_of(cfg, place["attack"])))
+    once(("reserve", *where), lambda: _check_reserve(cfg, info, attack_of(cfg, place["attack"])))
     versions = {"autoattack": autoattack.VERSION} if cfg.measure.autoattack_images else {}
     measure: Identity = once(
         ("measure", id(cfg)),
@@ -704,11 +710,11 @@ def _model(cfg: DictConfig, info: DatasetInfo, name: str) -> dict[str, str]:
     return {**model, **({"source": source} if source else {})}
 
 
-def _check_counts(cfg: DictConfig, info: DatasetInfo, attacker: Attack) -> None:
-    """Refuse shares of the reserve and of the test set's kin that come to no image of a data set.
+def _check_reserve(cfg: DictConfig, info: DatasetInfo, attacker: Attack) -> None:
+    """Refuse a reserve without an image of a data set, and a contamination of no image or of more than there are.
 
     Raises:
-        UserError: with the least share that comes to one.
+        UserError: with the least share that comes to an image.
     """
     total = sum(info.train_counts)
     size = reserve_of(cfg.reserve.size, cfg.reserve.pool, info.train_counts)

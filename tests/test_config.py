@@ -95,13 +95,14 @@ def test_every_default_is_the_one_of_the_code():
         # Names in a grid's exceptions, and settings that no cell has.
         ("grid.exceptions=[{dataset:digit,set:{train.epochs:7},why:x}]", ["Did you mean 'digits'?"]),
         ("grid.exceptions=[{dataset:'folder:nowhere',set:{train.epochs:7},why:x}]", ["folder:nowhere"]),
-        ("grid.exceptions=[{model:test-resnet,set:{train.epochs:7},why:x}]", ["Did you mean 'test_resnet'?"]),
+        ("grid.exceptions=[{model:test-resnet,set:{train.epochs:7},why:x}]", ["Did you mean 'test_resnet'"]),
         ("grid.exceptions=[{model:[test_resnet,resnet81],set:{train.epochs:7},why:x}]", ["resnet81"]),
         ("grid.exceptions=[digits]", ["grid.exceptions", "digits"]),
         ("grid.attacks=[badnets] attack.sig.poison_rate=0.2", ["attack.sig.poison_rate", "grid.attacks"]),
         ("defense=${grid.name}", ["defense.KEY"]),
         ("grid.attacks=[badnets] defense={nad:{beta:0}}", ["defense.nad.beta", "grid.defenses"]),
         # Shares that come to no image, or to the same ones.
+        ("grid.attacks=[sig] grid.defenses=[no_defense] reserve.contamination=0.5", ["reserve.contamination", "0.5"]),
         ("reserve.contamination=0.002", ["0.002", "71", "at least 0.0071"]),
         ("reserve.size=0.0001", ["0.0001", "1438", "at least 0.00035"]),
         ("attack.badnets.poison_rate=0.0001", ["0.0001", "1367"]),
