@@ -447,6 +447,11 @@ def test_a_value_that_its_column_cannot_have_is_refused_by_file_row_and_column(t
     assert "\n" not in str(error.value)
 
 
+def test_a_count_may_be_any_number_from_zero(tmp_path):
+    found = table.read_trials(csv_of(tmp_path, dict.fromkeys(table.COUNTS, 71)))
+    assert [found[name][0] for name in table.COUNTS] == [71] * len(table.COUNTS)
+
+
 def test_a_difference_of_two_shares_may_be_negative(tmp_path):
     assert table.read_trials(csv_of(tmp_path, {"relearn_gain": -1})).relearn_gain[0] == -1
 

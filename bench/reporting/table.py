@@ -274,9 +274,9 @@ def _check_values(table: pd.DataFrame, place: str) -> None:
 def _range(name: str) -> tuple[float, float, str]:
     """The least and the largest value of a figure, and how to write one."""
     column = COLUMN.get(name)
-    if column is not None and column.unit != "%":
+    if name in COUNTS or (column is not None and column.unit != "%"):
         return 0.0, math.inf, "a number, at least 0"
-    low = 0.0 if column is None else column.low
+    low = 0.0 if column is None else column.low  # the poison rate is no column of results
     return low, 1.0, f"a number, a share in [{low:g}, 1] (0.93 for 93 %)"
 
 
