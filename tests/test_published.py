@@ -119,3 +119,28 @@ def test_a_published_table_is_never_written_over_by_a_smaller_one(tiny: list[str
         plan([*there, "grid.attacks=[badnets]", FIRST[1]])
     assert plan([*there, *MORE]).own  # a larger one goes on in its place
     assert plan([*there, "grid.attacks=[badnets]", FIRST[1], "grid.name=mine"]).own == []
+
+
+def test_rows_of_two_files_that_contradict_each_other_are_refused_and_equal_ones_count_once(
+    tiny: list[str], published: Path, tmp_path: Path
+) -> None:
+    table = pd.read_csv(published)
+    table.to_csv(tmp_path / "again.csv", index=False)
+    both = f"published=[{published},{tmp_path / 'again.csv'}]"
+    assert plan([*tiny, *FIRST, both]).own == []
+    table.loc[3, "clean_accuracy"] = 0.123
+    table.to_csv(tmp_path / "again.csv", index=False)
+    with pytest.raises(UserError, match=r"again\.csv .*clean_accuracy is .* and 0\.123"):
+        plan([*tiny, *FIRST, both])
+    # One digest for all that was done to an infected model, another for each model.
+    assert table.groupby("attack").implant_weights.nunique().tolist() == [1, 1]
+    assert table.implant_weights.nunique() == 2
+    assert table.implant_weights.str.fullmatch("[0-9a-f]{20}").all()
+    # An implant of an earlier version has none: it is that of the stored weights.
+    (result, *_) = sorted((tmp_path / "elsewhere" / "store" / "implant").glob("*/*/model.safetensors"))
+    from bench.reporting.table import _weights
+    from bench.store import Store
+
+    found = _weights(Store(tmp_path / "elsewhere" / "store"), result.parent.name, {})
+    assert found in set(table.implant_weights)
+    assert _weights(Store(tmp_path / "nowhere"), result.parent.name, {}) == ""

@@ -43,7 +43,7 @@ COLUMNS = [
 
 STATES = ("done", "not applicable", "wrecked", "diverged", "failed", "missing")
 # What two rows of one trial must agree in, whoever computed them.
-AGREE = ["status", *(column.name for column in MEASURES), "implant_weights"]
+AGREE = [*(column.name for column in MEASURES), "status", "implant_weights"]
 OUTCOMES = ("done", "wrecked", "diverged")  # no repeat would change these
 LOST = ("wrecked", "diverged", "failed")  # these count against a method
 BASELINE = "no_defense"
