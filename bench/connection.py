@@ -19,10 +19,11 @@ from bench.door import command, enter, plan, show
 def main(arguments: list[str]) -> int:
     opened = plan(arguments)
     from bench.config import UserError
+    from bench.index import Snapshot
     from bench.reporting import page, plots
     from bench.reporting.connection import boards, connections, rank_correlation
     from bench.reporting.spreadsheet import write_csv
-    from bench.reporting.table import Snapshot, of_trials
+    from bench.reporting.table import of_trials
 
     store = Snapshot(opened.store)
     trials = of_trials(opened.trials, store)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from bench.engine.datasets import DatasetInfo
     from bench.grid import Trial
+    from bench.index import Index
     from bench.store import Store
 
 # Where things lie and run: nothing that a figure depends on.
@@ -410,20 +411,23 @@ def command(opened: Plan, trial: Trial) -> str:
     return masked(shlex.join(["python", "-m", "bench.run", *words, f"grid.seeds=[{trial.seed}]"]))
 
 
-def report(opened: Plan, again: bool = True) -> Any:
+def report(opened: Plan, again: bool = True, index: Index | None = None) -> Any:
     """Write tables, page and plots of what is finished, computing nothing; returns the boards and the trials.
 
     Args:
         again: write them also if they would be the same; of thousands of trials they take longer than all the rest.
+        index: of the store, where it is loaded already.
 
     Raises:
         UserError: nothing of the grid is stored with these settings, or `report.reported` is no such table.
     """
+    from bench.index import Snapshot
     from bench.reporting import page, plots, table
     from bench.reporting.spreadsheet import write_csv
 
-    store = table.Snapshot(opened.store)
+    store = Snapshot(opened.store, index)
     trials = table.of_trials(opened.trials, store, opened.published)
+    store.index.keep()
     reported = table.reported_of(Path(opened.cfg.report.reported), trials) if opened.cfg.report.reported else None
     if _nothing_is_there(trials) and (opened.folder / "leaderboard.md").exists():
         raise UserError(

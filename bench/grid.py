@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache, cached_property, partial
 from itertools import product
+from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -704,9 +705,9 @@ def _model(cfg: DictConfig, info: DatasetInfo, name: str) -> dict[str, str]:
     """An architecture's part of an identity; that of a plug-in has its code too."""
     model = {"name": name, "stem": str(cfg.model.stem)}
     try:
-        source = spec_of(info, model).source()
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        _, source = spec_of(info, model).examined(Path(cfg.dataset.cache))
+    except (LookupError, ValueError) as error:
+        raise UserError(str(error.args[0])) from error
     return {**model, **({"source": source} if source else {})}
 
 
@@ -885,9 +886,10 @@ def fits(cfg: DictConfig, info: DatasetInfo, model: str) -> tuple[str, ...]:
         UserError: timm has no such architecture, or it cannot take such images.
     """
     try:
-        return spec_of(info, {"name": model, "stem": cfg.model.stem}).check()
+        notes, _ = spec_of(info, {"name": model, "stem": cfg.model.stem}).examined(Path(cfg.dataset.cache))
     except (LookupError, ValueError) as error:
         raise UserError(str(error.args[0])) from error
+    return notes
 
 
 def spec_of(info: DatasetInfo, model: dict[str, str]) -> ModelSpec:

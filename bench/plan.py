@@ -358,7 +358,7 @@ class _Measured:
         """Note one finished stage, unless enough of its kind are noted; the first `cells` kinds are of its own cell."""
         if len(self.found.get(kinds[0], ())) >= SAMPLE:
             return
-        result = self.store.result(*place)
+        result = self.store.brief(*place)
         if result is None:
             return
         size = sum(entry.stat().st_size for entry in os.scandir(self.store.folder(*place)))

@@ -55,12 +55,16 @@ def main(arguments: list[str]) -> int:
     cfg = load(arguments)
     opened = planned(cfg, arguments, dry=cfg.dry_run)
     from bench import dispatch
+    from bench.index import Index, Snapshot
 
     store = opened.store
     store.sweep()
+    index = Index(store.root)
+    known = Snapshot(store, index)
     if not cfg.dry_run:
-        store.mend(place for trial in opened.own for place in trial.places())
-    tasks = dispatch.pending(opened.own, store, cfg.dispatch.max_tries)
+        known.mend(place for trial in opened.own for place in trial.places())
+        known.index.keep()
+    tasks = dispatch.pending(opened.own, known, cfg.dispatch.max_tries)
     if cfg.dry_run:
         from bench.plan import summary
 
@@ -76,13 +80,13 @@ def main(arguments: list[str]) -> int:
     told = bool(tasks) and _tracking_is_away(opened)
     with _Display(opened) as display:
         for _ in range(ATTEMPTS):
-            known = store.aside().keys()
+            aside = store.aside().keys()
             _dispatch(opened, tasks, display.show)
-            if store.aside().keys() == known:
+            if store.aside().keys() == aside:
                 break
             # Damage that showed when bytes were read: finished stages that were computed from them were set aside.
             tasks = dispatch.pending(opened.own, store, cfg.dispatch.max_tries)
-    boards, trials = report(opened, again=False)
+    boards, trials = report(opened, again=False, index=index)
     show(boards)
     _track(opened, told)
     print(f"Tables and plots: {opened.folder}/   the store: {store.root}/   MLflow: {masked(opened.tracking_uri)}")

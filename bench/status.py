@@ -44,8 +44,9 @@ def _show(opened: Plan, thorough: bool = False) -> tuple[bool, bool]:
     Args:
         thorough: read every file of the finished stages.
     """
+    from bench.index import Snapshot
     from bench.plan import estimated
-    from bench.reporting.table import STATES, Snapshot, of_trials, parts
+    from bench.reporting.table import STATES, of_trials, parts
     from slurm import jobs
 
     store, root = Snapshot(opened.store), Path(opened.cfg.results) / "slurm"
@@ -99,6 +100,7 @@ def _show(opened: Plan, thorough: bool = False) -> tuple[bool, bool]:
         if defect := store.damage(*place, thorough=thorough):
             damaged = True
             print(f"damaged: {title}: {place[0]} {place[1]}: {defect}; bench.run computes it again")
+    store.index.keep()
     if aside := store.aside():
         print(f"{len(aside)} damaged stages were moved to {store.root / 'damaged'}/, which you can delete")
     for state in ("diverged", "wrecked"):

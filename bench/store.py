@@ -37,6 +37,8 @@ Identity = dict[str, Any]
 StageKey = tuple[str, str]  # name and key of a stage
 STAGES = ("implant", "defend", "evaluate")
 RECORD = "result.json"
+# Entries of a result that are curves and series; the rest are some thirty figures.
+LONG = ("curves", "rounds", "relearn", "autoattack", "connection", "asr_by_class")
 DAY_S = 86_400.0
 
 # Every stage, before those that are computed from it, and the weights without which it is not complete.
@@ -52,6 +54,12 @@ _canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=F
 def key_of(identity: Identity) -> str:
     """20 hexadecimal digits: the same for the same resolved inputs, whatever their order."""
     return hashlib.sha256(_canonical(identity).encode()).hexdigest()[:20]
+
+
+def brief_of(result: dict[str, Any]) -> dict[str, Any]:
+    """A result without its curves and series; `without` has the names of those that it had."""
+    brief = {name: value for name, value in result.items() if name not in LONG}
+    return brief | {"without": [name for name in LONG if result.get(name)]}
 
 
 class Damaged(Exception):
@@ -136,6 +144,11 @@ class Store:
         except Damaged:
             return None
         return None if record is None else record.result()
+
+    def brief(self, stage: str, key: str) -> dict[str, Any] | None:
+        """The same without what is long, which `without` names: all that tables and plans ask for."""
+        result = self.result(stage, key)
+        return None if result is None else brief_of(result)
 
     def needed(self, stage: str, key: str) -> dict[str, Any]:
         """The result of a stage that another one is about to be computed from.

@@ -30,8 +30,9 @@ from typing import Any
 import pandas as pd
 
 from bench.grid import Trial
+from bench.index import Snapshot
 from bench.messages import masked, shortened
-from bench.reporting.table import FIGURES, TEXTS, Snapshot, printable, trial_row, trial_table
+from bench.reporting.table import FIGURES, TEXTS, printable, trial_row, trial_table
 from bench.store import STAGES, Store
 
 ROWS = "rows"  # the folder of rows among the artifacts of an experiment's leaderboard
@@ -152,18 +153,19 @@ def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
             else:
                 client.delete_run(run.info.run_id)
     fresh: list[Trial] = []
+    known = Snapshot(store)
     for trial in trials:
         keys = trial.keys()
         name = _of_trial(trial)
         # A state that can still change is not sent: a run in MLflow is final.
-        if all(keys) and name not in there and all(map(store.is_finished, STAGES, keys)):
+        if all(keys) and name not in there and all(map(known.is_finished, STAGES, keys)):
             fresh.append(trial)
             there.add(name)
     parents = _parents(client, place, fresh, store)
     # A file has one writer; a server has several workers.
     with ThreadPoolExecutor(4 if str(client.tracking_uri).startswith("http") else 1) as pool:
         for start in range(0, len(fresh), BATCH):
-            batch, known = fresh[start : start + BATCH], Snapshot(store)
+            batch = fresh[start : start + BATCH]
             rows = [trial_row(trial, known) for trial in batch]
             own = [parents[trial.keys()[0]] for trial in batch]
             runs = list(pool.map(partial(_send, client, place, known), batch, rows, own))
@@ -215,9 +217,9 @@ def _parents(client: Any, place: str, trials: list[Trial], store: Store) -> dict
         texts |= {axis: getattr(trial, axis) for axis in ("dataset", "model", "attack")}
         variant = ", ".join(pair for pair in trial.variant.split(", ") if pair.startswith(("attack.", "train.")))
         texts["mlflow.runName"] = _title(trial.attack, trial.seed, variant, trial.dataset, trial.model)
-        inspected = store.result("inspect", trial.evaluate["inspect"]) or {}
+        inspected = store.brief("inspect", trial.evaluate["inspect"]) or {}
         figures = dict(inspected.get("figures", {}))
-        figures["implant_seconds"] = (store.result("implant", key) or {}).get("seconds")
+        figures["implant_seconds"] = (store.brief("implant", key) or {}).get("seconds")
         run = client.create_run(place, tags=_tags(texts)).info.run_id
         _log(client, run, figures, {"implant": key}, {"implant": trial.implant}, store)
         client.set_terminated(run)

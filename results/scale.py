@@ -71,6 +71,7 @@ def main(arguments: list[str]) -> int:
         sys.exit("write results=DIR, a folder that holds no results")
     seen: set[tuple[str, str]] = set()
     weights = {"model": {"weight": torch.zeros(10)}}
+    files = {"implant": {**weights, "trigger": {"weight": torch.zeros(10)}}, "defend": weights}
     for trial in opened.trials:
         for stage, key in trial.places():
             if (stage, key) in seen:
@@ -91,7 +92,7 @@ def main(arguments: list[str]) -> int:
                 }
                 result["figures"]["clean_accuracy"] = 0.9 + draw.random() / 20
             identity = trial.control if key != trial.keys()[0] and stage == "implant" else getattr(trial, stage)
-            opened.store.finish(stage, identity, result, weights if stage in ("implant", "defend") else None)
+            opened.store.finish(stage, identity, result, files.get(stage))
     print(f"{len(opened.trials)} trials, {len(seen)} stages in {opened.store.root}")
     return 0
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
+import os
 import sys
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cache
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -256,6 +261,27 @@ class ModelSpec:
                 )
         return "Take another architecture: no model.stem and no dataset.size up to 224 would do"
 
+    def examined(self, cache: Path) -> tuple[tuple[str, ...], str]:
+        """What `check` and `source` return, remembered in `cache` for an architecture of timm's.
+
+        Importing timm takes longer than planning thousands of trials. Whether its architecture fits is decided by the
+        versions of timm, torch and this module; a process that has imported timm may have registered another one.
+
+        Raises:
+            LookupError, ValueError: as `check` and `source`.
+        """
+        if "timm" not in sys.modules and (notes := _remembered(self, cache)) is not None:
+            return notes, ""
+        notes, source = self.check(), self.source()
+        path, about = _memory_of(self, cache)
+        if not source and not path.exists():
+            temporary = path.with_suffix(f".{uuid.uuid4().hex}")
+            with suppress(OSError):  # a cache that cannot be written to does without
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary.write_text(json.dumps({"about": about, "notes": notes}))
+                os.replace(temporary, path)
+        return notes, source
+
     def source(self) -> str:
         """A digest of the code of a network that is not timm's, whose version nobody raises; empty for timm's.
 
@@ -264,6 +290,24 @@ class ModelSpec:
         """
         entry = _entrypoint(self.name)
         return "" if _is_of(entry.__module__, "timm") else _digest_of_code(replace(self, mean=(), std=()), entry)
+
+
+@cache
+def _memory_of(spec: ModelSpec, folder: Path) -> tuple[Path, str]:
+    """The file in which it is kept how an architecture is fitted, and all that this depends on."""
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    about = json.dumps([asdict(spec), version("timm"), version("torch"), code])
+    return folder / "architectures" / f"{hashlib.sha256(about.encode()).hexdigest()[:20]}.json", about
+
+
+@cache
+def _remembered(spec: ModelSpec, folder: Path) -> tuple[str, ...] | None:
+    path, about = _memory_of(spec, folder)
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        found = json.loads(path.read_text())
+        if found["about"] == about:
+            return tuple(map(str, found["notes"]))
+    return None
 
 
 class Unfit(ValueError):

@@ -57,9 +57,10 @@ def bootstrap_interval(values: ArrayLike, draws: int = 2000) -> tuple[Numbers, N
         return np.full(rows, np.nan), np.full(rows, np.nan)
     chosen = _resamples(n, draws)
     low, high = np.empty(rows), np.empty(rows)
-    for start in range(0, rows, 512):  # a large table times all resamples would fill the memory
-        means = values[start : start + 512, chosen].mean(axis=2)
-        low[start : start + 512], high[start : start + 512] = np.quantile(
+    step = max(1, 2**21 // chosen.size)  # a large table times all resamples would fill the memory
+    for start in range(0, rows, step):
+        means = values[start : start + step, chosen].mean(axis=2)
+        low[start : start + step], high[start : start + step] = np.quantile(
             means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1
         )
     return low, high

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,14 +71,6 @@ RULES = (
 )
 
 
-class Snapshot(Store):
-    """A store that is read once: many trials share an infected model, and tables and page ask for the same stages."""
-
-    def __init__(self, store: Store) -> None:
-        super().__init__(store.root)
-        self.result = functools.cache(store.result)  # type: ignore[method-assign]
-
-
 def trial_row(trial: Trial, store: Store) -> dict[str, Any]:
     """One trial as a row: its place in the grid, its state with the reason, its figures, its price."""
     row: dict[str, Any] = dict.fromkeys(COLUMNS)
@@ -91,7 +82,7 @@ def trial_row(trial: Trial, store: Store) -> dict[str, Any]:
     if not trial.defend:
         return row | {"status": "not applicable", "reason": trial.reason, "trial": ""}
     for stage, key in zip(STAGES, keys, strict=True):
-        result = store.result(stage, key)
+        result = store.brief(stage, key)
         if result is None:
             failure = store.failure(stage, key)
             if failure is None and trial.control and (twin := store.failure("implant", trial.inspect["control"])):
@@ -157,8 +148,9 @@ def trial_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 def _typed(rows: list[dict[str, Any]]) -> pd.DataFrame:
     # Before pandas sees them: a text that is no Unicode ends it.
-    texts = [{name: printable(row.get(name)) for name in TEXTS} for row in rows]
-    table = pd.DataFrame([row | text for row, text in zip(rows, texts, strict=True)], columns=COLUMNS)
+    table = pd.DataFrame(
+        {name: [printable(row.get(name)) if name in TEXTS else row.get(name) for row in rows] for name in COLUMNS}
+    )
     for column in FIGURES:
         # Not to_numeric: it is off by a bit for some decimals.
         table[column] = table[column].astype("object").astype("float64")
@@ -1004,7 +996,9 @@ def steps(trials: Sequence[Trial], store: Store) -> pd.DataFrame:
     """
     rows = []
     for trial in trials:
-        result = store.result("evaluate", trial.keys()[2]) or {}
+        key = trial.keys()[2]
+        brief = store.brief("evaluate", key) if key else None
+        result = (store.result("evaluate", key) or {}) if brief and "rounds" in brief["without"] else {}
         place = {name: getattr(trial, name) for name in (*AXES, "seed")}
         for number, step in enumerate(result.get("rounds", [])):
             figures = {name: value for name, value in step.items() if name not in ("name", "suspicion")}
