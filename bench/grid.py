@@ -36,7 +36,7 @@ RELEARN_TABLE = 5
 # Measures that are read beside a clean twin.
 CONTROLLED = ("relearn", "reactivate", "connection")
 # Folders beside the grids' own under results/.
-RESERVED = ("store", "mlflow", "mlflow.db", "checkpoints", "slurm", "tracking", "readme")
+RESERVED = ("store", "mlflow", "checkpoints", "slurm", "tracking", "readme")
 NAME_BYTES = 200  # of a grid's name: file systems take 255, and what is written beside its folder needs some
 SEEDS = 2**32  # seeds are below it: table columns and NumPy take no larger ones
 MANY_SEEDS = 10_000
@@ -320,10 +320,16 @@ def check(cfg: DictConfig) -> None:
 
 def _check_name(name: str) -> None:
     """A grid's name is that of its folder under results/: it leads nowhere else, and takes no other folder's place."""
-    if not name.strip(". ") or name != name.strip() or "/" in name or name.lower() in RESERVED:
+    if (
+        not name.strip(". ")
+        or name != name.strip()
+        or "/" in name
+        or name.lower() in RESERVED
+        or name.lower().startswith("mlflow.")
+    ):
         raise UserError(
             f"grid.name is {name!r}; it names a folder under results/: write another, without /, not only dots, "
-            f"without blanks around it, and none of {', '.join(RESERVED)}"
+            f"without blanks around it, and none of {', '.join(RESERVED)}, mlflow.*"
         )
     size = len(os.fsencode(name))
     if size > NAME_BYTES:
