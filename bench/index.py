@@ -158,7 +158,7 @@ class Snapshot(Store):
         self.index = index or Index(store.root)
         self._known: dict[tuple[str, str], dict[str, Any]] = {}
         recent: Callable[[str, str], dict[str, Any] | None] = functools.lru_cache(RECENT)(super().result)
-        self.result = recent  # type: ignore[method-assign]
+        self.result = recent  # type: ignore[method-assign, assignment]
 
     def _finished(self, stage: str, key: str) -> dict[str, Any] | None:
         """The brief of a complete stage; None also for one that an earlier version wrote, without checksums."""
