@@ -272,7 +272,7 @@ def test_channels_name_the_parameters_of_their_layers():
 
 
 @pytest.mark.slow
-def test_on_digits_some_find_the_channels_of_badnets_and_some_do_not(run_grid):
+def test_on_digits_anp_and_awm_find_the_channels_of_badnets_and_no_pruning_costs_accuracy(run_grid):
     # The reserve is 71 images, of which 7 judge.
     status, table = run_grid(
         "grid.attacks=[badnets]",
@@ -292,8 +292,7 @@ def test_on_digits_some_find_the_channels_of_badnets_and_some_do_not(run_grid):
     assert clean["awm"] > clean["no_defense"] - 0.05
     assert asr["bnp"] < asr["no_defense"] - 0.2
     assert clean["bnp"] > clean["no_defense"] - 0.05
-    # Failures that are the methods' own. At three deviations layers of 16 to 96 channels lose one or none; and with one
-    # batch an epoch the ascent makes twenty steps, after which nothing is unlearned that masks could recover.
+    # What CLP and RNP leave depends on the last bits of the infected model, and so on the CPU: more than half on an AMD
+    # EPYC, 15.7 and 1.8 % on an Intel Xeon with AMX.
     for name in ("clp", "rnp"):
-        assert asr[name] > 0.5, name
         assert clean[name] > clean["no_defense"] - 0.05, name
