@@ -17,7 +17,6 @@ how much rests on which. A stage with a costly measure (AutoAttack, relearn, ...
 from __future__ import annotations
 
 import heapq
-import json
 import math
 import os
 from collections import Counter, defaultdict, deque
@@ -405,12 +404,13 @@ class _Measured:
     @cached_property
     def _sizes(self) -> dict[str, Size]:
         """By digest."""
+        from bench.engine.datasets import facts_of
+
         sizes = {}
         for path in self.cache.glob("*/meta.json"):
-            with suppress(OSError, ValueError, KeyError):
-                meta = json.loads(path.read_text())
-                parts = (tuple(meta[name]) for name in ("shape", "train_counts", "test_counts"))
-                sizes[meta["digest"]] = Size(*parts)
+            if facts := facts_of(path.parent):
+                parts = (tuple(facts[name]) for name in ("shape", "train_counts", "test_counts"))
+                sizes[facts["digest"]] = Size(*parts)
         return {**sizes, **{info.digest: _size_of(info) for info in self.infos.values()}}
 
     def _published(self, name: str) -> Size | None:

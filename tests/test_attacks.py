@@ -209,8 +209,8 @@ def test_what_is_checked_before_any_compute_has_its_bounds_where_they_are_said_t
     attack["badnets"](target_label=9).check([20] * 10, shape)
     with pytest.raises(ValueError, match="target_label is 10; the classes are 0 to 9"):
         attack["badnets"](target_label=10).check([20] * 10, shape)
-    attack["badnets"](poison_rate=0.005).check([20] * 10, shape)  # one image
-    with pytest.raises(ValueError, match=r"less than one of 200 images; write at least 0\.005"):
+    attack["badnets"](poison_rate=0.0026).check([20] * 10, shape)  # 0.52 of an image is one
+    with pytest.raises(ValueError, match=r"less than one of 200 images; write at least 0\.0026"):
         attack["badnets"](poison_rate=0.002).check([20] * 10, shape)
     with pytest.raises(ValueError, match=r"is 0\.05 and cover_rate 0\.08, but .* write at most 0\.1000 in all"):
         attack["badnets"](**clean, poison_rate=0.05, cover_rate=0.08).check([20] * 10, shape)

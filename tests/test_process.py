@@ -113,7 +113,7 @@ def _told(process: subprocess.Popen[str], folder: Path, *signals: tuple[float, s
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_waits_for_a_safe_point_and_says_so_by_the_exit_status(script, tmp_path, number):
-    process = script(STEPS)
+    process = script("stopping.TOGETHER_S = 30.0" + STEPS)  # two signals may be far apart on a loaded machine
     _told(process, tmp_path, (0, number), (0, number))  # as `timeout` does: the child, then its group
     assert process.returncode == 128 + number
     assert (tmp_path / "safe").read_text() == (tmp_path / "step").read_text()

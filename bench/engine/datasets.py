@@ -146,7 +146,7 @@ class DatasetInfo:
         return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
 
     def _is_intact(self, split: str) -> bool:
-        facts = _facts(self.folder)
+        facts = facts_of(self.folder)
         if facts is None or facts["digest"] != self.digest:
             return False
         return all(_has_checksum(self.folder / name, facts["checksums"][name]) for name in _array_files(split))
@@ -259,11 +259,11 @@ def prepare(
     size = _pixels(kind, size)
     found = _Cached(kind, name, root, cache, size)
     folder = found.folder()
-    facts = None if folder is None else _facts(folder)
+    facts = None if folder is None else facts_of(folder)
     if folder is not None and facts is None and os.path.lexists(folder):
         say(f"warning: the cached images of {name} are damaged and were set aside: {_set_aside(folder)}")
     if folder is None and not download and (last := found.last()):
-        folder, facts = last, _facts(last)
+        folder, facts = last, facts_of(last)
         say(f"warning: {name} is no longer under {root}; the images decoded from there before are used ({folder})")
     if facts is None:
         try:
@@ -311,7 +311,7 @@ class _Cached:
         """The latest intact folder that was decoded from this root."""
         folders = self.cache.glob(f"{self.prefix}-*-{self.size}px-v{CACHE_VERSION}")
         return max(
-            (folder for folder in folders if _facts(folder)), key=lambda path: path.stat().st_mtime, default=None
+            (folder for folder in folders if facts_of(folder)), key=lambda path: path.stat().st_mtime, default=None
         )
 
 
@@ -358,7 +358,7 @@ def _store(folder: Path, splits: Splits, size: int, name: str) -> dict[str, Any]
         os.rename(beside, folder)
     except OSError:
         shutil.rmtree(beside)  # another process was faster, with the same arrays
-        if _facts(folder) is None:
+        if facts_of(folder) is None:
             raise
     return facts
 
@@ -391,7 +391,7 @@ def write_facts(folder: Path, facts: dict[str, Any]) -> None:
     (folder / "meta.json").write_text(json.dumps(whole))
 
 
-def _facts(folder: Path) -> dict[str, Any] | None:
+def facts_of(folder: Path) -> dict[str, Any] | None:
     """The facts of a cached data set; None where they are missing, damaged or somebody else's."""
     try:
         whole = json.loads((folder / "meta.json").read_text(encoding="utf-8"))

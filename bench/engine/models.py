@@ -277,7 +277,7 @@ class ModelSpec:
         if not source and not path.exists():
             temporary = path.with_suffix(f".{uuid.uuid4().hex}")
             with suppress(OSError):  # a cache that cannot be written to does without
-                path.parent.mkdir(parents=True, exist_ok=True)
+                path.parent.mkdir(exist_ok=True)
                 temporary.write_text(json.dumps({"about": about, "notes": notes}))
                 os.replace(temporary, path)
         return notes, source
