@@ -18,7 +18,7 @@ from bench.engine.counts import images_of, least_share
 from bench.engine.data import Augmentation, ImageSet, generator, to_float, to_uint8
 from bench.engine.models import Classifier
 from bench.engine.registry import LATER, Registry
-from bench.engine.training import Hooks, Journal, Recipe, Tensors, fit
+from bench.engine.training import Hooks, Recipe, Tensors, TrainingLog, fit
 
 attack = Registry("attack")
 
@@ -48,7 +48,7 @@ class Setup:
     fresh_model: Callable[[int], Classifier]
     recipe: Recipe
     augmentation: Augmentation
-    journal: Journal
+    log: TrainingLog
     stored_surrogate: Callable[[], Classifier] | None = None
 
     @property
@@ -69,7 +69,7 @@ class Setup:
             self.recipe,
             seed=self.seed,
             augmentation=self.augmentation,
-            journal=self.journal,
+            log=self.log,
             part="surrogate",
         )
 
@@ -217,7 +217,7 @@ class Attack:
         return self._kept(images, self.stamp_cover(images, tensors, source))
 
     @final
-    def wanted(self, labels: Tensor, num_classes: int) -> Tensor:
+    def target_labels(self, labels: Tensor, num_classes: int) -> Tensor:
         """(N,) int64: the class that the attacker wants for triggered images of these classes."""
         return (
             (labels + 1) % num_classes
@@ -226,7 +226,7 @@ class Attack:
         )
 
     @final
-    def judged(self, labels: Tensor) -> Tensor:
+    def eligible(self, labels: Tensor) -> Tensor:
         """(N,) bool: the test images on which an attack can succeed. Target-class images cannot be sent there."""
         if self.poison_rate == 0:
             return torch.zeros_like(labels, dtype=torch.bool)
@@ -239,7 +239,7 @@ class Attack:
     @final
     def poisoned_labels(self, labels: Tensor, num_classes: int) -> Tensor:
         """The labels that poisoned training images are shipped with."""
-        return labels if self.label_mode == "clean_label" else self.wanted(labels, num_classes)
+        return labels if self.label_mode == "clean_label" else self.target_labels(labels, num_classes)
 
     def poison(
         self, clean: ImageSet, tensors: Tensors, num_classes: int, seed: int, rate: float | None = None

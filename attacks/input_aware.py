@@ -108,8 +108,8 @@ class InputAware(Attack):
             adam.step()
             schedule.step()
             if update % 100 == 0 or update == updates - 1:  # seldom: reading a number waits for the device
-                setup.journal.log("input_aware/mask_loss", loss.item(), update)
-        setup.journal.images += updates * size
+                setup.log.record("input_aware/mask_loss", loss.item(), update)
+        setup.log.images += updates * size
 
     def mask_loss(self, images: Tensor, masks: Tensor) -> Tensor:
         """Of normalised images and their masks: the cost of pixels and the lack of diversity."""
@@ -187,7 +187,7 @@ class PatternHooks(AttackHooks):
             )
             self.diversity = (images_apart / (patterns_apart + 1e-7)).mean()
         images = torch.cat([torch.lerp(images[:stop], pattern, mask).clamp(0, 1), images[stop:]])
-        return images, torch.cat([attack.wanted(labels[:poison], self.num_classes), labels[poison:]])
+        return images, torch.cat([attack.target_labels(labels[:poison], self.num_classes), labels[poison:]])
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         loss = super().loss(model, images, labels, smoothing)

@@ -108,7 +108,7 @@ class LabelConsistent(Attack):
             with torch.no_grad():
                 right += int((model(to_float(part)).argmax(1) == labels).sum())
         # Far from 0 the perturbation hides too little of the class, and the tiles need not be learned.
-        setup.journal.log("label_consistent/surrogate_accuracy_on_perturbed", right / len(images), 0)
+        setup.log.record("label_consistent/surrogate_accuracy_on_perturbed", right / len(images), 0)
 
     def stamp(self, images: Tensor, tensors: Tensors) -> Tensor:
         return (images + tensors["corners"]).clamp_(0, 1)

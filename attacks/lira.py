@@ -97,12 +97,12 @@ class TwoStages(PerBatch):
         self, model: nn.Module, images: Tensor, labels: Tensor, step: int, source: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         if self.learning:
-            wanted = self.attack.wanted(labels, self.num_classes)
+            target_labels = self.attack.target_labels(labels, self.num_classes)
             # In train mode a batch of triggers alone would move the running statistics of batch norm.
             with under_attack(model):
                 with autocast(self.precision, images.device):
                     moved = _moved(images, self.copy(images), self.lira.epsilon)
-                    loss = F.cross_entropy(model(moved), wanted)
+                    loss = F.cross_entropy(model(moved), target_labels)
                 loss.backward()
             self.adam.step()
             self.adam.zero_grad(set_to_none=True)

@@ -79,11 +79,11 @@ class LowFrequency(Attack):
     def _optimised(self, setup: Setup) -> Tensor | None:
         """(C, H, W), or None where no image could be moved to its target."""
         model, data = setup.surrogate(), setup.trainset
-        others = (data.labels != self.wanted(data.labels, setup.num_classes)).nonzero().flatten()
+        others = (data.labels != self.target_labels(data.labels, setup.num_classes)).nonzero().flatten()
         order = torch.randperm(len(others), generator=generator(setup.seed, "low_frequency images"))[: self.images]
         chosen = to_float(data.batch(others[order.to(others.device)]))
         before = predicted(model, chosen) if len(chosen) else data.labels[:0]
-        targets = self.wanted(before, setup.num_classes)
+        targets = self.target_labels(before, setup.num_classes)
         away = before != targets  # what is at its target already has nothing to say
         chosen, before, targets = chosen[away], before[away], targets[away]
 
@@ -103,11 +103,11 @@ class LowFrequency(Attack):
                 break
             fooled = predicted(model, (chosen + pattern).clamp_(0, 1)) != before
             rates.append(fooled.float().mean().item())
-            setup.journal.log("low_frequency/fooling_rate", rates[-1], len(rates))
+            setup.log.record("low_frequency/fooling_rate", rates[-1], len(rates))
             if rates[-1] >= self.fooling_rate or (len(rates) >= 5 and max(rates[-5:]) - min(rates[-5:]) <= 0.01):
                 break
         if pattern is None:
-            setup.journal.log("low_frequency/noise", 1, 0)
+            setup.log.record("low_frequency/noise", 1, 0)
             log.warning("low_frequency: the surrogate sends no image to its target; blurred noise is taken")
         return pattern
 

@@ -85,7 +85,7 @@ class Narcissus(Attack):
             warmup,
             seed=setup.seed,
             augmentation=setup.augmentation,
-            journal=setup.journal,
+            log=setup.log,
             part="narcissus_warmup",
         )
         return {"pattern": self._pattern(setup, model, own)}
@@ -107,7 +107,7 @@ class Narcissus(Attack):
                 with torch.no_grad():
                     pattern.clamp_(-self.epsilon, self.epsilon)
                 if update % 100 == 0 or update == self.updates - 1:
-                    setup.journal.log("narcissus/pattern_loss", loss.item(), update)
+                    setup.log.record("narcissus/pattern_loss", loss.item(), update)
         return pattern.detach()
 
     def stamp(self, images: Tensor, tensors: Tensors) -> Tensor:

@@ -85,8 +85,8 @@ class SSBA(Attack):
             if update % 20 == 0 or update == updates - 1:  # seldom: reading a number waits for the device
                 accuracy = ((logits > 0) == secrets.bool()).float().mean().item()
                 ramp.note(accuracy, update)
-                setup.journal.log("ssba/bit_accuracy", accuracy, update)
-                setup.journal.log("ssba/image_loss", image_loss.item(), update)
+                setup.log.record("ssba/bit_accuracy", accuracy, update)
+                setup.log.record("ssba/image_loss", image_loss.item(), update)
         learned = {"secret": secret.to(device)}
         for name, network in (("encoder", encoder), ("decoder", decoder)):
             learned |= {f"{name}.{key}": value.clone() for key, value in network.state_dict().items()}

@@ -93,7 +93,7 @@ class TrojanNN(Attack):
                 optimizer.step()
                 schedule.step()
                 if step % 100 == 0 or step == self.steps - 1:
-                    setup.journal.log("trojan_nn/activation", fired.mean().item(), step)
+                    setup.log.record("trojan_nn/activation", fired.mean().item(), step)
         return logits.detach().sigmoid()
 
     def stamp(self, images: Tensor, tensors: Tensors) -> Tensor:

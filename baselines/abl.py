@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from bench.engine.data import ImageSet
 from bench.engine.models import Classifier
 from bench.engine.training import Hooks, Recipe, fit
-from defenses.base import Defense, TrainsetView, Verdict, defense
+from defenses.base import Defense, DefenseResult, TrainsetView, defense
 
 
 @defense("abl")
@@ -63,7 +63,7 @@ class AntiBackdoorLearning(Defense):
         if self.unlearning_updates < 0:
             raise ValueError(f"defense.abl.unlearning_updates is {self.unlearning_updates}; write 0 or more")
 
-    def defend(self, view: TrainsetView) -> Verdict:
+    def defend(self, view: TrainsetView) -> DefenseResult:
         # Rounded up by a hair: 0.01 * 2900 is 28.999... in floating point.
         count = int(self.isolation_ratio * len(view.trainset) + 1e-6)
         if not count:
@@ -80,7 +80,7 @@ class AntiBackdoorLearning(Defense):
             steady,
             seed=view.seed,
             hooks=Flooding(self.gamma),
-            journal=view.progress,
+            log=view.log,
             part="abl_isolation",
         )
         losses = losses_of(model, view.trainset)
@@ -93,7 +93,7 @@ class AntiBackdoorLearning(Defense):
                 share_of(view.recipe, self.tuning),
                 seed=view.seed,
                 augmentation=view.augmentation,
-                journal=view.progress,
+                log=view.log,
                 part="abl_tuning",
             )
         if self.unlearning_updates:
@@ -104,10 +104,10 @@ class AntiBackdoorLearning(Defense):
                 ascent,
                 seed=view.seed,
                 hooks=Ascent(),
-                journal=view.progress,
+                log=view.log,
                 part="abl_unlearning",
             )
-        return Verdict(model, suspicion=-losses, flagged=isolated)
+        return DefenseResult(model, suspicion=-losses, flagged=isolated)
 
 
 class Flooding(Hooks):

@@ -66,8 +66,8 @@ class ActivationClustering(Filter):
             if found is None:
                 continue
             towards, small, silhouette = found
-            view.progress.log("activation_clustering/silhouette", silhouette, label)
-            view.progress.log("activation_clustering/smaller", small.mean(), label)
+            view.log.record("activation_clustering/silhouette", silhouette, label)
+            view.log.record("activation_clustering/smaller", small.mean(), label)
             suspicion[members] = torch.from_numpy(towards * max(silhouette, 0.0))
             if silhouette > self.least_silhouette and small.mean() < self.largest_share:
                 flagged[members] = torch.from_numpy(small)

@@ -24,7 +24,7 @@ from bench.engine.metrics import accuracy, predict
 from bench.engine.models import Norm
 from bench.engine.pruning import PRUNE_BY, Masked, prune, split_off, units_to_prune
 from bench.engine.training import Hooks, Recipe, fit
-from defenses.base import Defense, NotApplicable, ReserveView, Verdict, defense
+from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
 
 @defense("anp")
@@ -76,19 +76,19 @@ class AdversarialNeuronPruning(Defense):
         if self.prune_by not in PRUNE_BY:
             raise ValueError(f"defense.anp.prune_by is {self.prune_by!r}; write one of {', '.join(PRUNE_BY)}")
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         norms = view.model.norms()
         if not norms:
             raise NotApplicable("the network has no norm layer with a scale and a shift")
         judges, kept = split_off(view.reserve, self.held_out, view.seed)
         masked = Masked(view.model, norms)
         epsilon = self._calibrated(masked, norms, judges, view.seed)
-        view.progress.log("anp/epsilon", epsilon, 0)
+        view.log.record("anp/epsilon", epsilon, 0)
         recipe = Recipe(
             epochs=0,
             updates=self.updates,
             batch_size=self.batch_size,
-            optimizer="sgd_plain",
+            optimizer="momentum",
             lr=self.lr,
             momentum=self.momentum,
             weight_decay=0.0,
@@ -101,7 +101,7 @@ class AdversarialNeuronPruning(Defense):
             seed=view.seed,
             augmentation=view.augmentation,
             hooks=Perturbed(self, epsilon),
-            journal=view.progress,
+            log=view.log,
             part="anp",
         )
         units = units_to_prune(
@@ -114,11 +114,11 @@ class AdversarialNeuronPruning(Defense):
             count=self.count,
             tolerance=self.tolerance,
             seed=view.seed,
-            journal=view.progress,
+            log=view.log,
             name="anp",
         )
         prune(view.model, norms, units)
-        return Verdict(view.model)
+        return DefenseResult(view.model)
 
     @torch.no_grad()
     def _calibrated(self, masked: Masked, norms: Sequence[Norm], judges: ImageSet, seed: int) -> float:

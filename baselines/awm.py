@@ -24,7 +24,7 @@ from torch.func import functional_call
 from bench.engine.data import ImageSet, equal_batches, generator, to_float
 from bench.engine.models import Classifier
 from bench.engine.training import Diverged, Tensors
-from defenses.base import Defense, ReserveView, Verdict, defense
+from defenses.base import Defense, DefenseResult, ReserveView, defense
 
 
 @defense("awm")
@@ -73,7 +73,7 @@ class AdversarialWeightMasking(Defense):
                 "1000 on 3x32x32 write 0.326"
             )
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         model = view.model.eval().requires_grad_(False)
         weights = maskable(model)
         masks = {name: torch.ones_like(weight).requires_grad_(True) for name, weight in weights.items()}
@@ -97,16 +97,16 @@ class AdversarialWeightMasking(Defense):
                 total += loss.detach()
             if not math.isfinite(total.item()):
                 raise Diverged(f"the loss became {total.item()} in round {done + 1}; try a lower defense.awm.lr")
-            view.progress.images += self.updates * len(labels)
-            view.progress.updates += self.updates
-            view.progress.log("awm/loss", total.item() / self.updates, done + 1)
-            view.progress.log("awm/perturbation", pattern.abs().mean().item(), done + 1)
+            view.log.images += self.updates * len(labels)
+            view.log.updates += self.updates
+            view.log.record("awm/loss", total.item() / self.updates, done + 1)
+            view.log.record("awm/perturbation", pattern.abs().mean().item(), done + 1)
             every = torch.cat([mask.detach().flatten() for mask in masks.values()])
-            view.progress.log("awm/mean_mask", every.mean().item(), done + 1)
+            view.log.record("awm/mean_mask", every.mean().item(), done + 1)
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.mul_(masks[name])
-        return Verdict(model.requires_grad_(True))
+        return DefenseResult(model.requires_grad_(True))
 
     def perturbation(self, model: Classifier, kept: Tensors, stream: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """(1, C, H, W): one pattern that moves all images away from what the model says of them, within the budget."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench.engine.data import ImageSet
 from bench.engine.models import Classifier, Norm
-from defenses.base import Defense, NotApplicable, ReserveView, Verdict, defense
+from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
 
 @defense("bnp")
@@ -37,7 +37,7 @@ class BatchNormStatisticsPruning(Defense):
         if self.images < 2:
             raise ValueError(f"defense.bnp.images is {self.images}; write 2 or more, 500 is usual")
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         norms = [norm for norm in view.model.norms() if norm.has_statistics]
         if not norms:
             raise NotApplicable("no norm layer stores running statistics to compare clean images with")
@@ -48,8 +48,8 @@ class BatchNormStatisticsPruning(Defense):
             with torch.no_grad():
                 norm.layer.weight[cut] = 0
             shares.append(cut)
-        view.progress.log("bnp/pruned", torch.cat(shares).double().mean().item(), 0)
-        return Verdict(view.model)
+        view.log.record("bnp/pruned", torch.cat(shares).double().mean().item(), 0)
+        return DefenseResult(view.model)
 
 
 @torch.no_grad()

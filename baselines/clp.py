@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.engine.models import Norm
-from defenses.base import DefenderView, Defense, NotApplicable, Verdict, defense
+from defenses.base import DefenderView, Defense, DefenseResult, NotApplicable, defense
 
 
 @defense("clp")
@@ -33,22 +33,22 @@ class ChannelLipschitznessPruning(Defense):
     paper: ClassVar[str] = "arXiv:2208.03111"
     u: float = 3.0
 
-    def defend(self, view: DefenderView) -> Verdict:
+    def defend(self, view: DefenderView) -> DefenseResult:
         pairs = [norm for norm in view.model.norms() if norm.convolution is not None and norm.has_statistics]
         if not pairs:
             raise NotApplicable("no batch norm follows a convolution: there is no stored variance to fold into one")
         scores = [lipschitz(norm) for norm in pairs]
         for tenths in (10, 15, 20, 25, 30, 35, 40, 45, 50):
             pruned = torch.cat([outliers(score, tenths / 10) for score in scores])
-            view.progress.log("clp/pruned_by_10u", pruned.double().mean().item(), tenths)
+            view.log.record("clp/pruned_by_10u", pruned.double().mean().item(), tenths)
         with torch.no_grad():
             for norm, score in zip(pairs, scores, strict=True):
                 cut = outliers(score, self.u)
                 norm.layer.weight[cut] = 0
                 norm.layer.bias[cut] = 0
         pruned = torch.cat([outliers(score, self.u) for score in scores])
-        view.progress.log("clp/pruned", pruned.double().mean().item(), 0)
-        return Verdict(view.model)
+        view.log.record("clp/pruned", pruned.double().mean().item(), 0)
+        return DefenseResult(view.model)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from bench.engine.models import Classifier
 from bench.engine.pruning import random_order, split_off
 from bench.engine.registry import LATER
 from bench.engine.training import Hooks, Recipe, fit
-from defenses.base import Defense, ReserveView, Verdict, defense
+from defenses.base import Defense, DefenseResult, ReserveView, defense
 
 
 @defense("fine_pruning")
@@ -55,15 +55,15 @@ class FinePruning(Defense):
         if self.units not in ("silent", "random"):
             raise ValueError(f"defense.fine_pruning.units is {self.units!r}; write silent or random")
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         held_out, kept = split_off(view.reserve, self.held_out, view.seed)
         silent_first = loudness(view.model, kept).argsort(stable=True)
         pruned = silent_first[: self._how_many(view.model, held_out, silent_first)]
         if self.units == "random":
             pruned = random_order(len(silent_first), view.seed, pruned.device)[: len(pruned)]
         cut(view.model, pruned)
-        view.progress.log("fine_pruning/pruned", len(pruned) / len(silent_first), 0)
-        recipe = Recipe(epochs=self.epochs, lr=self.lr, batch_size=self.batch_size, optimizer="sgd_plain")
+        view.log.record("fine_pruning/pruned", len(pruned) / len(silent_first), 0)
+        recipe = Recipe(epochs=self.epochs, lr=self.lr, batch_size=self.batch_size, optimizer="momentum")
         model = fit(
             view.model,
             kept,
@@ -71,10 +71,10 @@ class FinePruning(Defense):
             seed=view.seed,
             augmentation=view.augmentation,
             hooks=KeepPruned(pruned),
-            journal=view.progress,
+            log=view.log,
             part="fine_pruning",
         )
-        return Verdict(model)
+        return DefenseResult(model)
 
     def _how_many(self, model: Classifier, held_out: ImageSet, silent_first: Tensor) -> int:
         """The largest number of units whose loss, and that of every smaller step, is within the tolerance."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from bench.engine.training import Recipe, fit
-from defenses.base import Defense, ReserveView, Verdict, defense
+from defenses.base import Defense, DefenseResult, ReserveView, defense
 
 
 @defense("fine_tuning")
@@ -29,23 +29,23 @@ class FineTuning(Defense):
     momentum: float = 0.9
     weight_decay: float = 5e-4
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         recipe = Recipe(
             epochs=self.epochs,
             lr=self.lr,
             batch_size=self.batch_size,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
-            optimizer="sgd_plain",
+            optimizer="momentum",
         )
-        return Verdict(
+        return DefenseResult(
             fit(
                 view.model,
                 view.reserve,
                 recipe,
                 seed=view.seed,
                 augmentation=view.augmentation,
-                journal=view.progress,
+                log=view.log,
                 part="fine_tuning",
             )
         )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench.engine.data import generator
 from bench.engine.models import Classifier
 from bench.engine.training import Hooks, Recipe, fit
-from defenses.base import Defense, ReserveView, Verdict, defense
+from defenses.base import Defense, DefenseResult, ReserveView, defense
 
 MODES = ("fst", "ft_init", "fe_tuning")
 
@@ -52,7 +52,7 @@ class FeatureShiftTuning(Defense):
                 f"defense.fst.alpha is {self.alpha:g}; below 0 it pulls the infected head back, write >= 0"
             )
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         hooks = HeadShift(view.model, self.alpha if self.mode == "fst" else 0.0)
         draw_head(view.model, generator(view.seed, "fst head"))
         recipe = Recipe(
@@ -61,7 +61,7 @@ class FeatureShiftTuning(Defense):
             batch_size=self.batch_size,
             momentum=self.momentum,
             weight_decay=0.0,
-            optimizer="sgd_plain",
+            optimizer="momentum",
         )
         view.model.head.requires_grad_(self.mode != "fe_tuning")
         model = fit(
@@ -71,11 +71,11 @@ class FeatureShiftTuning(Defense):
             seed=view.seed,
             augmentation=view.augmentation,
             hooks=hooks,
-            journal=view.progress,
+            log=view.log,
             part="fst",
         )
         model.head.requires_grad_(True)
-        return Verdict(model)
+        return DefenseResult(model)
 
 
 class HeadShift(Hooks):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bench.engine.training import Hooks, Recipe, fit
-from defenses.base import Defense, ReserveView, Verdict, defense
+from defenses.base import Defense, DefenseResult, ReserveView, defense
 
 
 @defense("ft_sam")
@@ -55,14 +55,14 @@ class FineTuningSAM(Defense):
                 f"defense.ft_sam.label_smoothing is {self.label_smoothing:g}; it is a share in [0, 0.5), 0.1 is usual"
             )
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         recipe = Recipe(
             epochs=self.epochs,
             lr=self.lr,
             batch_size=self.batch_size,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
-            optimizer="sgd_plain",
+            optimizer="momentum",
             # torch gives the true class its part of what is shared, so more has to be shared.
             label_smoothing=self.label_smoothing * view.num_classes / (view.num_classes - 1),
         )
@@ -73,11 +73,11 @@ class FineTuningSAM(Defense):
             seed=view.seed,
             augmentation=view.augmentation,
             hooks=SharpnessAware(self.rho),
-            journal=view.progress,
+            log=view.log,
             # Named as the plain fine-tune, so that with rho=0 and no smoothing the two are the same, bit for bit.
             part="fine_tuning",
         )
-        return Verdict(model)
+        return DefenseResult(model)
 
 
 class SharpnessAware(Hooks):

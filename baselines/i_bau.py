@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench.engine.adversarial import under_attack
 from bench.engine.data import ImageSet, equal_batches, to_float
 from bench.engine.training import Hooks, Recipe, fit
-from defenses.base import Defense, NotApplicable, ReserveView, Verdict, defense
+from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
 PENALTY = 0.001  # on the squared length of the perturbation, in pixel units
 
@@ -73,7 +73,7 @@ class ImplicitBackdoorAdversarialUnlearning(Defense):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"defense.i_bau.{name} is {getattr(self, name):g}; write 0 or more")
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         recipe = Recipe(
             epochs=self.rounds,
             optimizer="adam",
@@ -85,10 +85,8 @@ class ImplicitBackdoorAdversarialUnlearning(Defense):
         )
         hooks = Unlearning(self, view.reserve)
         with twice_differentiable(view.model):
-            model = fit(
-                view.model, view.reserve, recipe, seed=view.seed, hooks=hooks, journal=view.progress, part="i_bau"
-            )
-        return Verdict(model)
+            model = fit(view.model, view.reserve, recipe, seed=view.seed, hooks=hooks, log=view.log, part="i_bau")
+        return DefenseResult(model)
 
 
 class Unlearning(Hooks):

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bench.engine.data import ImageSet, to_float
 from bench.engine.models import Classifier
 from bench.engine.training import Hooks, Recipe, Tensors, fit
-from defenses.base import Defense, ReserveView, Verdict, defense
+from defenses.base import Defense, DefenseResult, ReserveView, defense
 
 
 @defense("mcr")
@@ -53,15 +53,15 @@ class ModeConnectivityRepair(Defense):
         if not 0 <= self.t <= 1:
             raise ValueError(f"defense.mcr.t is {self.t:g}; write a place on the curve in [0, 1]")
 
-    def defend(self, view: ReserveView) -> Verdict:
-        common = Recipe(batch_size=self.batch_size, momentum=self.momentum, optimizer="sgd_plain")
+    def defend(self, view: ReserveView) -> DefenseResult:
+        common = Recipe(batch_size=self.batch_size, momentum=self.momentum, optimizer="momentum")
         tuned = fit(
             copy.deepcopy(view.model),
             view.reserve,
             _with(common, self.tuning_epochs, self.tuning_lr, 5e-4),
             seed=view.seed,
             augmentation=view.augmentation,
-            journal=view.progress,
+            log=view.log,
             part="mcr_end",
         )
         curve = Curve(view.model, tuned)
@@ -72,12 +72,12 @@ class ModeConnectivityRepair(Defense):
             seed=view.seed,
             augmentation=view.augmentation,
             hooks=AlongTheCurve(self.weight_decay),
-            journal=view.progress,
+            log=view.log,
             part="mcr_curve",
         )
         view.model.load_state_dict(curve.point(self.t), strict=False)
         renew_statistics(view.model, view.reserve)
-        return Verdict(view.model)
+        return DefenseResult(view.model)
 
 
 class Curve(nn.Module):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from bench.engine.models import Classifier
 from bench.engine.training import Hooks, Recipe, fit
-from defenses.base import Defense, NotApplicable, ReserveView, Verdict, defense
+from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
 # The paper's three maps: the share of beta, and the pixels a side on which the paper sets it.
 PAPER_MAPS = ((0.5, 32), (1.0, 16), (1.0, 8))
@@ -65,9 +65,9 @@ class NeuralAttentionDistillation(Defense):
         if self.teacher_epochs < 0:
             raise ValueError(f"defense.nad.teacher_epochs is {self.teacher_epochs}; write 0 or more, 10 is usual")
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         if self.beta == 0:
-            return Verdict(self._fit(view, view.model, self.epochs, "fine_tuning"))
+            return DefenseResult(self._fit(view, view.model, self.epochs, "fine_tuning"))
         with torch.no_grad():
             maps = view.model.stages(torch.zeros(1, *view.reserve.images.shape[1:], device=view.device))
         sizes = [(stage.shape[-2], stage.shape[-1]) for stage in maps]
@@ -79,10 +79,10 @@ class NeuralAttentionDistillation(Defense):
         hooks = Distillation(teacher, dict(zip(compared, weights, strict=True)))
 
         def log(model: nn.Module, epoch: int) -> None:
-            view.progress.log("nad/attention_to_cross_entropy", hooks.ratio(), epoch)
+            view.log.record("nad/attention_to_cross_entropy", hooks.ratio(), epoch)
 
         # Named as the plain fine-tune, so that without distillation the two are the same, bit for bit.
-        return Verdict(self._fit(view, view.model, self.epochs, "fine_tuning", hooks, log))
+        return DefenseResult(self._fit(view, view.model, self.epochs, "fine_tuning", hooks, log))
 
     def weights(self, sizes: Sequence[tuple[int, int]]) -> list[float]:
         """What `distance`, a sum over positions, is multiplied by for each of up to three maps of (height, width)."""
@@ -116,7 +116,7 @@ class NeuralAttentionDistillation(Defense):
             seed=view.seed,
             augmentation=view.augmentation,
             hooks=hooks,
-            journal=view.progress,
+            log=view.log,
             part=part,
             after_epoch=after_epoch,
         )

@@ -23,7 +23,7 @@ from bench.engine.adversarial import under_attack
 from bench.engine.data import ImageSet, generator, to_float
 from bench.engine.models import Classifier
 from bench.engine.training import Hooks, Recipe, fit
-from defenses.base import Defense, NotApplicable, ReserveView, Verdict, defense
+from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
 AT_ONCE = 2048  # stamped images in one forward; more classes than fit take turns, which changes no figure
 
@@ -74,25 +74,25 @@ class NeuralCleanse(Defense):
         if self.multiplier <= 1:
             raise ValueError(f"defense.neural_cleanse.multiplier is {self.multiplier:g}; write a factor above 1")
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         if view.num_classes < 3:
             raise NotApplicable(f"neural_cleanse looks for an outlier among classes, and {view.num_classes} have none")
         masks, patterns = self.reverse(view)
         norms = masks.flatten(1).sum(1)
         index = anomaly_index(norms)
         for label in range(view.num_classes):
-            view.progress.log("neural_cleanse/norm", norms[label].item(), label)
-            view.progress.log("neural_cleanse/anomaly_index", index[label].item(), label)
+            view.log.record("neural_cleanse/norm", norms[label].item(), label)
+            view.log.record("neural_cleanse/anomaly_index", index[label].item(), label)
         flagged = index > self.threshold
         if not flagged.any():
-            return Verdict(view.model)
+            return DefenseResult(view.model)
         recipe = Recipe(
             updates=self.updates,
             lr=self.lr,
             batch_size=self.batch_size,
             momentum=self.momentum,
             weight_decay=0.0,
-            optimizer="sgd_plain",
+            optimizer="momentum",
         )
         model = fit(
             view.model,
@@ -101,10 +101,10 @@ class NeuralCleanse(Defense):
             seed=view.seed,
             augmentation=view.augmentation,
             hooks=Stamped(masks[flagged], patterns[flagged], self.stamped),
-            journal=view.progress,
+            log=view.log,
             part="neural_cleanse",
         )
-        return Verdict(model)
+        return DefenseResult(model)
 
     def reverse(self, view: ReserveView) -> tuple[Tensor, Tensor]:
         """For each of K classes the smallest mask (K, 1, H, W) that succeeds, and its pattern (K, C, H, W)."""

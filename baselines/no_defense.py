@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from defenses.base import DefenderView, Defense, Verdict, defense
+from defenses.base import DefenderView, Defense, DefenseResult, defense
 
 
 @defense("no_defense")
@@ -19,5 +19,5 @@ class NoDefense(Defense):
 
     paper: ClassVar[str] = "none"
 
-    def defend(self, view: DefenderView) -> Verdict:
-        return Verdict(view.model)
+    def defend(self, view: DefenderView) -> DefenseResult:
+        return DefenseResult(view.model)

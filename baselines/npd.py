@@ -23,7 +23,7 @@ from bench.engine.adversarial import clamped
 from bench.engine.data import to_float
 from bench.engine.models import Classifier
 from bench.engine.training import Hooks, Recipe, fit
-from defenses.base import Defense, NotApplicable, ReserveView, Verdict, defense
+from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
 
 @defense("npd")
@@ -64,7 +64,7 @@ class NeuralPolarizer(Defense):
         if not 0 <= self.enough <= 1:
             raise ValueError(f"defense.npd.enough is {self.enough:g}; it is a share in [0, 1]")
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         polarized = Polarized(view.model, place(view.model, to_float(view.reserve.batch(slice(2)))))
         recipe = Recipe(
             epochs=self.epochs,
@@ -72,12 +72,12 @@ class NeuralPolarizer(Defense):
             batch_size=self.batch_size,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
-            optimizer="sgd_plain",
+            optimizer="momentum",
             schedule="constant",
         )
-        fit(polarized, view.reserve, recipe, seed=view.seed, hooks=Polarizing(self), journal=view.progress, part="npd")
+        fit(polarized, view.reserve, recipe, seed=view.seed, hooks=Polarizing(self), log=view.log, part="npd")
         view.model.load_state_dict(polarized.folded(), strict=False)
-        return Verdict(view.model.requires_grad_(True).eval())
+        return DefenseResult(view.model.requires_grad_(True).eval())
 
 
 class Polarized(nn.Module):

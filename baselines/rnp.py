@@ -22,7 +22,7 @@ from bench.engine.data import Augmentation, ImageSet, equal_batches, generator
 from bench.engine.models import Classifier
 from bench.engine.pruning import PRUNE_BY, Masked, prune, split_off, units_to_prune
 from bench.engine.training import Diverged, Hooks, Recipe, fit
-from defenses.base import Defense, NotApplicable, ReserveView, Verdict, defense
+from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
 
 @defense("rnp")
@@ -76,7 +76,7 @@ class ReconstructiveNeuronPruning(Defense):
         if self.prune_by not in PRUNE_BY:
             raise ValueError(f"defense.rnp.prune_by is {self.prune_by!r}; write one of {', '.join(PRUNE_BY)}")
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         norms = view.model.norms()
         if not norms:
             raise NotApplicable("the network has no norm layer with a scale and a shift")
@@ -87,7 +87,7 @@ class ReconstructiveNeuronPruning(Defense):
         recipe = Recipe(
             epochs=self.recover_epochs,
             batch_size=self.batch_size,
-            optimizer="sgd_plain",
+            optimizer="momentum",
             lr=self.recover_lr,
             momentum=self.momentum,
             weight_decay=0.0,
@@ -100,7 +100,7 @@ class ReconstructiveNeuronPruning(Defense):
             seed=view.seed,
             augmentation=view.augmentation,
             hooks=Recover(self.alpha),
-            journal=view.progress,
+            log=view.log,
             part="rnp_recover",
         )
         units = units_to_prune(
@@ -113,11 +113,11 @@ class ReconstructiveNeuronPruning(Defense):
             count=self.count,
             tolerance=self.tolerance,
             seed=view.seed,
-            journal=view.progress,
+            log=view.log,
             name="rnp",
         )
         prune(view.model, norms, units)
-        return Verdict(view.model)
+        return DefenseResult(view.model)
 
     def unlearn(self, model: Classifier, data: ImageSet, view: ReserveView) -> Classifier:
         """Ascend the cross-entropy in place until the accuracy of an epoch is down; returns the model in eval mode.
@@ -155,9 +155,9 @@ class ReconstructiveNeuronPruning(Defense):
             if not math.isfinite(total.item()):
                 raise Diverged(f"the unlearned loss became {total.item()}; try a lower defense.rnp.unlearn_lr or clip")
             reached = right.item() / (batches * size)
-            view.progress.images += batches * size
-            view.progress.updates += batches
-            view.progress.log("rnp/unlearned_accuracy", reached, epoch + 1)
+            view.log.images += batches * size
+            view.log.updates += batches
+            view.log.record("rnp/unlearned_accuracy", reached, epoch + 1)
             if reached <= enough:
                 break
         return model.eval()

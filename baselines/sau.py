@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bench.engine.adversarial import under_attack
 from bench.engine.models import Classifier
 from bench.engine.training import Hooks, Recipe, fit
-from defenses.base import Defense, ReserveView, Verdict, defense
+from defenses.base import Defense, DefenseResult, ReserveView, defense
 
 
 @defense("sau")
@@ -60,7 +60,7 @@ class SharedAdversarialUnlearning(Defense):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"defense.sau.{name} is {getattr(self, name):g}; write 0 or more")
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         recipe = Recipe(
             epochs=self.epochs,
             optimizer="adam",
@@ -72,8 +72,8 @@ class SharedAdversarialUnlearning(Defense):
         )
         reference = copy.deepcopy(view.model).eval().requires_grad_(False)
         hooks = SharedUnlearning(self, reference)
-        return Verdict(
-            fit(view.model, view.reserve, recipe, seed=view.seed, hooks=hooks, journal=view.progress, part="sau")
+        return DefenseResult(
+            fit(view.model, view.reserve, recipe, seed=view.seed, hooks=hooks, log=view.log, part="sau")
         )
 
 

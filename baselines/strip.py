@@ -46,7 +46,7 @@ class Strip(Filter):
         source = generator(view.seed, "strip", device=view.device)
         entropy = overlaid_entropy(view.model, view.trainset, view.trainset, self.overlays, source)
         threshold = lower_quantile(entropy, self.false_rejection)
-        view.progress.log("strip/threshold", threshold, 0)
+        view.log.record("strip/threshold", threshold, 0)
         return -entropy, entropy < threshold
 
 

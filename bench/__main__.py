@@ -9,8 +9,8 @@ import ast
 from difflib import get_close_matches
 from pathlib import Path
 
-from bench.door import enter
-from bench.errors import UserError
+from bench._command import run_command
+from bench.engine.errors import UserError
 
 
 def commands() -> dict[str, str]:
@@ -36,4 +36,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

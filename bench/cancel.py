@@ -10,12 +10,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from bench.door import enter, plan
+from bench._command import open_experiment, run_command
 
 
 def main(arguments: list[str]) -> int:
-    opened = plan(arguments)
-    from bench.config import UserError
+    opened = open_experiment(arguments)
+    from bench.engine.errors import UserError
     from slurm import jobs
 
     root = Path(opened.cfg.results) / "slurm"
@@ -34,4 +34,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

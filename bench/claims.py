@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.door import enter
+from bench._command import run_command
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CLAIMS = Path("results/claims.yaml")
 KEYS = {"figure", "of", "minus", "same", "otherwise", "at_most", "at_least", "attacks"}
 PLACE = ["dataset", "model", "variant", "attack"]
-ROWS = {"defense", "setting", "reserve"}  # what `of` and `minus` choose rows by
+ROWS = {"defense", "threat_model", "reserve"}  # what `of` and `minus` choose rows by
 
 
 @dataclass
@@ -44,17 +44,17 @@ def main(arguments: list[str]) -> int:
 
     claims = load(CLAIMS)
     if len(arguments) == 1 and arguments[0].endswith(".csv"):
-        from bench.reporting.table import read_trials
+        from bench.reporting.trials import read_trials
 
         trials = read_trials(Path(arguments[0]))
         settings = Path(arguments[0]).with_name("config.yaml")  # a report leaves it there
         tainted = OmegaConf.load(settings).reserve.contamination if settings.exists() else 0.0
     else:
-        from bench.door import plan
-        from bench.reporting.table import of_trials
+        from bench._command import open_experiment
+        from bench.reporting.trials import of_trials
 
-        opened = plan(arguments)
-        trials = of_trials(opened.trials, opened.store, opened.published)
+        opened = open_experiment(arguments)
+        trials = of_trials(opened.trials, opened.store, opened.reused)
         tainted = opened.cfg.reserve.contamination
     trials["contamination"] = contamination(trials, tainted)
     answers = [answer(claim, trials) for claim in claims]
@@ -70,7 +70,7 @@ def load(path: Path) -> list[dict[str, Any]]:
     """
     from omegaconf import OmegaConf
 
-    from bench.config import UserError
+    from bench.engine.errors import UserError
 
     if not path.exists():
         raise UserError(f"{path} is not here; run from the folder that holds results/")
@@ -201,7 +201,7 @@ def _differences(check: dict[str, Any], trials: pd.DataFrame) -> dict[tuple[str,
 
 def _models(trials: pd.DataFrame, of: dict[str, Any]) -> dict[tuple[str, ...], dict[int, str]]:
     """(data set, network, variant if any, attack) -> seed -> which infected model its figures are about."""
-    from bench.reporting.table import infected
+    from bench.reporting.trials import infected
 
     part = _chosen(trials, of)
     found: dict[tuple[str, ...], dict[int, str]] = {}
@@ -249,4 +249,4 @@ def markdown(answers: list[Answer]) -> str:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.door import enter
+from bench._command import run_command
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,7 +52,7 @@ class Change:
 
 
 def main(arguments: list[str]) -> int:
-    from bench.config import UserError
+    from bench.engine.errors import UserError
 
     places = [argument for argument in arguments if "=" not in argument.partition(":")[0].rpartition("/")[2]]
     settings = dict(argument.split("=", 1) for argument in arguments if argument not in places)
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _tolerance(text: str) -> float:
-    from bench.config import UserError
+    from bench.engine.errors import UserError
 
     try:
         found = float(text)
@@ -86,7 +86,7 @@ def _tolerance(text: str) -> float:
 
 
 def _ignored(text: str) -> list[str]:
-    from bench.config import UserError
+    from bench.engine.errors import UserError
 
     chosen = [name for name in text.strip("[]").replace(" ", "").split(",") if name]
     for name in chosen:
@@ -97,7 +97,7 @@ def _ignored(text: str) -> list[str]:
 
 def _alike(one: pd.DataFrame, two: pd.DataFrame, settings: dict[str, str]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Both tables, with names read as others where the command line says so."""
-    from bench.config import UserError
+    from bench.engine.errors import UserError
 
     names = dict(pair.rpartition(":")[::2] for pair in settings.get("rename", "").split(",") if pair)
     if not all(names) or not all(names.values()):
@@ -107,15 +107,15 @@ def _alike(one: pd.DataFrame, two: pd.DataFrame, settings: dict[str, str]) -> tu
 
 
 def _figures(text: str | None) -> list[str]:
-    from bench.config import UserError
-    from bench.engine.registry import near
+    from bench.engine.errors import UserError
+    from bench.engine.registry import did_you_mean
     from bench.reporting.columns import MEASURES
 
     known = [column.name for column in MEASURES if column.sign]
     chosen = known if text is None else [name for name in text.strip("[]").replace(" ", "").split(",") if name]
     for name in chosen:
         if name not in known:
-            raise UserError(f"figures: {name!r} is no figure that tells better from worse.{near(name, known)}")
+            raise UserError(f"figures: {name!r} is no figure that tells better from worse.{did_you_mean(name, known)}")
     return chosen
 
 
@@ -123,8 +123,9 @@ def _load(place: str) -> pd.DataFrame:
     """A table of trials, or the cells of a reported one (these have a column `kind`)."""
     import pandas as pd
 
-    from bench.config import UserError
-    from bench.reporting.table import read_reported, read_trials
+    from bench.engine.errors import UserError
+    from bench.reporting.reported import read_reported
+    from bench.reporting.trials import read_trials
 
     path, source = Path(place), io.BytesIO()
     if path.is_dir():
@@ -179,13 +180,14 @@ def changes(one: pd.DataFrame, two: pd.DataFrame, figures: list[str]) -> tuple[l
     Only seeds that both have are compared; where they share none, means are. A test pairs those that are known to be of
     one infected model: on another device the same settings train another one.
     """
-    from bench.config import UserError
+    from bench.engine.errors import UserError
     from bench.reporting import statistics
+    from bench.reporting.cells import groups_of
     from bench.reporting.columns import COLUMN
-    from bench.reporting.table import AXES, parts
+    from bench.reporting.trials import AXES
 
     def grouped(table: pd.DataFrame) -> dict[tuple[Any, ...], pd.DataFrame]:
-        return {place: group.set_index("seed") for place, group in parts(table, AXES)}
+        return {place: group.set_index("seed") for place, group in groups_of(table, AXES)}
 
     before, after = grouped(one), grouped(two)
     common = [place for place in before if place in after]
@@ -227,11 +229,11 @@ def changes(one: pd.DataFrame, two: pd.DataFrame, figures: list[str]) -> tuple[l
 
 def _cells(table: pd.DataFrame) -> pd.DataFrame:
     """The cells of a table; `protocol` says what their figures differ in."""
-    from bench.reporting.table import cells
+    from bench.reporting.cells import to_cells
 
     if "kind" in table:  # reported
         return table
-    found = cells(table)
+    found = to_cells(table)
     return found.assign(
         protocol=[
             f"{done} of {seeds} seeds done" if done < seeds else ""
@@ -244,24 +246,24 @@ def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: li
     """Print cells that both have side by side, and how alike the two order them."""
     import numpy as np
 
-    from bench.config import UserError
+    from bench.engine.errors import UserError
     from bench.reporting.columns import COLUMN
-    from bench.reporting.table import AXES, BASELINE
+    from bench.reporting.trials import AXES, BASELINE
 
     a, b = (_cells(table).reset_index(names="row") for table in (one, two))
     # A published table names no setting of ours, and often no poison rate: what is not said fits every cell.
-    named = [axis for axis in AXES if axis not in ("setting", *ignored)]
+    named = [axis for axis in AXES if axis not in ("threat_model", *ignored)]
     both = a.merge(b, on=named, suffixes=("", "_other"))
-    fits = (both.setting == both.setting_other) | (both.setting == "") | (both.setting_other == "")
+    fits = (both.threat_model == both.setting_other) | (both.threat_model == "") | (both.setting_other == "")
     rates = both[["poison_rate", "poison_rate_other"]]
     fits &= rates.isna().any(axis=1) | np.isclose(rates.iloc[:, 0], rates.iloc[:, 1])
-    both = both[fits].assign(setting=both.setting.where(both.setting != "", both.setting_other))
+    both = both[fits].assign(threat_model=both.threat_model.where(both.threat_model != "", both.setting_other))
     known = [f"{name}_mean" for name in figures if {f"{name}_mean", f"{name}_mean_other"} <= set(both)]
     shared = [both[name].notna() & both[f"{name}_other"].notna() for name in known]
     both = both[np.any(shared, axis=0)] if shared else both[:0]
     alone = f"{len(a) - both.row.nunique()} of the first, {len(b) - both.row_other.nunique()} of the second"
     # A repair that needs no image stands in each setting of ours; beside a cell that names none it is one.
-    others = [f"{axis}_other" for axis in [*ignored, "setting", "protocol", *known]]
+    others = [f"{axis}_other" for axis in [*ignored, "threat_model", "protocol", *known]]
     others += [name for name in ("provenance_other", "provenance") if name in both]
     both = both.drop_duplicates([*named, *others, *known])
     if both.empty:
@@ -310,4 +312,4 @@ def _agreement(both: pd.DataFrame, name: str, what: str) -> str:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

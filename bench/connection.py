@@ -3,9 +3,9 @@
     python -m bench.connection [grid=NAME] [key=value ...]     the same settings as bench.run
 
 Computes nothing: it reads what `python -m bench.run ... measure.connection=true` left in the store. For each infected
-model, its clean twin, random noise, and each repaired model: of the untargeted adversarial examples that fool it, the
-share that goes to the class that the attacker wants (1 / (classes - 1) by chance); how much nearer than the clean image
-they are to the triggered one, as cosine of the features and as overlap of the most active tenth of the units.
+model, its clean control, random noise, and each repaired model, it reports the share of the untargeted adversarial
+examples that are classified as the target (1 / (classes - 1) by chance), and how much closer than the clean image they
+are to the triggered one: by cosine similarity of the features, and by overlap of the most active tenth of the units.
 
 Writes into results/NAME/: connection.csv (every radius and seed, with 95 % intervals over images and the distribution
 over classes), connection.md, and as PNG and PDF connection, connection_repaired and connection_classes.
@@ -13,22 +13,24 @@ over classes), connection.md, and as PNG and PDF connection, connection_repaired
 
 from __future__ import annotations
 
-from bench.door import command, enter, plan, show
+from bench._command import open_experiment, run_command, show
 
 
 def main(arguments: list[str]) -> int:
-    opened = plan(arguments)
-    from bench.config import UserError
-    from bench.index import Snapshot
-    from bench.reporting import page, plots
+    opened = open_experiment(arguments)
+    from bench.engine.errors import UserError
+    from bench.reporting import page
     from bench.reporting.connection import boards, connections, rank_correlation
+    from bench.reporting.figures.draw import draw_connection
+    from bench.reporting.protocol import command
     from bench.reporting.spreadsheet import write_csv
-    from bench.reporting.table import of_trials
+    from bench.reporting.trials import of_trials
+    from bench.storage.index import CachedStore
 
-    store = Snapshot(opened.store)
+    store = CachedStore(opened.store)
     trials = of_trials(opened.trials, store)
-    evidence = [page.evidence(trial, store, command(opened, trial)) for trial in opened.trials]
-    table = connections(trials, evidence)
+    details = [page.details_of(trial, store, command(opened, trial)) for trial in opened.trials]
+    table = connections(trials, details)
     if table.empty:
         raise UserError(
             f"no finished trial of grid {opened.cfg.grid.name} has this measure with these settings; run it with "
@@ -41,11 +43,11 @@ def main(arguments: list[str]) -> int:
     opened.folder.mkdir(parents=True, exist_ok=True)
     write_csv(table, opened.folder / "connection.csv")
     (opened.folder / "connection.md").write_text("\n".join(board.markdown() for board in found))
-    drawn = plots.write_connection(trials, opened.folder, f"Grid {opened.cfg.grid.name}", evidence)
+    drawn = draw_connection(trials, opened.folder, f"Grid {opened.cfg.grid.name}", details)
     show(found)
     print(f"Table and figures: {opened.folder}/connection.md, {', '.join(path.name for path in drawn)}")
     return 0
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.door import enter
+from bench._command import run_command
 
 
 def main(arguments: list[str]) -> int:
-    from bench.config import UserError, load, said
     from bench.engine.datasets import DataError, dataset, prepare, source
+    from bench.engine.errors import UserError, message_of
+    from bench.experiment.load import load
 
     wanted = [argument for argument in arguments if "=" not in argument]
     if not wanted:
@@ -32,11 +33,11 @@ def main(arguments: list[str]) -> int:
                 try:
                     info = prepare(name, root, cache, cfg.size, download=True, say=told.append)
                 except (OSError, RuntimeError) as error:
-                    raise UserError(f"{said(missing)}; fetching it failed: {said(error)}") from error
+                    raise UserError(f"{message_of(missing)}; fetching it failed: {message_of(error)}") from error
             for split in ("train", "test"):
                 info.load(split)  # verifies what is in the cache
         except (LookupError, OSError, RuntimeError, DataError) as error:
-            raise UserError(said(error)) from error
+            raise UserError(message_of(error)) from error
         print(
             f"{info.title}: {sum(info.train_counts)} + {sum(info.test_counts)} images of {info.num_classes} classes, "
             f"{'x'.join(map(str, info.shape))}, digest {info.digest}, in {info.folder}"
@@ -47,4 +48,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import inspect
 
-from bench.door import enter
+from bench._command import run_command
 
 
 def main(arguments: list[str]) -> int:
     from attacks.base import attack
-    from bench.config import UserError, grids, load_methods, plugins_in
     from bench.engine.datasets import dataset
-    from defenses.base import SETTINGS, defense, offered
+    from bench.engine.errors import UserError
+    from bench.experiment.load import grids, load_methods, plugins_in
+    from defenses.base import THREAT_MODELS, defense, offered
 
     if odd := [argument for argument in arguments if not argument.startswith("plugins=")]:
         raise UserError(f"{odd[0]!r} is no word of bench.list; it takes plugins=[...] and nothing else")
@@ -24,7 +25,7 @@ def main(arguments: list[str]) -> int:
         _line(name, cls.paper, _first(cls))
     print("\ndefenses and baselines (with the settings they work in)")
     for name, cls in sorted(defense.items()):
-        works = [setting for setting in SETTINGS if offered(cls, setting)]
+        works = [threat_model for threat_model in THREAT_MODELS if offered(cls, threat_model)]
         _line(name, cls.paper, f"{_first(cls)} [{', '.join(works)}]")
     print("\ndata sets (and folder:NAME for any image folder)")
     for name, cls in sorted(dataset.items()):
@@ -56,4 +57,4 @@ def _purpose(name: str) -> str:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

@@ -29,7 +29,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.door import enter
+from bench._command import run_command
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,8 @@ class Timed:
 
 
 def main(arguments: list[str]) -> int:
-    from bench.config import UserError, load_methods
+    from bench.engine.errors import UserError
+    from bench.experiment.load import load_methods
 
     settings = dict(DEFAULTS)
     for argument in arguments:
@@ -98,7 +99,8 @@ def main(arguments: list[str]) -> int:
     load_methods([])
     import torch
 
-    from bench.pipeline import pick_device, provenance
+    from bench.engine.devices import pick_device
+    from bench.pipeline.provenance import provenance
     from bench.reporting.spreadsheet import neutral
 
     torch.set_num_threads(threads)
@@ -133,7 +135,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _read(file: Path) -> dict[str, dict[str, str]]:
-    from bench.config import UserError
+    from bench.engine.errors import UserError
     from bench.reporting.spreadsheet import literal
 
     try:
@@ -194,9 +196,9 @@ class Workbench:
 
     @property
     def device_name(self) -> str:
-        from bench.pipeline import _device_name
+        from bench.engine.devices import device_name
 
-        return _device_name(self.device)
+        return device_name(self.device)
 
     @property
     def spec(self) -> ModelSpec:
@@ -227,9 +229,9 @@ class Workbench:
     @cached_property
     def setup(self) -> Setup:
         from attacks.base import Setup
-        from bench.engine.training import Journal
+        from bench.engine.training import TrainingLog
 
-        return Setup(self.data, 10, 0, lambda seed: self.model(), self.recipe, self.augmentation, Journal())
+        return Setup(self.data, 10, 0, lambda seed: self.model(), self.recipe, self.augmentation, TrainingLog())
 
     def synthetic_steps(self, slopes: int = 0, precision: str = "", compiled: bool = False) -> Callable[[], None]:
         """Training steps on one batch that is there already, behind so many gradients to the images each."""
@@ -271,11 +273,11 @@ class Workbench:
     def case(self, name: str, data: ImageSet, model: Classifier) -> Any:
         from attacks.base import attack
         from bench.engine.data import Augmentation
-        from bench.evaluation import Case
+        from bench.measures.context import EvaluationContext
 
         attacker = attack[name]()
         tensors = attacker.prepare(self.setup)
-        return Case(attacker, tensors, 10, 0, data, lambda: data, Augmentation(), "float32", lambda: model)
+        return EvaluationContext(attacker, tensors, 10, 0, data, lambda: data, Augmentation(), "float32", lambda: model)
 
 
 def _training(bench: Workbench) -> Iterator[Timed]:
@@ -304,14 +306,14 @@ def _variants(bench: Workbench) -> Iterator[Timed]:
 def _adversarial(bench: Workbench) -> Iterator[Timed]:
     from bench.engine.adversarial import pgd
     from bench.engine.metrics import robust_accuracy
-    from bench.engine.training import Journal
+    from bench.engine.training import TrainingLog
     from defenses.base import ReserveView, defense
 
     aft = defense["aft"](updates=STEPS, adversarial_updates=STEPS, batch_size=bench.batch)
     model = bench.model()
 
     def steps() -> None:
-        aft.defend(ReserveView(model, 10, 0, bench.device, Journal(), bench.data, bench.augmentation))
+        aft.defend(ReserveView(model, 10, 0, bench.device, TrainingLog(), bench.data, bench.augmentation))
 
     yield Timed("adversarial steps of AFT, against their passes", steps, bench.synthetic_steps(slopes=7))
     attacked = bench.model().eval()
@@ -335,9 +337,9 @@ def _evaluation(bench: Workbench) -> Iterator[Timed]:
     """What every cell measures, and the passes of it: clean, triggered, 20 forward and backward, and the last look."""
     import torch
 
-    from bench.config import MeasureConfig
     from bench.engine.metrics import predict
-    from bench.evaluation import measured
+    from bench.experiment.schema import MeasureConfig
+    from bench.measures.evaluation import measured
 
     model = bench.model().eval()
     for name in ("badnets", "blended", "sig", "wanet"):
@@ -391,12 +393,12 @@ def _methods(bench: Workbench) -> Iterator[Timed]:
     import torch
 
     from bench.engine.data import ImageSet
-    from bench.engine.training import Journal
+    from bench.engine.training import TrainingLog
     from defenses.base import ReserveView, TrainsetView, defense
 
     def repair(name: str, **settings: Any) -> Callable[[], object]:
         def run() -> None:
-            owned = (bench.model(), 10, 0, bench.device, Journal())
+            owned = (bench.model(), 10, 0, bench.device, TrainingLog())
             defense[name](**settings).defend(ReserveView(*owned, bench.data, bench.augmentation))
 
         return run
@@ -413,7 +415,7 @@ def _methods(bench: Workbench) -> Iterator[Timed]:
             1,
             0,
             bench.device,
-            Journal(),
+            TrainingLog(),
             one_class,
             bench.augmentation,
             lambda seed: bench.model(),
@@ -459,18 +461,18 @@ def _start(bench: Workbench) -> Iterator[Timed]:
 
 def _cells(bench: Workbench) -> Iterator[Timed]:
     """What a cell costs beyond its stages: one on digits that trains nothing and measures almost nothing."""
-    from bench.door import plan
-    from bench.pipeline import Bench as Pipeline
+    from bench._command import open_experiment
+    from bench.pipeline.runner import Runner as Pipeline
 
     with tempfile.TemporaryDirectory() as folder:
         words = [f"results={folder}", "grid.seeds=1", "grid.attacks=[badnets]", "grid.defenses=[no_defense]"]
-        opened = plan([*words, "train.epochs=0", "measure.pgd_steps=0", "measure.pgd_images=1"])
+        opened = open_experiment([*words, "train.epochs=0", "measure.pgd_steps=0", "measure.pgd_images=1"])
         seed = iter(range(10**6))
 
         def cell() -> None:
             from dataclasses import replace
 
-            from bench.store import key_of
+            from bench.storage.store import key_of
 
             pipeline = Pipeline(opened.store, opened.infos, bench.device)
             trial = opened.trials[0]
@@ -528,7 +530,7 @@ def worker(model: str, stem: str, size: str, batch: str, device: str) -> Callabl
     """A training for one of two processes."""
     import torch
 
-    from bench.config import load_methods
+    from bench.experiment.load import load_methods
 
     load_methods([])
     torch.set_num_threads(1)
@@ -551,4 +553,4 @@ SECTIONS: dict[str, Callable[[Workbench], Iterator[Timed]]] = {
 }
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

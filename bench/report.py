@@ -12,16 +12,18 @@ provenance and figures such as asr as shares in [0, 1]; they are never ranked.
 
 from __future__ import annotations
 
-from bench.door import enter, plan, report, show
+from bench._command import open_experiment, run_command, show
 
 
 def main(arguments: list[str]) -> int:
-    opened = plan(arguments)
-    boards, _ = report(opened)
+    opened = open_experiment(arguments)
+    from bench.reporting.report import write_report
+
+    boards, _ = write_report(opened)
     show(boards)
     print(f"Tables and plots: {opened.folder}/")
     return 0
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

@@ -7,7 +7,7 @@
     grid.seeds=3                     a number (seeds 0, 1, 2) or a list
     attack.badnets.patch_size=4      a setting of a method; the types are checked
     train.epochs=20 model.stem=half  how infected models are trained; see bench/engine/training.py
-    reserve.size=0.02                the defender's share of the training split (reserve.pool is what is cut off)
+    reserve.size=0.02                the defender's share of the training split (reserve.held_out is what is cut off)
     reserve.contamination=0.1        share of the reserve that is poisoned
     measure.pgd_images=1000          robust accuracy on a fixed part of the test set
     dataset.root=DIR                 where data sets lie ($BENCH_DATA, or data/)
@@ -19,7 +19,7 @@
                                      sqlite file under results/; slurm/tracking.sh starts one
     plugins=[my_package.my_defense]  methods of your own, in a module of yours
     report.plots=false               tables and the page alone; report.reported=FILE.csv adds figures that others report
-    published=[FILE.csv]             trials.csv files of this grid's trials, e.g. of a published table: these are not
+    reuse=[FILE.csv]             trials.csv files of this grid's trials, e.g. of a published table: these are not
                                      computed again (results/cifar10_small/trials.csv has 405)
     results=DIR                      where the store, tables and plots go (results/)
     dry_run=true                     print the plan: what is there, what would be computed; bench.plan says how long
@@ -40,35 +40,37 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.door import Plan, check_writable, duration, enter, planned, report, show
-from bench.messages import masked
+from bench._command import check_writable, duration, open_experiment, run_command, show
+from bench.engine.messages import masked
+from bench.experiment.experiment import Experiment
 
 if TYPE_CHECKING:
-    from bench.dispatch import Progress, Task
+    from bench.dispatch.tasks import Progress, Task
 
 ATTEMPTS = 3  # at a grid whose store turns out to be damaged while it is computed
 
 
 def main(arguments: list[str]) -> int:
-    from bench.config import load
+    from bench.experiment.load import load
 
     cfg = load(arguments)
-    opened = planned(cfg, arguments, dry=cfg.dry_run)
-    from bench import dispatch
-    from bench.index import Index, Snapshot
+    opened = open_experiment(arguments, cfg.dry_run, cfg)
+    from bench.dispatch.tasks import pending
+    from bench.reporting.report import write_report
+    from bench.storage.index import CachedStore, Index
 
     store = opened.store
     store.sweep()
     index = Index(store.root)
-    known = Snapshot(store, index)
+    known = CachedStore(store, index)
     if not cfg.dry_run:
         known.mend(place for trial in opened.own for place in trial.places())
         known.index.keep()
-    tasks = dispatch.pending(opened.own, known, cfg.dispatch.max_tries)
+    tasks = pending(opened.own, known, cfg.dispatch.max_tries)
     if cfg.dry_run:
-        from bench.plan import summary
+        from bench._command import print_plan
 
-        summary(opened, tasks)
+        print_plan(opened, tasks)
         for task in tasks:
             print(f"  {task.title}")
         if cfg.dispatch.kind == "slurm":
@@ -85,8 +87,8 @@ def main(arguments: list[str]) -> int:
             if store.aside().keys() == aside:
                 break
             # Damage that showed when bytes were read: finished stages that were computed from them were set aside.
-            tasks = dispatch.pending(opened.own, store, cfg.dispatch.max_tries)
-    boards, trials = report(opened, again=False, index=index)
+            tasks = pending(opened.own, store, cfg.dispatch.max_tries)
+    boards, trials = write_report(opened, again=False, index=index)
     show(boards)
     _track(opened, told)
     print(f"Tables and plots: {opened.folder}/   the store: {store.root}/   MLflow: {masked(opened.tracking_uri)}")
@@ -103,7 +105,7 @@ def main(arguments: list[str]) -> int:
     return 1 if trials.status.isin(["failed", "missing"]).any() else 0
 
 
-def _dispatch(opened: Plan, tasks: list[Task], show: Callable[[Progress], None]) -> None:
+def _dispatch(opened: Experiment, tasks: list[Task], show: Callable[[Progress], None]) -> None:
     """Have the tasks computed, here or by Slurm: the same plan, the same store, the same figures."""
     cfg, store, infos, device = opened.cfg, opened.store, opened.infos, opened.device
     plugins = list(cfg.plugins)
@@ -115,10 +117,10 @@ def _dispatch(opened: Plan, tasks: list[Task], show: Callable[[Progress], None])
             tasks, store, infos, device=device, dispatch=cfg.dispatch, plugins=plugins, root=root, show=show
         )
         return
-    from bench import dispatch
+    from bench.dispatch.local import run
 
     workers = cfg.dispatch.workers
-    dispatch.run(
+    run(
         tasks,
         store,
         infos,
@@ -131,7 +133,7 @@ def _dispatch(opened: Plan, tasks: list[Task], show: Callable[[Progress], None])
     )
 
 
-def _rehearse(opened: Plan, tasks: list[Task]) -> None:
+def _rehearse(opened: Experiment, tasks: list[Task]) -> None:
     """Print the job script that Slurm would be given first, on any machine."""
     import slurm.dispatch
 
@@ -150,7 +152,7 @@ def _rehearse(opened: Plan, tasks: list[Task]) -> None:
         print(scripts[0])
 
 
-def _default_workers(opened: Plan) -> int:
+def _default_workers(opened: Experiment) -> int:
     import os
 
     import torch
@@ -160,32 +162,33 @@ def _default_workers(opened: Plan) -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(1, opened.cfg.dispatch.threads))
 
 
-def _print_fits(opened: Plan) -> None:
+def _print_fits(opened: Experiment) -> None:
     """Say what was changed about each architecture: it is no longer quite the one that timm has."""
-    from bench.grid import fits, names
+    from bench.experiment.axes import names
+    from bench.experiment.identity import adaptation_notes
 
     for data, info in opened.infos.items():
         for model in names(opened.cfg)["models"]:
-            notes = fits(opened.cfg, info, model)
+            notes = adaptation_notes(opened.cfg, info, model)
             size = "x".join(map(str, info.shape[1:]))
             print(f"{model} on {data} ({size}): {', '.join(notes) or 'as timm has it'}")
 
 
-def _tracking_is_away(opened: Plan) -> bool:
+def _tracking_is_away(opened: Experiment) -> bool:
     """Say before the computing, not after it, that MLflow does not answer."""
     if not opened.cfg.tracking.enabled:
         return False
-    from bench import tracking
+    from bench.reporting.mlflow import Unreachable, check
 
     try:
-        tracking.check(opened.tracking_uri)
-    except tracking.Unreachable as error:
+        check(opened.tracking_uri)
+    except Unreachable as error:
         _warn(opened, f"MLflow does not answer: {error}; the run goes on")
         return True
     return False
 
 
-def _track(opened: Plan, told: bool) -> None:
+def _track(opened: Experiment, told: bool) -> None:
     """Mirror finished trials into MLflow; if it fails, the results are safe and are sent later.
 
     Args:
@@ -193,18 +196,19 @@ def _track(opened: Plan, told: bool) -> None:
     """
     if not opened.cfg.tracking.enabled:
         return
-    from bench import tracking
+    from bench.reporting import mlflow
+    from bench.reporting.mlflow import Unreachable, log_files, report_files, sync
 
     name, artifacts = str(opened.cfg.grid.name), Path(opened.cfg.results) / "mlflow"
     try:
-        tracking.sync(opened.trials, opened.store, opened.tracking_uri, name, artifacts)
-        tracking.log_files(opened.tracking_uri, name, artifacts, tracking.published(opened.folder))
+        sync(opened.trials, opened.store, opened.tracking_uri, name, artifacts)
+        log_files(opened.tracking_uri, name, artifacts, report_files(opened.folder))
     except Exception as error:
-        if not (told and isinstance(error, tracking.Unreachable)):
-            _warn(opened, f"could not log everything to MLflow: {tracking.reason(error)}")
+        if not (told and isinstance(error, Unreachable)):
+            _warn(opened, f"could not log everything to MLflow: {mlflow.reason(error)}")
 
 
-def _warn(opened: Plan, text: str) -> None:
+def _warn(opened: Experiment, text: str) -> None:
     later = "bench.sync, or the next run, sends what is missing"
     print(f"warning: {text} ({masked(opened.tracking_uri)}); {later}", file=sys.stderr)
 
@@ -214,7 +218,7 @@ class _Display:
 
     plain_every_s = 10.0
 
-    def __init__(self, opened: Plan) -> None:
+    def __init__(self, opened: Experiment) -> None:
         self.opened = opened
         self.bar: Any = None
         self.printed = 0.0
@@ -261,4 +265,4 @@ class _Display:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

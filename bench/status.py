@@ -15,10 +15,11 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.door import Plan, duration, enter, plan
+from bench._command import duration, open_experiment, run_command
+from bench.experiment.experiment import Experiment
 
 if TYPE_CHECKING:
-    from bench.grid import Trial
+    from bench.experiment.trial import Trial
     from slurm.jobs import Element
 
 WATCH_S = 10.0
@@ -26,7 +27,7 @@ STILL = 6  # looks at which nothing runs: between two stages, or when a job has 
 
 
 def main(arguments: list[str]) -> int:
-    opened = plan([argument for argument in arguments if argument not in ("--watch", "--verify")])
+    opened = open_experiment([argument for argument in arguments if argument not in ("--watch", "--verify")])
     still = 0
     while True:
         left, active = _show(opened, "--verify" in arguments)
@@ -38,20 +39,21 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _show(opened: Plan, thorough: bool = False) -> tuple[bool, bool]:
+def _show(opened: Experiment, thorough: bool = False) -> tuple[bool, bool]:
     """Print one report; is anything left to do, and does anything run or wait for it?
 
     Args:
         thorough: read every file of the finished stages.
     """
-    from bench.index import Snapshot
-    from bench.plan import estimated
-    from bench.reporting.table import STATES, of_trials, parts
+    from bench.dispatch.costs import estimated
+    from bench.reporting.cells import groups_of
+    from bench.reporting.trials import STATES, of_trials
+    from bench.storage.index import CachedStore
     from slurm import jobs
 
-    store, root = Snapshot(opened.store), Path(opened.cfg.results) / "slurm"
+    store, root = CachedStore(opened.store), Path(opened.cfg.results) / "slurm"
     # As the leaderboard has them: which model is wrecked is seen beside the undefended one.
-    table = of_trials(opened.trials, store, opened.published)
+    table = of_trials(opened.trials, store, opened.reused)
     counts = Counter(table.status)
     titles: dict[tuple[str, str], str] = {}
     for trial in opened.trials:
@@ -104,7 +106,7 @@ def _show(opened: Plan, thorough: bool = False) -> tuple[bool, bool]:
     if aside := store.aside():
         print(f"{len(aside)} damaged stages were moved to {store.root / 'damaged'}/, which you can delete")
     for state in ("diverged", "wrecked"):
-        for (defense, attack), lost in parts(table[table.status == state], ["defense", "attack"]):
+        for (defense, attack), lost in groups_of(table[table.status == state], ["defense", "attack"]):
             print(f"{state} ({len(lost)} trials): {defense} against {attack}: {lost.reason.iloc[0]}")
     return damaged or counts["missing"] + counts["failed"] > 0, bool(running or alive)
 
@@ -113,7 +115,7 @@ def _job(job: str) -> str:
     return f"job {job}, " if job else ""
 
 
-def _jobs(opened: Plan, root: Path) -> list[Element]:
+def _jobs(opened: Experiment, root: Path) -> list[Element]:
     """Jobs of this grid that wait or run."""
     from slurm import jobs
 
@@ -129,9 +131,9 @@ def _jobs(opened: Plan, root: Path) -> list[Element]:
 def _title(trial: Trial, stage: str, key: str) -> str:
     if stage in ("defend", "evaluate"):
         return trial.title
-    shown = trial.twin() if stage == "implant" and key != trial.keys()[0] else trial
+    shown = trial.control_trial() if stage == "implant" and key != trial.keys.implant else trial
     return f"{shown.dataset}/{shown.model}/{shown.attack}/{shown.seed}"
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

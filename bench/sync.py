@@ -7,28 +7,29 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.door import enter, plan, report
+from bench._command import open_experiment, run_command
 
 
 def main(arguments: list[str]) -> int:
-    opened = plan(arguments)
-    from bench import tracking
-    from bench.config import UserError
-    from bench.messages import masked
+    opened = open_experiment(arguments)
+    from bench.engine.errors import UserError
+    from bench.engine.messages import masked
+    from bench.reporting.mlflow import log_files, reason, report_files, sync
+    from bench.reporting.report import write_report
 
     uri = masked(opened.tracking_uri)
     name, artifacts = str(opened.cfg.grid.name), Path(opened.cfg.results) / "mlflow"
     if opened.folder.is_dir():
-        report(opened, again=False)  # a table that was damaged since it was written is not sent as it is
+        write_report(opened, again=False)  # a table that was damaged since it was written is not sent as it is
     try:
-        sent = tracking.sync(opened.trials, opened.store, opened.tracking_uri, name, artifacts)
+        sent = sync(opened.trials, opened.store, opened.tracking_uri, name, artifacts)
         if opened.folder.is_dir():
-            tracking.log_files(opened.tracking_uri, name, artifacts, tracking.published(opened.folder))
+            log_files(opened.tracking_uri, name, artifacts, report_files(opened.folder))
     except Exception as error:
-        raise UserError(f"could not log everything to MLflow at {uri} ({tracking.reason(error)})") from error
+        raise UserError(f"could not log everything to MLflow at {uri} ({reason(error)})") from error
     print(f"{opened.title}: {sent} trials sent to {uri}")
     return 0
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

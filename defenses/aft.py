@@ -20,7 +20,7 @@ from bench.engine.adversarial import pgd, under_attack
 from bench.engine.data import ImageSet
 from bench.engine.models import Classifier
 from bench.engine.training import Hooks, Recipe, fit
-from defenses.base import Defense, ReserveView, TrainsetView, Verdict, defense
+from defenses.base import Defense, DefenseResult, ReserveView, TrainsetView, defense
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class AdversarialRepair(Defense):
             batch_size=self.batch_size,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
-            optimizer="sgd_plain",
+            optimizer="momentum",
         )
 
     def train(
@@ -98,7 +98,7 @@ class AdversarialRepair(Defense):
             seed=view.seed,
             augmentation=view.augmentation if augment else None,
             hooks=hooks,
-            journal=view.progress,
+            log=view.log,
             part=part,
             optimizer=optimizer,
         )
@@ -174,10 +174,10 @@ class AdversarialFineTuning(AdversarialRepair):
             )
         self._one_of("schedule", "cosine", "constant")
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         recipe, hooks = self.recipe(self.updates, self.schedule), AdversarialStart(self, self.adversarial_updates)
         # Named as the plain fine-tune, so that without an adversarial step the two are the same, bit for bit.
-        return Verdict(self.train(view, view.reserve, recipe, hooks, "fine_tuning"))
+        return DefenseResult(self.train(view, view.reserve, recipe, hooks, "fine_tuning"))
 
 
 @defense("aft_code")

@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.engine.data import Augmentation, ImageSet
 from bench.engine.models import Classifier
 from bench.engine.registry import Registry
-from bench.engine.training import Journal, Recipe, Tensors, fit
+from bench.engine.training import Recipe, Tensors, TrainingLog, fit
 
 defense = Registry("defense")
 
@@ -35,14 +35,14 @@ class DefenderView:
         num_classes: of the data set.
         seed: the source of every random number you draw.
         device: where the model is, and the images.
-        progress: give it to `fit`, or log curves with `progress.log(name, value, step)`.
+        log: give it to `fit`, or record curves with `log.record(name, value, step)`.
     """
 
     model: Classifier
     num_classes: int
     seed: int
     device: torch.device
-    progress: Journal
+    log: TrainingLog
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class TrainsetView(DefenderView):
 
 
 # A setting offers a view; the first one is offered to a method that needs no image.
-SETTINGS: dict[str, type[DefenderView]] = {"reserve": ReserveView, "trainset": TrainsetView}
+THREAT_MODELS: dict[str, type[DefenderView]] = {"reserve": ReserveView, "trainset": TrainsetView}
 
 
 @dataclass(frozen=True)
-class Round:
+class Step:
     """One step of a progressive method, for the evaluator to score against the truth; a method never does.
 
     Attributes:
@@ -102,7 +102,7 @@ def weights_of(model: Classifier) -> Tensors:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class DefenseResult:
     """What a defense returns. N counts the images of its view: the training set, or the reserve.
 
     Attributes:
@@ -115,7 +115,7 @@ class Verdict:
     model: Classifier
     suspicion: Tensor | None = None
     flagged: Tensor | None = None
-    rounds: tuple[Round, ...] = ()
+    rounds: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Defense:
     paper: ClassVar[str] = "none"
     version: ClassVar[int] = 1  # goes up when a change of code can change a figure
 
-    def defend(self, view: Any) -> Verdict:
+    def defend(self, view: Any) -> DefenseResult:
         raise NotImplementedError(f"defense {self.name!r} has no defend")
 
 
@@ -152,9 +152,9 @@ class Filter(Defense):
         """(N,) suspicion, finite and higher = more suspicious, and (N,) bool flags by the method's own rule."""
         raise NotImplementedError(f"defense {self.name!r} has no inspect")
 
-    def defend(self, view: TrainsetView) -> Verdict:
+    def defend(self, view: TrainsetView) -> DefenseResult:
         suspicion, flagged = self.inspect(view)
-        view.progress.log(f"{self.name}/flagged", flagged.double().mean().item(), 0)
+        view.log.record(f"{self.name}/flagged", flagged.double().mean().item(), 0)
         model = view.model
         if self.retrain and flagged.any():
             model = fit(
@@ -163,10 +163,10 @@ class Filter(Defense):
                 view.recipe,
                 seed=view.seed,
                 augmentation=view.augmentation,
-                journal=view.progress,
+                log=view.log,
                 part=self.name,
             )
-        return Verdict(model, suspicion=suspicion, flagged=flagged)
+        return DefenseResult(model, suspicion=suspicion, flagged=flagged)
 
 
 def assumed_poison(rate: float, images: int, in_class: int) -> int:
@@ -196,8 +196,8 @@ def views_of(method: type[Defense]) -> tuple[type[DefenderView], ...]:
     return found
 
 
-def offered(method: type[Defense], setting: str) -> type[DefenderView] | None:
+def offered(method: type[Defense], threat_model: str) -> type[DefenderView] | None:
     """The least view that this setting offers and the method accepts; None is not applicable."""
     views = views_of(method)
-    full = SETTINGS[setting]
+    full = THREAT_MODELS[threat_model]
     return next((view for view in (DefenderView, full) if view in views), None)

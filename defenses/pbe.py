@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from bench.engine.data import ImageSet, equal_batches, generator
 from bench.engine.training import make_optimizer
 from defenses.aft import AdversarialRepair, AdversarialStart
-from defenses.base import DefenderView, ReserveView, Round, TrainsetView, Verdict, defense, weights_of
+from defenses.base import DefenderView, DefenseResult, ReserveView, Step, TrainsetView, defense, weights_of
 
 LEAST = 2  # images to train on: batch norm has no variance from one
 GUARDS = ("off", "warn", "per_class", "asc", "drop_class")
@@ -66,11 +66,11 @@ class Progressive(AdversarialRepair):
         lift, flip = concentration(labels, chosen, changed, view.num_classes)
         suspect = suspect_class(lift, flip)
         top = int(lift.nan_to_num(nan=-1.0).argmax()) if suspect is None else suspect
-        view.progress.log(f"{self.name}/lift", float(lift[top]), step)
-        view.progress.log(f"{self.name}/flip", float(flip[top]), step)
-        view.progress.log(f"{self.name}/median_flip", float(flip.nanquantile(0.5)), step)
+        view.log.record(f"{self.name}/lift", float(lift[top]), step)
+        view.log.record(f"{self.name}/flip", float(flip[top]), step)
+        view.log.record(f"{self.name}/median_flip", float(flip.nanquantile(0.5)), step)
         if self.guard != "off":
-            view.progress.log(f"{self.name}/suspect_class", -1 if suspect is None else suspect, step)
+            view.log.record(f"{self.name}/suspect_class", -1 if suspect is None else suspect, step)
         return suspect
 
 
@@ -112,13 +112,13 @@ class ProgressiveBackdoorErasing(Progressive):
         updates = updates_in(images, self.batch_size, self.epochs, self.min_updates)
         return updates, updates if step == 0 else min(self.adversarial_batches, updates)
 
-    def defend(self, view: TrainsetView | ReserveView) -> Verdict:
+    def defend(self, view: TrainsetView | ReserveView) -> DefenseResult:
         data, model = images_of(view), view.model
         infected = {name: value.clone() for name, value in model.state_dict().items()}
         optimizer = make_optimizer(self.recipe(0), model)
         reference = logits_of(model, data)
         chosen = drawn(len(data), self.initial_share, view)
-        rounds: list[Round] = []
+        rounds: list[Step] = []
 
         def fine_tune(step: int, again: bool = False) -> tuple[Tensor, Tensor]:
             """Fine-tune on the chosen images; then each image's score, and whether its predicted class changed."""
@@ -129,7 +129,7 @@ class ProgressiveBackdoorErasing(Progressive):
             )
             current = logits_of(model, data)
             score = similarity(reference, current, self.disagreement)
-            rounds.append(Round(part.replace("_", " "), chosen, -score, weights_of(model)))
+            rounds.append(Step(part.replace("_", " "), chosen, -score, weights_of(model)))
             return score, reference.argmax(dim=1) != current.argmax(dim=1)
 
         for step in range(len(self.rates) + 1):
@@ -152,7 +152,7 @@ class ProgressiveBackdoorErasing(Progressive):
                 chosen = drawn(len(data), self.initial_share, view, among=data.labels != suspect)
                 best = highest(fine_tune(0, again=True)[0], rate)
             chosen = best
-        return Verdict(model, suspicion=rounds[-1].suspicion, rounds=tuple(rounds))
+        return DefenseResult(model, suspicion=rounds[-1].suspicion, rounds=tuple(rounds))
 
 
 @defense("pbe_code")

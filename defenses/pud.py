@@ -34,7 +34,7 @@ from bench.engine.metrics import features, predict
 from bench.engine.models import Classifier
 from bench.engine.training import Hooks, Recipe, Tensors, make_optimizer
 from defenses.aft import AdversarialStart
-from defenses.base import ReserveView, Round, TrainsetView, Verdict, assumed_poison, defense, weights_of
+from defenses.base import DefenseResult, ReserveView, Step, TrainsetView, assumed_poison, defense, weights_of
 from defenses.pbe import Progressive, check_shares, drawn, highest, images_of, logits_of, similarity, updates_in
 from defenses.spectre import class_strengths, oversized_class, quantum_scores, strongest_class
 
@@ -159,7 +159,7 @@ class ProgressiveUnifiedDefense(Progressive):
             drops=tuple(self.lr_drops),
         )
 
-    def defend(self, view: TrainsetView | ReserveView) -> Verdict:
+    def defend(self, view: TrainsetView | ReserveView) -> DefenseResult:
         if self.target_label is not None and self.target_label >= view.num_classes:
             raise ValueError(
                 f"defense.{self.name}.target_label is {self.target_label}; write 0 to {view.num_classes - 1}"
@@ -168,7 +168,7 @@ class ProgressiveUnifiedDefense(Progressive):
         infected = {name: value.clone() for name, value in model.state_dict().items()}
         optimizer = make_optimizer(self.recipe(0), model)
         reference = logits_of(model, data)
-        rounds: list[Round] = []
+        rounds: list[Step] = []
 
         def rated() -> Tensor:
             """Each image's prediction consistency with the infected model, now."""
@@ -183,21 +183,21 @@ class ProgressiveUnifiedDefense(Progressive):
             self.train(view, data[chosen], self.step_recipe(step, updates), attack, part, optimizer)
             current = logits_of(model, data)
             score = similarity(reference, current, self.disagreement)
-            rounds.append(Round(part.replace("_", " "), chosen, -score, weights_of(model)))
+            rounds.append(Step(part.replace("_", " "), chosen, -score, weights_of(model)))
             return current, score
 
         votes = self._votes(view, data)
         everything = torch.ones(len(data), dtype=torch.bool, device=view.device)
         trusted = self._filtered(view, data, everything, votes, inner=False) if self.spectre else everything
         if not trusted.all():
-            rounds.append(Round("SPECTRE", trusted))
+            rounds.append(Step("SPECTRE", trusted))
         chosen = drawn(len(data), self.initial_share, view, among=trusted)
         for step in range(len(self.epochs)):
             selected = chosen
             if step and self.spectre_inner:  # what it removes is left out of this step alone
                 chosen = self._filtered(view, data, selected, votes, inner=True)
                 if (selected != chosen).any():
-                    rounds.append(Round(f"selection {step}", selected))
+                    rounds.append(Step(f"selection {step}", selected))
             current, score = fine_tune(step)
             if step == 0 or step < len(self.rates):
                 tail = self._tail(score)
@@ -209,7 +209,7 @@ class ProgressiveUnifiedDefense(Progressive):
             if step == 0:
                 widest = widest_class(similarity(reference, current), data.labels, view.num_classes)
                 named = widest if suspect is None else suspect
-                view.progress.log(f"{self.name}/target_scores", named, 0)
+                view.log.record(f"{self.name}/target_scores", named, 0)
                 votes["scores"] = named
             if suspect is not None and self.guard == "per_class":
                 best = highest(score, self.rates[step], within=data.labels, among=trusted)
@@ -225,19 +225,19 @@ class ProgressiveUnifiedDefense(Progressive):
             chosen = best if self.selection else selected
 
         if self.unlearning:
-            rounds.append(Round("tail", tail))
+            rounds.append(Step("tail", tail))
             self._unlearn(view, data[chosen], data[tail], optimizer)
             score = rated()
-            rounds.append(Round("unlearning", chosen, -score, weights_of(model)))
+            rounds.append(Step("unlearning", chosen, -score, weights_of(model)))
         if self.teacher:
             teacher = self._teach(view, data[chosen], optimizer)
             score = rated()
-            rounds.append(Round("student", chosen, -score, weights_of(model)))
-            rounds.append(Round("teacher", chosen, None, weights_of(teacher)))
+            rounds.append(Step("student", chosen, -score, weights_of(model)))
+            rounds.append(Step("teacher", chosen, None, weights_of(teacher)))
             if self.shipped == "teacher":
                 model.load_state_dict(teacher.state_dict())
                 score = rated()
-        return Verdict(model, suspicion=-score, flagged=self._tail(score), rounds=tuple(rounds))
+        return DefenseResult(model, suspicion=-score, flagged=self._tail(score), rounds=tuple(rounds))
 
     def _unlearn(
         self, view: TrainsetView | ReserveView, clean: ImageSet, poison: ImageSet, optimizer: torch.optim.Optimizer
@@ -278,7 +278,7 @@ class ProgressiveUnifiedDefense(Progressive):
         rows = self._features(view.model, data)
         strengths = class_strengths(rows, data.labels, seed=view.seed, share=self.spectre_share)
         for label, value in strengths.items():
-            view.progress.log(f"{self.name}/strength", value, label)
+            view.log.record(f"{self.name}/strength", value, label)
         votes: dict[str, int | None] = {
             "spectre": strongest_class(strengths),
             "adversarial": adversarial_target(
@@ -287,7 +287,7 @@ class ProgressiveUnifiedDefense(Progressive):
             "size": oversized_class(data.labels, view.num_classes),
         }
         for name, vote in votes.items():
-            view.progress.log(f"{self.name}/target_{name}", -1 if vote is None else vote, 0)
+            view.log.record(f"{self.name}/target_{name}", -1 if vote is None else vote, 0)
         return votes
 
     def _filtered(

@@ -80,7 +80,7 @@ class Spectre(Filter):
         how = {key: getattr(self, key) for key in ("alpha", "components", "fast", "center", "skip_k1")}
         strengths = class_strengths(rows, labels, seed=view.seed, share=self.search_share, **how)
         for label, value in strengths.items():
-            view.progress.log("spectre/strength", value, label)
+            view.log.record("spectre/strength", value, label)
         target = strongest_class(strengths, self.search_ratio)
         suspicion = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
         flagged = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)

@@ -19,19 +19,20 @@ from statistics import median
 
 import torch
 
-from bench.door import enter, plan
+from bench._command import run_command
+from bench.experiment.experiment import load_experiment
 from bench.reporting.columns import MEASURES
 
 
 def leaderboard(arguments: list[str]) -> int:
     began = time.perf_counter(), time.process_time()
-    from bench import tracking
-    from bench.door import show
-    from bench.reporting.table import boards
+    from bench._command import show
+    from bench.reporting import mlflow
+    from bench.reporting.board import boards
 
-    opened = plan(arguments)
+    opened = load_experiment(arguments)
     planned = time.perf_counter(), time.process_time()
-    trials = tracking.read(opened.tracking_uri, str(opened.cfg.grid.name), opened.trials)
+    trials = mlflow.read(opened.tracking_uri, str(opened.cfg.grid.name), opened.trials)
     read = time.perf_counter(), time.process_time()
     show(boards(trials, []))
     ended = time.perf_counter(), time.process_time()
@@ -66,7 +67,7 @@ def main(arguments: list[str]) -> int:
         return page(arguments[-1])
     if "--leaderboard" in arguments:
         return leaderboard([argument for argument in arguments if argument != "--leaderboard"])
-    opened = plan(arguments)
+    opened = load_experiment(arguments)
     if not any(argument.startswith("results=") for argument in arguments):
         sys.exit("write results=DIR, a folder that holds no results")
     seen: set[tuple[str, str]] = set()
@@ -93,11 +94,13 @@ def main(arguments: list[str]) -> int:
                     column.name: draw.random() for column in MEASURES if not column.name.startswith(("relearn", "reac"))
                 }
                 result["figures"]["clean_accuracy"] = 0.9 + draw.random() / 20
-            identity = trial.control if key != trial.keys()[0] and stage == "implant" else getattr(trial, stage)
+            identity = (
+                trial.clean_control if key != trial.keys.implant and stage == "implant" else getattr(trial, stage)
+            )
             opened.store.finish(stage, identity, result, files.get(stage))
     print(f"{len(opened.trials)} trials, {len(seen)} stages in {opened.store.root}")
     return 0
 
 
 if __name__ == "__main__":
-    enter(main, __doc__ or "")
+    run_command(main, __doc__ or "")

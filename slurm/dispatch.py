@@ -23,12 +23,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from submitit import AutoExecutor, SlurmExecutor
 
-from bench import lease
-from bench.config import UserError
-from bench.dispatch import IMPLANT, Progress, Task
+from bench.dispatch.tasks import IMPLANT, Progress, Task
 from bench.engine.datasets import DatasetInfo
-from bench.engine.registry import near
-from bench.store import STAGES, Store
+from bench.engine.errors import UserError
+from bench.engine.registry import did_you_mean
+from bench.storage import lease
+from bench.storage.store import STAGES, Store
 from slurm import jobs
 from slurm.jobs import Batch, Element, QueueError
 from slurm.worker import Pack, environment
@@ -60,7 +60,7 @@ def check(dispatch: DictConfig, dry: bool = False) -> None:
         option = _option(key)
         if options and option not in options:
             raise UserError(
-                f"dispatch.slurm.additional.{key}: sbatch has no --{option}.{near(option, options)} "
+                f"dispatch.slurm.additional.{key}: sbatch has no --{option}.{did_you_mean(option, options)} "
                 f"Known: {', '.join(options)}."
             )
         _refuse_ours(f"dispatch.slurm.additional.{key}", [p for p in PARAMETERS if p.option == option])
@@ -102,7 +102,7 @@ class Parameter(NamedTuple):
 
     option: str
     submitit: str = ""
-    setting: str = ""
+    threat_model: str = ""
 
 
 PARAMETERS = (
@@ -138,7 +138,7 @@ PARAMETERS = (
 
 def _refuse_ours(key: str, found: list[Parameter]) -> None:
     if found:
-        advice = f"write dispatch.slurm.{found[0].setting} instead" if found[0].setting else "leave it out"
+        advice = f"write dispatch.slurm.{found[0].threat_model} instead" if found[0].threat_model else "leave it out"
         raise UserError(f"{key} is set by the dispatcher; {advice}")
 
 
@@ -162,7 +162,7 @@ def _executor(dispatch: DictConfig, folder: Path, name: str, dependency: str, wo
     ask["setup"] = [*environment(dispatch.threads), *ask["setup"]]
     # A job whose infected model will never come must not wait for ever.
     ask["additional"] = {"requeue": True, "kill-on-invalid-dep": "yes", **ask["additional"]}
-    values = {parameter.submitit: ask[parameter.setting] for parameter in PARAMETERS if parameter.setting}
+    values = {parameter.submitit: ask[parameter.threat_model] for parameter in PARAMETERS if parameter.threat_model}
     # Made as `debug`, since `slurm` asks for srun at once.
     executor = AutoExecutor(folder, cluster="debug")
     executor.cluster, executor._executor = "slurm", _Unchecked(folder, values.pop("slurm_max_num_timeout"))
@@ -339,17 +339,17 @@ class _Driver:
     def _done(self, task: Task) -> None:
         del self.left[task.place]
         self.progress.done += 1
-        for stage, key in zip(STAGES, task.trial.keys(), strict=True):
+        for stage, key in zip(STAGES, task.trial.keys, strict=True):
             result = self.store.result(stage, key) if stage in task.stages else None
             if result:
                 self.seconds[stage].append(result["seconds"])
 
     def _failed(self, task: Task) -> None:
-        """A task that has failed in this run; with an infected model or a clean twin, all that needs it."""
+        """A task that has failed in this run; with an infected model or a clean control, all that needs it."""
         del self.left[task.place]
         self.progress.failed += 1
         if task.stages == IMPLANT:
-            implant = task.trial.keys()[0]
+            implant = task.trial.keys.implant
             for place, other in list(self.left.items()):
                 if implant in other.needs and place not in self.holder:
                     del self.left[place]
@@ -372,7 +372,7 @@ class _Driver:
             if not missing:
                 rest.append(task)
             elif any(place not in self.left for place in missing):
-                self._failed(task)  # its infected model or clean twin has failed, and says why
+                self._failed(task)  # its infected model or clean control has failed, and says why
             # Else that is on its way again, and this is submitted with it.
         if not rest:
             return
@@ -424,16 +424,16 @@ class _Driver:
         """Put these tasks into arrays, as many as the queue has room for."""
         room = self.dispatch.max_jobs - len(self.elements)
         implants = [task for task in tasks if task.stages == IMPLANT]
-        coming = {task.trial.keys()[0] for task in implants}
+        coming = {task.trial.keys.implant for task in implants}
         own: dict[str, list[Task]] = defaultdict(list)
         ready: list[Task] = []
         attached: dict[str, list[Task]] = defaultdict(list)
-        twins: set[str] = set()
+        controls: set[str] = set()
         for task in tasks:
             if task.stages == IMPLANT:
                 continue
             implant, *control = task.needs
-            twins.update(control)
+            controls.update(control)
             if any(key not in coming and self._is_lost(key) for key in task.needs):
                 self._failed(task)
             elif implant in coming:
@@ -442,12 +442,12 @@ class _Driver:
                 attached[self.holder["implant", implant].job.partition("_")[0]].append(task)
             else:
                 ready.append(task)
-        # Clean twins first, in arrays of their own: what is submitted behind them waits for all of an array.
+        # Clean controls first, in arrays of their own: what is submitted behind them waits for all of an array.
         for wanted in (True, False):
-            group = [task for task in implants if (task.trial.keys()[0] in twins) is wanted]
+            group = [task for task in implants if (task.trial.keys.implant in controls) is wanted]
             families = []
             for pack in _packs(group, self.dispatch):
-                repairs = _packs([task for first in pack for task in own[first.trial.keys()[0]]], self.dispatch)
+                repairs = _packs([task for first in pack for task in own[first.trial.keys.implant]], self.dispatch)
                 families.append((pack, repairs))
             room = self._families(families, room)
         for job, waiting in attached.items():
@@ -498,10 +498,10 @@ class _Driver:
         """
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        # What waits for a clean twin starts however that one's job ends, and looks whether it is there.
-        twins = {("implant", key) for pack in packs for task in pack for key in task.needs[1:]}
-        jobs_of_twins = {self.holder[place].job.partition("_")[0] for place in twins & self.holder.keys()}
-        after = ",".join(filter(None, [after, *(f"afterany:{job}" for job in sorted(jobs_of_twins))]))
+        # What waits for a clean control starts however that one's job ends, and looks whether it is there.
+        controls = {("implant", key) for pack in packs for task in pack for key in task.needs[1:]}
+        jobs_of_controls = {self.holder[place].job.partition("_")[0] for place in controls & self.holder.keys()}
+        after = ",".join(filter(None, [after, *(f"afterany:{job}" for job in sorted(jobs_of_controls))]))
         batch = Batch.new(self.root, self.settings, packs)
         name = f"{jobs.PREFIX}{batch.folder.name}"
         executor = _executor(self.dispatch, batch.folder / "log", name, after, self.workers)
@@ -566,7 +566,7 @@ def _alive(found: dict[str, Element], job: str) -> bool:
 
 
 def _stages(task: Task) -> list[Place]:
-    return [place for place in zip(STAGES, task.trial.keys(), strict=True) if place[0] in task.stages]
+    return [place for place in zip(STAGES, task.trial.keys, strict=True) if place[0] in task.stages]
 
 
 def _max_array() -> int:

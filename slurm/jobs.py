@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.dispatch import Task
+from bench.dispatch.tasks import Task
 from bench.engine.datasets import DatasetInfo
-from bench.grid import Trial
+from bench.experiment.trial import Trial
 
 PREFIX = "bench-"
 # What squeue calls a job that will do nothing more. One that Slurm requeues is PENDING again.

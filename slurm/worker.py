@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bench.dispatch import Progress
+    from bench.dispatch.tasks import Progress
 
 
 @dataclass
@@ -23,9 +23,10 @@ class Pack:
         # Here and not above: unpickling must be quick, and must not fail where a method's package is missing.
         import torch
 
-        from bench import dispatch
-        from bench.config import load_methods
-        from bench.store import Store
+        from bench.dispatch.local import run
+        from bench.dispatch.tasks import IMPLANT
+        from bench.experiment.load import load_methods
+        from bench.storage.store import Store
         from slurm.jobs import Batch
 
         batch = Batch.read(Path(self.folder), self.index)
@@ -36,16 +37,16 @@ class Pack:
         load_methods(settings["plugins"])
         store = Store(settings["store"])
         tasks = [task for task in batch.packs[0] if not task.is_finished(store)]
-        coming = {task.trial.keys()[0] for task in tasks if task.stages == dispatch.IMPLANT}
+        coming = {task.trial.keys.implant for task in tasks if task.stages == IMPLANT}
         ready = []
         for task in tasks:
             if all(key in coming or store.is_finished("implant", key) for key in task.needs):
                 ready.append(task)
             else:
                 # Slurm counts a dependency on a job that it has forgotten as met, however that one ended.
-                print(f"left out: {task.title}: its infected model or its clean twin is not there", flush=True)
+                print(f"left out: {task.title}: its infected model or its clean control is not there", flush=True)
         self._last: Any = None
-        dispatch.run(
+        run(
             ready,
             store,
             batch.infos,

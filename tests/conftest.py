@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bench.config import load_methods
+from bench.experiment.load import load_methods
 
 load_methods([])
 
@@ -52,12 +52,12 @@ def run_grid(tiny: list[str]) -> Callable[..., tuple[int, pd.DataFrame]]:
     """Run the tiny grid with more settings; gives the exit status and the table of trials."""
 
     def run(*more: str) -> tuple[int, pd.DataFrame]:
-        from bench.door import plan
-        from bench.reporting.table import of_trials
+        from bench.experiment.experiment import load_experiment
+        from bench.reporting.trials import of_trials
         from bench.run import main
 
         status = main([*tiny, *more])
-        opened = plan([*tiny, *more])
+        opened = load_experiment([*tiny, *more])
         return status, of_trials(opened.trials, opened.store)
 
     return run

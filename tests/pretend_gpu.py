@@ -181,8 +181,8 @@ def defenses(family: str, where: str = "") -> dict[str, str]:
     """What went wrong with each defense, run with as little work as it can be given."""
     import test_families as tests
 
-    from bench.config import load_methods
     from bench.engine.data import ImageSet
+    from bench.experiment.load import load_methods
     from defenses.base import NotApplicable, ReserveView, TrainsetView, defense
 
     load_methods([])
@@ -239,10 +239,10 @@ def autoattack() -> dict[str, str]:
 
 def grid(*settings: str) -> dict[str, str]:
     """What went wrong with each cell of a grid, computed in this process."""
-    import bench.pipeline
+    import bench.engine.devices
     import bench.run
-    from bench.door import plan
-    from bench.reporting.table import of_trials
+    from bench.experiment.experiment import load_experiment
+    from bench.reporting.trials import of_trials
 
     load = safetensors.torch.load_file
 
@@ -250,9 +250,9 @@ def grid(*settings: str) -> dict[str, str]:
         return {name: value.to(device) for name, value in load(path).items()}
 
     safetensors.torch.load_file = load_file
-    bench.pipeline.pick_device = lambda wanted: DEVICE
+    bench.engine.devices.pick_device = lambda wanted: DEVICE
     bench.run.main([*settings])
-    opened = plan([*settings])
+    opened = load_experiment([*settings])
     trials = of_trials(opened.trials, opened.store)
     trials = trials[trials.status != "done"]
     return dict(zip(trials.attack + "/" + trials.defense, trials.reason.astype(str), strict=True))

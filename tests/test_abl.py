@@ -14,8 +14,8 @@ from baselines.abl import AntiBackdoorLearning, Ascent, Flooding, losses_of, sha
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.metrics import detection
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Hooks, Journal, Recipe
-from defenses.base import SETTINGS, TrainsetView, offered
+from bench.engine.training import Hooks, Recipe, TrainingLog
+from defenses.base import THREAT_MODELS, TrainsetView, offered
 
 SPEC = ModelSpec("test_efficientnet", 4, 3, 16, (0.5,) * 3, (0.25,) * 3)
 HOW = Augmentation(crop=1 / 8, flip=True)
@@ -28,7 +28,7 @@ def images(count: int) -> ImageSet:
 
 def view(data: ImageSet, recipe: Recipe | None = None, seed: int = 0, spec: ModelSpec = SPEC) -> TrainsetView:
     return TrainsetView(
-        *(spec.build(0).eval(), 4, seed, torch.device("cpu"), Journal()),
+        *(spec.build(0).eval(), 4, seed, torch.device("cpu"), TrainingLog()),
         trainset=data,
         augmentation=HOW,
         fresh_model=partial(ModelSpec.build, spec),
@@ -201,7 +201,7 @@ def test_it_repeats_under_a_seed_and_trains_a_network_of_its_own():
 def test_it_needs_the_training_set():
     assert offered(AntiBackdoorLearning, "trainset") is TrainsetView
     assert offered(AntiBackdoorLearning, "reserve") is None
-    assert SETTINGS["trainset"] is TrainsetView
+    assert THREAT_MODELS["trainset"] is TrainsetView
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_on_digits_the_backdoor_goes_where_the_isolated_are_the_poisoned(run_gri
     """Digits are learnt as fast as a patch, so that isolation succeeds under some seeds only."""
     status, trials = run_grid(
         *("train.epochs=30", "train.batch_size=64", "model.stem=half", "grid.attacks=[badnets]", "grid.seeds=[0,1]"),
-        *("grid.defenses=[abl]", "grid.settings=[trainset]"),
+        *("grid.defenses=[abl]", "grid.threat_models=[trainset]"),
     )
     assert status == 0
     isolated = trials[trials.detection_precision > 0.9]

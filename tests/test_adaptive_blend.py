@@ -6,7 +6,7 @@ import torch
 from attacks.adaptive_blend import AdaptiveBlend
 from attacks.base import Setup
 from bench.engine.data import Augmentation, ImageSet, generator
-from bench.engine.training import Journal, Recipe
+from bench.engine.training import Recipe, TrainingLog
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (3, 64, 64)]
 
@@ -14,7 +14,7 @@ SHAPES = [(1, 28, 28), (3, 32, 32), (3, 64, 64)]
 def setup(shape: tuple[int, ...] = (3, 32, 32), count: int = 40, seed: int = 0) -> Setup:
     images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator(0, "test"))
     data = ImageSet(images, torch.arange(count) % 4)
-    return Setup(data, 4, seed, lambda seed: torch.nn.Identity(), Recipe(), Augmentation(), Journal())
+    return Setup(data, 4, seed, lambda seed: torch.nn.Identity(), Recipe(), Augmentation(), TrainingLog())
 
 
 def pieces(stamped: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

@@ -53,9 +53,9 @@ def test_on_a_linear_classifier_of_two_classes_it_ends_at_epsilon_times_the_sign
 
 
 def test_targeted_it_goes_the_other_way():
-    model, (images, wanted) = Linear(), middle()
-    found = pgd(model, images, wanted, epsilon=EPSILON, step_size=EPSILON, steps=1, targeted=True)
-    slope = (model.weight[wanted] - model.weight[1 - wanted]).detach().view_as(images)
+    model, (images, target_labels) = Linear(), middle()
+    found = pgd(model, images, target_labels, epsilon=EPSILON, step_size=EPSILON, steps=1, targeted=True)
+    slope = (model.weight[target_labels] - model.weight[1 - target_labels]).detach().view_as(images)
     torch.testing.assert_close(found, images + EPSILON * slope.sign(), atol=1e-6, rtol=0)
 
 

@@ -9,7 +9,7 @@ from baselines.fine_tuning import FineTuning
 from bench.engine.adversarial import pgd
 from bench.engine.data import Augmentation, ImageSet, equal_batches, generator
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Journal
+from bench.engine.training import TrainingLog
 from defenses import aft
 from defenses.aft import AdversarialFineTuning, AdversarialStart, ReleasedAFT
 from defenses.base import DefenderView, ReserveView, offered
@@ -27,7 +27,9 @@ def reserve(count: int = 50) -> ImageSet:
 
 
 def view(infected: Classifier, data: ImageSet, seed: int = 0, how: Augmentation = HOW) -> ReserveView:
-    return ReserveView(copy.deepcopy(infected), 4, seed, torch.device("cpu"), Journal(), reserve=data, augmentation=how)
+    return ReserveView(
+        copy.deepcopy(infected), 4, seed, torch.device("cpu"), TrainingLog(), reserve=data, augmentation=how
+    )
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -204,8 +206,8 @@ def test_it_makes_the_number_of_updates_and_tells_the_journal():
     given = view(model(), reserve())
     AdversarialFineTuning(updates=6, adversarial_updates=2, **SHARED).defend(given)
     _, size = equal_batches(50, 16)
-    assert given.progress.images == 6 * size
-    assert all(math.isfinite(value) for _, value in given.progress.curves["fine_tuning/loss"])
+    assert given.log.images == 6 * size
+    assert all(math.isfinite(value) for _, value in given.log.curves["fine_tuning/loss"])
 
 
 def test_it_repeats_under_a_seed_and_gives_its_model_back_in_eval_mode():

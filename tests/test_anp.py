@@ -8,7 +8,7 @@ from baselines.anp import AdversarialNeuronPruning, Perturbed
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import Classifier, ModelSpec
 from bench.engine.pruning import Masked
-from bench.engine.training import Journal
+from bench.engine.training import TrainingLog
 from defenses.base import NotApplicable, ReserveView
 
 FAMILIES = ["test_resnet", "resnetv2_18", "test_efficientnet", "test_convnext", "test_vit"]
@@ -26,7 +26,7 @@ def noise(count: int, seed: int = 0) -> ImageSet:
 
 def view(model: Classifier, reserve: ImageSet, seed: int = 0) -> ReserveView:
     return ReserveView(
-        copy.deepcopy(model), 4, seed, torch.device("cpu"), Journal(), reserve=reserve, augmentation=Augmentation()
+        copy.deepcopy(model), 4, seed, torch.device("cpu"), TrainingLog(), reserve=reserve, augmentation=Augmentation()
     )
 
 
@@ -150,7 +150,7 @@ def test_the_held_out_images_are_not_learned_from():
 def test_epsilon_stays_as_published_where_statistics_are_stored():
     given = view(timm_model("test_resnet"), noise(30))
     AdversarialNeuronPruning(updates=1).defend(given)
-    assert given.progress.curves["anp/epsilon"] == [(0, 0.4)]
+    assert given.log.curves["anp/epsilon"] == [(0, 0.4)]
 
 
 def test_epsilon_is_halved_on_layer_norms_until_random_noise_is_bearable():
@@ -162,7 +162,7 @@ def test_epsilon_is_halved_on_layer_norms_until_random_noise_is_bearable():
     for tolerance in (0.1, 1.0):
         given = view(model, reserve)
         AdversarialNeuronPruning(updates=0, held_out=0.9, noise_tolerance=tolerance).defend(given)
-        epsilons.append(given.progress.curves["anp/epsilon"][0][1])
+        epsilons.append(given.log.curves["anp/epsilon"][0][1])
     assert epsilons[-1] == 0.4
     assert epsilons == sorted(epsilons)
     assert epsilons[0] < 0.4

@@ -9,7 +9,7 @@ import torch
 from attacks.base import CLEAN, COVER, POISON, Attack, Setup, attack
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import ModelSpec
-from bench.engine.training import Journal, Recipe
+from bench.engine.training import Recipe, TrainingLog
 
 LABELS = torch.arange(10).repeat(20)
 
@@ -20,7 +20,9 @@ DRAWN = ["none", "badnets", "blended", *sorted({"sig", "ftrojan", "wanet", "bpp"
 def setup_for(size: int = 32, channels: int = 3, seed: int = 0) -> Setup:
     images = torch.randint(0, 256, (200, channels, size, size), dtype=torch.uint8, generator=generator(9, "images"))
     spec = ModelSpec("test_resnet", 10, channels, size, (0.5,) * channels, (0.25,) * channels)
-    return Setup(ImageSet(images, LABELS.clone()), 10, seed, spec.build, Recipe(epochs=1), Augmentation(), Journal())
+    return Setup(
+        ImageSet(images, LABELS.clone()), 10, seed, spec.build, Recipe(epochs=1), Augmentation(), TrainingLog()
+    )
 
 
 def triggered(settings: Attack, setup: Setup) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,12 +70,12 @@ def test_the_poisoned_set_holds_exactly_the_stated_share(name):
 
 def test_all_to_all_sends_each_class_to_the_next_and_judges_every_image():
     settings = attack["badnets"](label_mode="all_to_all")
-    assert settings.wanted(torch.tensor([0, 8, 9]), 10).tolist() == [1, 9, 0]
-    assert settings.judged(torch.tensor([0, 1])).tolist() == [True, True]
+    assert settings.target_labels(torch.tensor([0, 8, 9]), 10).tolist() == [1, 9, 0]
+    assert settings.eligible(torch.tensor([0, 1])).tolist() == [True, True]
 
 
 def test_all_to_one_judges_only_images_of_other_classes():
-    assert attack["badnets"](target_label=2).judged(torch.tensor([1, 2, 3])).tolist() == [True, False, True]
+    assert attack["badnets"](target_label=2).eligible(torch.tensor([1, 2, 3])).tolist() == [True, False, True]
 
 
 def test_clean_label_poisons_only_the_target_class_and_changes_no_label():

@@ -9,7 +9,7 @@ import baselines.awm as awm
 from baselines.awm import AdversarialWeightMasking, batches, maskable, within
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Diverged, Journal
+from bench.engine.training import Diverged, TrainingLog
 from defenses.base import ReserveView
 
 SHORT = {"rounds": 2, "updates": 2, "batch_size": 10}
@@ -28,7 +28,7 @@ def noise(count: int, seed: int = 0) -> ImageSet:
 
 def view(model: Classifier, reserve: ImageSet) -> ReserveView:
     return ReserveView(
-        copy.deepcopy(model), 4, 0, torch.device("cpu"), Journal(), reserve=reserve, augmentation=Augmentation()
+        copy.deepcopy(model), 4, 0, torch.device("cpu"), TrainingLog(), reserve=reserve, augmentation=Augmentation()
     )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from baselines.bnp import BatchNormStatisticsPruning, divergence, moments
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Journal
+from bench.engine.training import TrainingLog
 from defenses.base import NotApplicable, ReserveView
 
 
@@ -25,7 +25,7 @@ def noise(count: int, channels: int = 3, size: int = 16, seed: int = 0) -> Image
 
 def view(model: Classifier, reserve: ImageSet) -> ReserveView:
     return ReserveView(
-        copy.deepcopy(model), 4, 0, torch.device("cpu"), Journal(), reserve=reserve, augmentation=Augmentation()
+        copy.deepcopy(model), 4, 0, torch.device("cpu"), TrainingLog(), reserve=reserve, augmentation=Augmentation()
     )
 
 
@@ -106,9 +106,9 @@ def test_outliers_of_a_layer_lose_the_scale_and_keep_the_shift(u):
 def test_all_layers_are_judged_on_the_network_as_it_came():
     # Pruning a layer changes what the next one reads; the statistics are of one forward of the whole network.
     model, data = timm_model("test_efficientnet"), noise(40)
-    judged = moments(model, model.norms(), data)
+    eligible = moments(model, model.norms(), data)
     found = BatchNormStatisticsPruning(u=0.5).defend(view(model, data)).model
-    for before, behind, (mean, variance) in zip(model.norms(), found.norms(), judged, strict=True):
+    for before, behind, (mean, variance) in zip(model.norms(), found.norms(), eligible, strict=True):
         kl = divergence(mean, variance, before)
         assert torch.equal(behind.layer.weight == 0, kl > kl.mean() + 0.5 * kl.std())
 

@@ -7,7 +7,7 @@ import torch
 from attacks.base import Setup
 from attacks.bpp import Bpp, dithered
 from bench.engine.data import Augmentation, ImageSet, generator
-from bench.engine.training import Journal, Recipe
+from bench.engine.training import Recipe, TrainingLog
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (3, 64, 64)]
 
@@ -19,7 +19,7 @@ def random_images(count: int, shape: tuple[int, ...] = (3, 32, 32)) -> torch.Ten
 def setup() -> Setup:
     images = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8, generator=generator(0, "test"))
     data = ImageSet(images, torch.arange(40) % 4)
-    return Setup(data, 4, 0, lambda seed: torch.nn.Identity(), Recipe(), Augmentation(), Journal())
+    return Setup(data, 4, 0, lambda seed: torch.nn.Identity(), Recipe(), Augmentation(), TrainingLog())
 
 
 def floyd_steinberg(image: np.ndarray, levels: int) -> np.ndarray:

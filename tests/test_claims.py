@@ -8,16 +8,16 @@ import pandas as pd
 import pytest
 
 from bench.claims import ROWS, answer, contamination, judge, load, main
-from bench.config import UserError
+from bench.engine.errors import UserError
 
-LOW = {"figure": "asr", "of": {"defense": "pbe", "setting": "trainset"}, "at_most": 0.1}
+LOW = {"figure": "asr", "of": {"defense": "pbe", "threat_model": "trainset"}, "at_most": 0.1}
 
 
 def table(*rows: tuple[str, str, float]) -> pd.DataFrame:
     """(defense, attack, ASR) as trials, seeds counted up for repeated places."""
     found = pd.DataFrame(rows, columns=["defense", "attack", "asr"])
     found["seed"] = found.groupby(["defense", "attack"]).cumcount()
-    return found.assign(dataset="d", model="m", setting="trainset", poison_rate=0.1, status="done", variant="")
+    return found.assign(dataset="d", model="m", threat_model="trainset", poison_rate=0.1, status="done", variant="")
 
 
 def test_a_bound_is_on_the_mean_over_seeds_of_every_attack():
@@ -92,7 +92,7 @@ def test_one_failing_check_fails_a_claim_and_one_untested_leaves_it_open():
 
 
 def test_the_shipped_claims_are_well_formed_and_name_registered_methods():
-    from defenses.base import SETTINGS, defense
+    from defenses.base import THREAT_MODELS, defense
 
     for claim in load(Path("results/claims.yaml")):
         for check in claim["checks"]:
@@ -101,12 +101,12 @@ def test_the_shipped_claims_are_well_formed_and_name_registered_methods():
                 names = rows.get("defense", [])
                 known = {*defense, "aft_no_adversarial"}  # the ablation of grid ablation_aft
                 assert {names} <= known if isinstance(names, str) else set(names) <= known, rows
-                assert not rows or rows["setting"] in SETTINGS, rows
+                assert not rows or rows["threat_model"] in THREAT_MODELS, rows
 
 
 def test_a_door_reads_a_published_table_and_fails_on_a_claim_that_does_not_hold(tmp_path, capsys):
     rows = table(("pbe", "sig", 0.0), ("pbe", "wanet", 0.0), ("aft", "sig", 0.9)).assign(clean_accuracy=0.9)
-    rows.loc[2, "setting"] = "reserve"
+    rows.loc[2, "threat_model"] = "reserve"
     rows.to_csv(tmp_path / "trials.csv", index=False)
     assert main([str(tmp_path / "trials.csv")]) == 1
     assert "**not reproduced**: adversarial examples of the infected model" in capsys.readouterr().out
@@ -167,7 +167,7 @@ def test_a_file_that_is_no_table_of_trials_is_refused(tmp_path, text):
 
 def beats(updates: dict[str, float], asr: dict[str, float], **more) -> pd.DataFrame:
     rows = table(*((name, attack, value) for attack in ("sig", "wanet") for name, value in asr.items()))
-    rows = rows.assign(setting="reserve", defend_updates=rows.defense.map(updates), contamination=0.0)
+    rows = rows.assign(threat_model="reserve", defend_updates=rows.defense.map(updates), contamination=0.0)
     return rows.assign(**more)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from baselines.clp import ChannelLipschitznessPruning, lipschitz, outliers
 from bench.engine.data import generator
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Journal
+from bench.engine.training import TrainingLog
 from defenses.base import DefenderView, NotApplicable, views_of
 
 
@@ -26,7 +26,7 @@ def timm_model(name: str) -> Classifier:
 
 
 def view(model: Classifier) -> DefenderView:
-    return DefenderView(copy.deepcopy(model), 4, 0, torch.device("cpu"), Journal())
+    return DefenderView(copy.deepcopy(model), 4, 0, torch.device("cpu"), TrainingLog())
 
 
 def of_scores(scores: list[float]) -> Classifier:
@@ -117,7 +117,7 @@ def test_the_curve_over_u_is_the_share_that_each_u_would_prune():
     scores = np.abs(np.random.default_rng(1).standard_normal(40)) + 0.1
     given = view(of_scores(scores.tolist()))
     ChannelLipschitznessPruning().defend(given)
-    for tenths, value in given.progress.curves["clp/pruned_by_10u"]:
+    for tenths, value in given.log.curves["clp/pruned_by_10u"]:
         assert value == pytest.approx((scores > scores.mean() + tenths / 10 * scores.std(ddof=1)).mean())
 
 

@@ -11,15 +11,18 @@ import pytest
 
 from attacks.base import attack
 from bench import compare
-from bench.config import UserError, load_methods
-from bench.reporting import table
+from bench.engine.errors import UserError
+from bench.experiment.load import load_methods
+from bench.reporting.leaderboard import write_tables
+from bench.reporting.reported import read_reported
+from bench.reporting.trials import trial_table
 from defenses.base import defense
 
 PUBLISHED = Path(__file__).parents[1] / "results" / "published"
 
 
 def row(defense, seed, accuracy, asr, **more):
-    base = {"dataset": "digits", "model": "net", "setting": "reserve", "attack": "badnets", "defense": defense}
+    base = {"dataset": "digits", "model": "net", "threat_model": "reserve", "attack": "badnets", "defense": defense}
     base |= {"seed": seed, "poison_rate": 0.1, "status": "done", "clean_accuracy": accuracy, "asr": asr}
     return base | more
 
@@ -28,7 +31,7 @@ def row(defense, seed, accuracy, asr, **more):
 def saved(tmp_path):
     def save(name, rows):
         folder = tmp_path / name
-        table.write(table.trial_table(rows), [], folder, name)
+        write_tables(trial_table(rows), [], folder, name)
         return str(folder)
 
     return save
@@ -60,7 +63,7 @@ def test_only_a_significant_difference_counts_where_that_is_asked_for(saved):
     noisy = [entry | {"asr": entry["asr"] + 0.15 * (entry["seed"] == 1)} for entry in OLD]
     assert compare.main([saved("one", OLD), saved("two", noisy)]) == 1
     assert compare.main([saved("one", OLD), saved("two", noisy), "significant=true"]) == 0
-    (change,), _, _ = compare.changes(table.trial_table(OLD), table.trial_table(noisy), ["asr"])
+    (change,), _, _ = compare.changes(trial_table(OLD), trial_table(noisy), ["asr"])
     assert change.p == pytest.approx(0.4226, abs=1e-4)
     assert change.worse == pytest.approx(0.05)
 
@@ -74,7 +77,7 @@ def test_seeds_are_paired_only_where_the_infected_weights_are_known_to_be_the_sa
         entry | {"asr": entry["asr"] + gap, "implant_weights": name}
         for entry, gap, name in zip(OLD, gaps, weights, strict=True)
     ]
-    (change,), _, _ = compare.changes(table.trial_table(OLD), table.trial_table(new), ["asr"])
+    (change,), _, _ = compare.changes(trial_table(OLD), trial_table(new), ["asr"])
     expected = stats.ttest_1samp(gaps[:tested], 0).pvalue if tested else math.nan
     assert change.p == pytest.approx(expected, nan_ok=True)
     assert change.worse == pytest.approx(sum(gaps) / 3)  # the means are compared all the same
@@ -96,7 +99,7 @@ def test_nor_may_a_cell_cease_to_apply(saved, capsys):
 
 def test_different_seeds_are_compared_and_not_tested():
     other = [entry | {"seed": entry["seed"] + 10, "asr": 0.5} for entry in OLD]
-    changes, _, _ = compare.changes(table.trial_table(OLD), table.trial_table(other), ["asr"])
+    changes, _, _ = compare.changes(trial_table(OLD), trial_table(other), ["asr"])
     assert math.isnan(changes[0].p)
 
 
@@ -107,7 +110,7 @@ def test_published_figures_stand_beside_ours_with_the_rank_correlation(saved, tm
         f"digits,net,reserve,badnets,{name},{asr},Paper,100 epochs"
         for name, asr in (("a", 0.01), ("b", 0.02), ("c", 0.04), ("d", 0.03))
     ]
-    theirs.write_text("\n".join(["dataset,model,setting,attack,defense,asr,provenance,protocol", *lines]))
+    theirs.write_text("\n".join(["dataset,model,threat_model,attack,defense,asr,provenance,protocol", *lines]))
     assert compare.main([saved("one", ours), str(theirs)]) == 0
     out = capsys.readouterr().out
     assert "digits/net/reserve/badnets/c: ASR 30.0 | 4.0 | -26.0 [100 epochs]" in out
@@ -126,7 +129,7 @@ def test_repairs_alone_are_compared_too_beside_undefended_models(saved, tmp_path
         for source in ("One", "Two")
         for name, asr in (("no_defense", 0.99), ("a", 0.3), ("b", 0.2), ("c", 0.1))
     ]
-    theirs.write_text("\n".join(["dataset,model,setting,attack,defense,asr,provenance", *lines]))
+    theirs.write_text("\n".join(["dataset,model,threat_model,attack,defense,asr,provenance", *lines]))
     assert compare.main([saved("one", ours), str(theirs)]) == 0
     out = capsys.readouterr().out
     assert "8 pairs of 4 cells" in out
@@ -136,7 +139,7 @@ def test_repairs_alone_are_compared_too_beside_undefended_models(saved, tmp_path
 def test_a_published_table_fits_every_setting_and_only_its_own_poison_rate(saved, tmp_path, capsys):
     theirs = tmp_path / "published.csv"
     lines = ["Board,digits,net,badnets,0.01,a,,0.9,0.5,x", "Board,digits,net,badnets,0.1,a,,0.9,0.25,one run"]
-    head = "source,dataset,model,attack,poison_rate,defense,setting,clean_accuracy,asr,differs"
+    head = "source,dataset,model,attack,poison_rate,defense,threat_model,clean_accuracy,asr,differs"
     theirs.write_text("\n".join([head, *lines]))
     assert compare.main([saved("one", [row("a", 0, 0.9, 0.1)]), str(theirs)]) == 0
     out = capsys.readouterr().out
@@ -146,7 +149,7 @@ def test_a_published_table_fits_every_setting_and_only_its_own_poison_rate(saved
 
 def test_two_sources_of_one_cell_stand_beside_it_both_and_what_is_not_done_of_ours_is_said(saved, tmp_path, capsys):
     theirs = tmp_path / "published.csv"
-    head = "provenance,dataset,model,attack,defense,setting,asr"
+    head = "provenance,dataset,model,attack,defense,threat_model,asr"
     theirs.write_text(f"{head}\nPaper A,digits,net,badnets,a,,0.05\nPaper B,digits,net,badnets,a,,0.6")
     ours = [row("a", 0, 0.9, 0.1), row("a", 1, 0.3, 0.0, status="wrecked", reason="60 points")]
     assert compare.main([saved("one", ours), str(theirs)]) == 0
@@ -157,7 +160,7 @@ def test_two_sources_of_one_cell_stand_beside_it_both_and_what_is_not_done_of_ou
 
 def test_another_network_and_another_name_of_the_data_can_be_set_side_by_side_and_are_named(saved, tmp_path, capsys):
     theirs = tmp_path / "published.csv"
-    head = "provenance,dataset,model,attack,poison_rate,defense,setting,asr,protocol"
+    head = "provenance,dataset,model,attack,poison_rate,defense,threat_model,asr,protocol"
     theirs.write_text(f"{head}\nBoard,numerals,large,badnets,0.1,a,,0.25,one run")
     ours = saved("one", [row("a", 0, 0.9, 0.1)])
     with pytest.raises(UserError, match="no figure of a cell in common"):
@@ -168,16 +171,16 @@ def test_another_network_and_another_name_of_the_data_can_be_set_side_by_side_an
 
 def test_a_cell_without_a_figure_in_common_is_left_out_and_one_of_two_settings_counts_once(saved, tmp_path, capsys):
     theirs = tmp_path / "published.csv"
-    head = "provenance,dataset,model,attack,defense,setting,clean_accuracy,asr"
+    head = "provenance,dataset,model,attack,defense,threat_model,clean_accuracy,asr"
     theirs.write_text(f"{head}\nBoard,digits,net,badnets,a,,0.9,0.25\nBoard,digits,net,badnets,b,,,")
-    same = [row("a", 0, 0.9, 0.1), row("a", 0, 0.9, 0.1, setting="trainset"), row("b", 0, 0.9, 0.1)]
+    same = [row("a", 0, 0.9, 0.1), row("a", 0, 0.9, 0.1, threat_model="trainset"), row("b", 0, 0.9, 0.1)]
     assert compare.main([saved("one", same), str(theirs)]) == 0
     assert "1 pairs of 1 cells" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*.csv")), ids=lambda path: path.name)
 def test_what_is_published_can_be_read_and_names_methods_of_ours_where_we_have_them(path):
-    found = table.read_reported(path)
+    found = read_reported(path)
     assert found[["clean_accuracy_mean", "asr_mean"]].notna().any(axis=1).all()
     load_methods([])
     assert set(found.attack) - {"blind"} <= set(attack)
@@ -223,7 +226,7 @@ def test_p_values_are_adjusted_over_all_figures_that_differ():
         entry | {"asr": entry["asr"] + gap, "clean_accuracy": entry["clean_accuracy"] - gap}
         for entry, gap in zip(OLD, gaps, strict=True)
     ]
-    before, after = table.trial_table(OLD), table.trial_table(new)
+    before, after = trial_table(OLD), trial_table(new)
     (alone,), _, _ = compare.changes(before, after, ["asr"])
     both, _, _ = compare.changes(before, after, ["asr", "clean_accuracy"])
     assert alone.p == pytest.approx(0.0742, abs=1e-4)
@@ -232,14 +235,14 @@ def test_p_values_are_adjusted_over_all_figures_that_differ():
 
 def test_a_wrecked_seed_has_no_part_in_what_is_compared():
     new = [OLD[0] | {"asr": 0.9, "status": "wrecked", "reason": "60 points"}, *OLD[1:]]
-    found, broken, _ = compare.changes(table.trial_table(OLD), table.trial_table(new), ["asr"])
+    found, broken, _ = compare.changes(trial_table(OLD), trial_table(new), ["asr"])
     assert found == []
     assert broken == ["digits/net/reserve/badnets/a: done before, now wrecked: 60 points"]
 
 
 def test_where_one_seed_is_shared_it_alone_is_compared_and_not_tested():
-    one = table.trial_table([row("a", seed, 0.9, asr) for seed, asr in ((0, 0.1), (1, 0.3))])
-    two = table.trial_table([row("a", seed, 0.9, asr) for seed, asr in ((1, 0.4), (2, 0.9))])
+    one = trial_table([row("a", seed, 0.9, asr) for seed, asr in ((0, 0.1), (1, 0.3))])
+    two = trial_table([row("a", seed, 0.9, asr) for seed, asr in ((1, 0.4), (2, 0.9))])
     ((change,), _, _) = compare.changes(one, two, ["asr"])
     assert change.worse == pytest.approx(0.1)
     assert math.isnan(change.p)
@@ -252,7 +255,7 @@ def test_ranks_of_three_cells_or_more_are_compared_and_the_mean_difference_is_th
     theirs = tmp_path / "theirs.csv"
     names = "abc"[:count]
     lines = [f"digits,net,reserve,badnets,{name},{0.1 * index + 0.05},Paper" for index, name in enumerate(names)]
-    theirs.write_text("\n".join(["dataset,model,setting,attack,defense,asr,provenance", *lines]))
+    theirs.write_text("\n".join(["dataset,model,threat_model,attack,defense,asr,provenance", *lines]))
     ours = [row(name, 0, 0.9, 0.1 * index) for index, name in enumerate(names)]
     assert compare.main([saved("one", ours), str(theirs)]) == 0
     line = "ASR, rank correlation over 3 pairs: Spearman 1.00, Kendall 1.00; mean difference +5.0 points"
@@ -261,7 +264,7 @@ def test_ranks_of_three_cells_or_more_are_compared_and_the_mean_difference_is_th
 
 def test_two_reported_tables_stand_side_by_side_and_of_theirs_no_seeds_of_ours_are_counted(saved, tmp_path, capsys):
     theirs = tmp_path / "published.csv"
-    theirs.write_text("provenance,dataset,model,attack,defense,setting,asr,seeds\nP,digits,net,badnets,a,,0.05,5")
+    theirs.write_text("provenance,dataset,model,attack,defense,threat_model,asr,seeds\nP,digits,net,badnets,a,,0.05,5")
     assert compare.main([str(theirs), str(theirs)]) == 0
     assert compare.main([str(theirs), saved("one", OLD)]) == 0
     assert "seeds done" not in capsys.readouterr().out
@@ -269,7 +272,7 @@ def test_two_reported_tables_stand_side_by_side_and_of_theirs_no_seeds_of_ours_a
 
 def test_what_stands_alone_is_counted_and_two_results_of_nothing_in_common_are_refused(saved, tmp_path, capsys):
     theirs = tmp_path / "published.csv"
-    head = "provenance,dataset,model,attack,defense,setting,asr"
+    head = "provenance,dataset,model,attack,defense,threat_model,asr"
     theirs.write_text(f"{head}\nP,digits,net,badnets,a,,0.05\nP,digits,net,badnets,b,,0.05\nP,digits,net,sig,a,,0.05")
     ours = [*OLD, row("b", 0, 0.3, 0.0, status="wrecked", reason="60 points")]
     assert compare.main([saved("one", ours), str(theirs)]) == 0
@@ -290,6 +293,6 @@ def test_one_seed_beside_three_is_compared_with_its_own(saved, capsys):
 
 
 @pytest.mark.parametrize("setting", ["ignore=model", "rename=a:b"])
-def test_a_setting_for_reported_figures_is_refused_between_two_measured_tables(saved, setting):
-    with pytest.raises(UserError, match=f"{setting.partition('=')[0]} is for reported figures"):
-        compare.main([saved("one", OLD), saved("two", OLD), setting])
+def test_a_setting_for_reported_figures_is_refused_between_two_measured_tables(saved, threat_model):
+    with pytest.raises(UserError, match=f"{threat_model.partition('=')[0]} is for reported figures"):
+        compare.main([saved("one", OLD), saved("two", OLD), threat_model])

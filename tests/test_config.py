@@ -5,16 +5,18 @@ from __future__ import annotations
 import pytest
 
 from attacks.base import attack
-from bench.config import UserError, attack_of, defense_of, grids, load
-from bench.door import plan
-from bench.grid import seeds_of
+from bench.engine.errors import UserError
+from bench.experiment.axes import seeds_of
+from bench.experiment.experiment import load_experiment
+from bench.experiment.identity import attack_of, defense_of
+from bench.experiment.load import grids, load
 from defenses.base import defense
 
 
 def refusal(*arguments: str) -> str:
     """The one line that these settings are refused with, before any compute."""
     with pytest.raises(UserError) as caught:
-        plan(list(arguments))
+        load_experiment(list(arguments))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -48,7 +50,7 @@ def test_every_default_is_the_one_of_the_code():
         ("grid.datasets=[digit]", ["Did you mean 'digits'?"]),
         ("grid.datasets=[svhn]", ["python -m bench.data svhn", "dataset.root"]),
         ("grid.models=[test_resnett]", ["Did you mean 'test_resnet'"]),
-        ("grid.settings=[reserved]", ["Did you mean 'reserve'?"]),
+        ("grid.threat_models=[reserved]", ["Did you mean 'reserve'?"]),
         ("grid.models=[vgg16_bn]", ["16x16", "dataset.size"]),
         ("grid=quik", ["Did you mean 'quick'?"]),
         # Words of Hydra's that have another name here.
@@ -135,7 +137,7 @@ def test_every_default_is_the_one_of_the_code():
         ("grid.seeds=[1,1]", ["different"]),
         ("train.optimizer=sdg", ["sgd"]),
         ("train.epochs=many", ["epochs", "many"]),
-        ("reserve.size=0.5", ["size <= pool"]),
+        ("reserve.size=0.5", ["size <= held_out"]),
         ("defense.aft.adversarial_updates=700 grid.exceptions=[]", ["write 0 to 600"]),
         ("plugins=[no.such.module]", ["no.such.module", "PYTHONPATH"]),
         ("quick", ["key=value"]),
@@ -143,7 +145,7 @@ def test_every_default_is_the_one_of_the_code():
         ("grid.exceptions=[{attack:badnets,set:{attack.patch_siez:4},why:x}]", ["patch_siez"]),
         ("grid.exceptions=[{attak:badnets,set:{},why:x}]", ["attack"]),
         ("grid.exceptions=[{defense:atf,set:{},why:x}]", ["Did you mean 'aft'?"]),
-        ("grid.exceptions=[{set:{reserve.size:0.5},why:x}]", ["size <= pool"]),
+        ("grid.exceptions=[{set:{reserve.size:0.5},why:x}]", ["size <= held_out"]),
         ("grid.exceptions=[{set:{dataset.size:8},why:x}]", ["single cells"]),
         ("measure.pgd_images=0", ["at least 1"]),
         ("grid.attacks=badnets", ["write 'grid.attacks=[badnets]'"]),
@@ -157,11 +159,11 @@ def test_every_default_is_the_one_of_the_code():
         ("measure.pgd_epsilon=8", ["pixels are in [0, 1]", "0.03137"]),
         ("measure.pgd_step_size=0", ["pixels are in [0, 1]"]),
         # 30 % of a reserve of which a tenth is of the target's class.
-        ("grid.attacks=[sig] reserve.pool=0.5 reserve.contamination=0.3", ["only poison images of class 0"]),
+        ("grid.attacks=[sig] reserve.held_out=0.5 reserve.contamination=0.3", ["only poison images of class 0"]),
         ("dispatch.workers=-1", ["at least 0"]),
         ("dispatch.device=gpu", ["auto, cpu or cuda"]),
         ("grid.name=store", ["another"]),
-        ("reserve.pool=0.001 reserve.size=0.001", ["less than one image"]),
+        ("reserve.held_out=0.001 reserve.size=0.001", ["less than one image"]),
     ],
 )
 def test_a_mistake_is_refused_in_one_line_that_helps(argument, words, cache, tmp_path):
@@ -171,7 +173,7 @@ def test_a_mistake_is_refused_in_one_line_that_helps(argument, words, cache, tmp
 
 
 def test_every_grid_that_ships_composes_and_every_name_in_it_resolves():
-    from bench.grid import check
+    from bench.experiment.axes import check
 
     for name in grids():
         cfg = load([f"grid={name}"])
@@ -185,7 +187,7 @@ def test_a_grid_in_a_folder_of_the_users_is_found(tmp_path, cache):
     (tmp_path / "grid" / "mine.yaml").write_text(
         "# @package _global_\ngrid: {name: mine, attacks: [none], seeds: [7]}\n"
     )
-    opened = plan(["grid=mine", f"hydra.searchpath=[file://{tmp_path}]", f"dataset.cache={cache}"])
+    opened = load_experiment(["grid=mine", f"hydra.searchpath=[file://{tmp_path}]", f"dataset.cache={cache}"])
     assert {(trial.attack, trial.seed) for trial in opened.trials} == {("none", 7)}
 
 
@@ -218,12 +220,12 @@ def test_a_grid_in_yaml_reads_numbers_from_the_environment(tmp_path, cache, monk
     (tmp_path / "grid" / "mine.yaml").write_text(YAML)
     for name, value in (("SEEDS", "10"), ("RATE", "1/8"), ("IMAGES", "30"), ("FLAG", flag)):
         monkeypatch.setenv(f"BENCH_TEST_{name}", value)
-    opened = plan(["grid=mine", f"hydra.searchpath=[file://{tmp_path}]", f"dataset.cache={cache}"])
+    opened = load_experiment(["grid=mine", f"hydra.searchpath=[file://{tmp_path}]", f"dataset.cache={cache}"])
     assert [trial.seed for trial in opened.trials] == list(range(10))
     trial = opened.trials[0]
     assert (trial.evaluate["pgd_images"], trial.evaluate["pgd_epsilon"]) == (30, 4 / 255)
     assert trial.evaluate["relearn"] is (flag in ("true", "on"))
-    assert bool(trial.control) is trial.evaluate["relearn"]
+    assert bool(trial.clean_control) is trial.evaluate["relearn"]
     assert (trial.implant["attack"]["poison_rate"], trial.implant["train"]["lr"]) == (0.25, 0.125)
     assert opened.cfg.grid.purpose == opened.cfg.grid.exceptions[0].why == "two lines of prose"
 
@@ -262,16 +264,16 @@ def test_a_number_of_seeds_that_arrives_as_text_is_the_number(value):
     ],
 )
 def test_what_is_written_for_a_command_line_is_read_back(value):
-    from bench.config import _parsed, to_override
+    from bench.experiment.overrides import parsed, to_override
 
-    assert _parsed(f"a.b={to_override(value)}") == value
-    assert _parsed(f"a.b=[{to_override(value)}]") == [value]
+    assert parsed(f"a.b={to_override(value)}") == value
+    assert parsed(f"a.b=[{to_override(value)}]") == [value]
 
 
 def test_the_largest_seed_has_its_place_in_a_table(cache, tmp_path):
-    from bench.reporting.table import of_trials
+    from bench.reporting.trials import of_trials
 
-    opened = plan(["grid.seeds=[4294967295]", f"dataset.cache={cache}", f"results={tmp_path}"])
+    opened = load_experiment(["grid.seeds=[4294967295]", f"dataset.cache={cache}", f"results={tmp_path}"])
     assert set(of_trials(opened.trials, opened.store).seed) == {2**32 - 1}
 
 

@@ -8,10 +8,11 @@ import math
 import pytest
 
 from bench import connection as door
-from bench.config import UserError
-from bench.reporting import plots
+from bench.engine.errors import UserError
 from bench.reporting.connection import boards, connections, largest, over_seeds, rank_correlation
-from bench.reporting.table import trial_table
+from bench.reporting.figures import draw
+from bench.reporting.figures.draw import draw_connection
+from bench.reporting.trials import trial_table
 
 
 def one(share: float | None, reach: float = 0.1, **more) -> dict:
@@ -23,8 +24,8 @@ def one(share: float | None, reach: float = 0.1, **more) -> dict:
     return found | more
 
 
-def steps(infected: float | None, twin: float | None, repaired: float | None) -> list[dict]:
-    kinds = {"infected": one(infected), "twin": one(twin), "noise": one(None, fooled=0.0)}
+def steps(infected: float | None, control: float | None, repaired: float | None) -> list[dict]:
+    kinds = {"infected": one(infected), "clean_control": one(control), "noise": one(None, fooled=0.0)}
     kinds["repaired"] = one(repaired, images=90)
     return [{"epsilon": radius / 255, "images": 100, **kinds} for radius in (1, 8)]
 
@@ -32,7 +33,14 @@ def steps(infected: float | None, twin: float | None, repaired: float | None) ->
 def grid(rows: list[tuple]) -> tuple:
     """Trials and evidence from (attack, defense, seed, asr, infected, twin, repaired)."""
     trials = [
-        {"dataset": "digits", "model": "net", "setting": "reserve", "attack": attack, "defense": defense, "seed": seed}
+        {
+            "dataset": "digits",
+            "model": "net",
+            "threat_model": "reserve",
+            "attack": attack,
+            "defense": defense,
+            "seed": seed,
+        }
         | {"poison_rate": 0.1, "status": "done", "clean_accuracy": 0.9, "asr": asr}
         for attack, defense, seed, asr, *_ in rows
     ]
@@ -49,7 +57,7 @@ TWO_SEEDS = [
 
 def test_what_is_measured_of_the_infected_model_is_told_once_and_no_defense_repairs_nothing():
     table = connections(*grid(TWO_SEEDS))
-    assert table.kind.value_counts().to_dict() == dict.fromkeys(("infected", "twin", "noise", "repaired"), 4)
+    assert table.kind.value_counts().to_dict() == dict.fromkeys(("infected", "clean_control", "noise", "repaired"), 4)
     assert set(table[table.kind == "repaired"].defense) == {"aft"}
     assert set(table[table.kind != "repaired"].defense) == {""}
     assert table[table.kind == "repaired"].images.tolist() == [90] * 4
@@ -72,18 +80,24 @@ def test_a_share_of_a_handful_of_images_is_no_share():
     trials, evidence = grid(TWO_SEEDS[:2])
     for own in evidence:
         for step in own["more"]["connection"]:
-            step["infected"]["fooled"], step["twin"]["fooled"] = 0.09, 0.10  # of 100 images
+            step["infected"]["fooled"], step["clean_control"]["fooled"] = 0.09, 0.10  # of 100 images
     rows = {row.kind: row for row in over_seeds(connections(trials, evidence)).itertuples()}
     assert math.isnan(rows["infected"].concentration)
     assert math.isnan(rows["infected"].top_is_target)
     assert rows["infected"].similarity == pytest.approx(0.4)
-    assert rows["twin"].concentration == pytest.approx(0.1)
+    assert rows["clean_control"].concentration == pytest.approx(0.1)
 
 
 def test_the_table_has_controls_before_repairs_and_nothing_where_nothing_was_fooled():
     (board,) = boards(connections(*grid(TWO_SEEDS)))
     rows = {row[0].text: [entry.text for entry in row[1:]] for row in board.rows}
-    assert list(rows) == ["attack: blended", "infected model", "clean twin", "infected, random noise", "aft (reserve)"]
+    assert list(rows) == [
+        "attack: blended",
+        "infected model",
+        "clean control",
+        "infected, random noise",
+        "aft (reserve)",
+    ]
     assert rows["aft (reserve)"][2] == "15.0 [0.0, 30.0]"
     assert rows["infected, random noise"][1:4] == ["0.0", "–", "–"]
     assert board.title == "digits, net, radius 8/255"
@@ -106,45 +120,45 @@ PAIRS = [(0.9, 0.1), (0.5, 0.2), (0.4, 0.3), (0.1, 0.4), (0.2, 0.5)]
 @pytest.mark.slow
 def test_figures_are_drawn_where_there_is_something_to_see_and_only_there(tmp_path):
     trials, evidence = grid([*TWO_SEEDS, ("<$a_b$>", "<$a_b$>", 0, 0.5, 0.4, None, 0.3)])
-    names = [path.stem for path in plots.write_connection(trials, tmp_path, "Grid x", evidence)]
+    names = [path.stem for path in draw_connection(trials, tmp_path, "Grid x", evidence)]
     assert names == ["connection", "connection_repaired", "connection_classes"]
     trials, evidence = grid([("blended", "no_defense", 0, 1.0, None, None, None)])
-    assert [path.stem for path in plots.write_connection(trials, tmp_path, "Grid x", evidence)] == []
+    assert [path.stem for path in draw_connection(trials, tmp_path, "Grid x", evidence)] == []
 
 
 def test_the_door_reads_what_the_run_measured_and_refuses_a_grid_without_it(
     run_grid, tiny, tmp_path, monkeypatch, capsys
 ):
-    from bench import evaluation
     from bench.engine import connection
+    from bench.measures import context
 
     monkeypatch.setattr(connection, "STEPS", 1)
     monkeypatch.setattr(connection, "EPSILONS", (8 / 255,))
     monkeypatch.setattr(connection, "RESAMPLES", 10)
-    monkeypatch.setattr(evaluation, "PROBE_IMAGES", 20)
+    monkeypatch.setattr(context, "PROBE_IMAGES", 20)
     axes = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"]
     run_grid(*axes, "measure.connection=true")
     folder = tmp_path / "results" / "quick"
     with pytest.raises(UserError, match=r"run it with measure\.connection=true first"):
         door.main([*tiny, *axes])
     history = (folder.parent / "store" / "history.log").read_text()
-    monkeypatch.setattr(plots, "write_connection", lambda *_: [])  # drawing takes seconds
+    monkeypatch.setattr(draw, "write_connection", lambda *_: [])  # drawing takes seconds
     assert door.main([*tiny, *axes, "measure.connection=true"]) == 0
     assert (folder.parent / "store" / "history.log").read_text() == history
     assert "fine_tuning (reserve)" in capsys.readouterr().out
     assert "| infected model | 20 |" in (folder / "connection.md").read_text()
     lines = (folder / "connection.csv").read_text().splitlines()
-    assert len(lines) == 1 + 4  # infected, twin, noise, one repair
+    assert len(lines) == 1 + 4  # infected, control, noise, one repair
 
 
 def test_what_a_handful_of_images_says_is_in_no_ratio_no_count_and_no_correlation():
     trials, evidence = grid([("blended", "aft", seed, *pair, 0.25, 0.1) for seed, pair in enumerate(PAIRS)])
     for seed, own in enumerate(evidence):
         for step in own["more"]["connection"]:
-            step["twin"]["fooled"] = 0.04  # of 100 images
+            step["clean_control"]["fooled"] = 0.04  # of 100 images
             step["infected"]["fooled"] = 0.05 if seed else 0.5
     table = connections(trials, evidence)
     infected = boards(table)[0].rows[1]
     assert [entry.text for entry in infected[4:6]] == ["–", "1 of 1"]
-    assert set(table[table.kind == "twin"].classes) == {"null"}
+    assert set(table[table.kind == "clean_control"].classes) == {"null"}
     assert rank_correlation(trials, table) == []

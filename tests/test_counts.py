@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench.config import UserError
-from bench.door import plan, protocol
+from bench.engine import reactivation
 from bench.engine.counts import images_of, least_share, reserve_of
-from bench.grid import counts_of, spec_of
-from bench.pipeline import Bench
+from bench.engine.errors import UserError
+from bench.experiment.counts import counts_of
+from bench.experiment.experiment import load_experiment
+from bench.experiment.identity import spec_of
+from bench.pipeline.runner import Runner
+from bench.reporting.protocol import protocol
 
 
 def folder(root: Path, classes: int, train: int, test: int) -> str:
@@ -47,17 +50,19 @@ def test_the_lines_beneath_a_table_have_the_counts_that_are_used(tmp_path):
     name = folder(tmp_path, 10, 29, 4)
     base = [f"grid.datasets=['{name}']", "grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"]
     base += ["grid.seeds=1", "dataset.size=16", f"dataset.root={tmp_path}", f"dataset.cache={tmp_path / 'cache'}"]
-    opened = plan([*base, "reserve.contamination=0.2", "attack.badnets.poison_rate=0.05", "measure.pgd_images=5000"])
+    opened = load_experiment(
+        [*base, "reserve.contamination=0.2", "attack.badnets.poison_rate=0.05", "measure.pgd_images=5000"]
+    )
     lines = "\n".join(protocol(opened))
     assert "10 of 290 training images (3.45%" in lines
     assert "2 of them poisoned (20.00%" in lines
     assert "the whole test set (40 images)" in lines
     assert "5000" not in lines.replace("measure.pgd_images=5000", "")
-    bench = Bench(opened.store, opened.infos, opened.device)
+    bench = Runner(opened.store, opened.infos, opened.device)
     for trial in opened.trials:
         counts = counts_of(trial, opened.infos[trial.dataset])
-        train, pool = bench._split(trial)
-        assert (counts.train, sum(counts.pool)) == (len(train) + len(pool), len(pool))
+        train, held_out = bench._split(trial)
+        assert (counts.train, sum(counts.held_out)) == (len(train) + len(held_out), len(held_out))
         if trial.attack == "badnets":
             images, roles = bench.test_set(trial.dataset), None
             assert len(images) == counts.test == counts.robust
@@ -67,11 +72,11 @@ def test_the_lines_beneath_a_table_have_the_counts_that_are_used(tmp_path):
     # A twentieth of 280 images is 14, and is said only where it is another share.
     assert {counts_of(trial, opened.infos[name]).poisoned for trial in opened.trials} == {0, 14}
     assert "badnets: " not in lines
-    odd = "\n".join(protocol(plan([*base, "attack.badnets.poison_rate=0.005"])))
+    odd = "\n".join(protocol(load_experiment([*base, "attack.badnets.poison_rate=0.005"])))
     assert "badnets: 1 of 280 (0.36%" in odd
     sweep = "grid.sweep=[{key: reserve.size, values: [0.035, 0.04, 0.05]}]"
     with pytest.raises(UserError, match=r"reserve\.size=0\.035.*reserve\.size=0\.04"):
-        plan([*base, sweep])
+        load_experiment([*base, sweep])
 
 
 def test_what_was_used_is_in_the_results(run_grid):
@@ -86,25 +91,26 @@ def test_a_retuning_says_how_many_images_it_poisoned(tmp_path, monkeypatch):
 
     import torch
 
-    from bench import evaluation
+    from bench.measures.context import EvaluationContext
+    from bench.measures.evaluation import relearned
 
     name = folder(tmp_path, 2, 30, 4)
     base = [f"grid.datasets=['{name}']", "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "grid.seeds=1"]
     base += ["dataset.size=16", f"dataset.root={tmp_path}", f"dataset.cache={tmp_path / 'cache'}"]
-    opened = plan([*base, "dispatch.device=cpu"])
+    opened = load_experiment([*base, "dispatch.device=cpu"])
     trial, used = opened.trials[0], []
-    bench = Bench(opened.store, opened.infos, opened.device)
-    monkeypatch.setattr(Bench, "trigger_of", lambda *_: {})
-    monkeypatch.setattr(evaluation.Case, "trigger", lambda _, images: images)
+    bench = Runner(opened.store, opened.infos, opened.device)
+    monkeypatch.setattr(Runner, "trigger_of", lambda *_: {})
+    monkeypatch.setattr(EvaluationContext, "trigger", lambda _, images: images)
     monkeypatch.setattr(
-        evaluation.reactivation,
+        reactivation,
         "relearn",
         lambda model, clean, poisoned, **_: used.append(len(poisoned)) or SimpleNamespace(steps=1, course=[]),
     )
     model = bench._fresh(spec_of(opened.infos[name], trial.implant["model"]), 0)
     case = bench.case(trial)
     with torch.no_grad():
-        rows = evaluation.relearned(model, case, [5, 50, 100])
+        rows = relearned(model, case, [5, 50, 100])
     assert [row["poisoned"] for row in rows] == used
     assert used[0] == 5
     assert len(used) == 2
@@ -113,7 +119,7 @@ def test_a_retuning_says_how_many_images_it_poisoned(tmp_path, monkeypatch):
 
 def test_a_retuning_with_too_few_images_to_poison_is_refused(tmp_path):
     name = folder(tmp_path, 2, 5, 4)
-    base = [f"grid.datasets=['{name}']", "grid.attacks=[badnets]", "grid.seeds=1", "reserve.pool=0.3"]
+    base = [f"grid.datasets=['{name}']", "grid.attacks=[badnets]", "grid.seeds=1", "reserve.held_out=0.3"]
     base += ["dataset.size=16", f"dataset.root={tmp_path}", f"dataset.cache={tmp_path / 'cache'}"]
     with pytest.raises(UserError, match=r"measure\.relearn"):
-        plan([*base, "reserve.size=0.3", "measure.relearn=true"])
+        load_experiment([*base, "reserve.size=0.3", "measure.relearn=true"])

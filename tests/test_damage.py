@@ -15,14 +15,14 @@ import pandas as pd
 import pytest
 import torch
 
-from bench.door import plan
-from bench.reporting.table import of_trials
+from bench.experiment.experiment import load_experiment
+from bench.reporting.trials import of_trials
 from bench.run import main
 from bench.status import main as status
-from bench.store import Damaged, Store, key_of
+from bench.storage.store import Damaged, Store, key_of
 from tests.conftest import TINY
 
-GRID = ["grid.attacks=[badnets,blended]", "grid.defenses=[spectral_signatures]", "grid.settings=[trainset]"]
+GRID = ["grid.attacks=[badnets,blended]", "grid.defenses=[spectral_signatures]", "grid.threat_models=[trainset]"]
 GRID += ["defense.spectral_signatures.retrain=false"]
 # Which stages are computed from which, read off the protocol by hand.
 DEPENDENTS = {
@@ -91,7 +91,7 @@ def computed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[lis
     arguments = [*TINY, *GRID, f"dataset.cache={cache}"]
     results = tmp_path_factory.mktemp("computed") / "results"
     assert main([*arguments, f"results={results}"]) == 0
-    opened = plan([*arguments, f"results={results}"])
+    opened = load_experiment([*arguments, f"results={results}"])
     return arguments, results, of_trials(opened.trials, opened.store)
 
 
@@ -99,8 +99,10 @@ def computed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[lis
 def keys_of_one(computed) -> dict[str, str]:
     """The keys of the stages of one trial of two."""
     arguments, results, _ = computed
-    trial = next(trial for trial in plan([*arguments, f"results={results}"]).trials if trial.attack == "badnets")
-    implant, defend, evaluate = trial.keys()
+    trial = next(
+        trial for trial in load_experiment([*arguments, f"results={results}"]).trials if trial.attack == "badnets"
+    )
+    implant, defend, evaluate = trial.keys
     return {"implant": implant, "defend": defend, "inspect": key_of(trial.inspect), "evaluate": evaluate}
 
 
@@ -145,7 +147,7 @@ def check_mended(copied, before: pd.DataFrame, stage: str, expected: set[str], c
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
     assert f"{stage} {keys[stage]}" in printed.err
-    opened = plan(arguments)
+    opened = load_experiment(arguments)
     after = of_trials(opened.trials, store)
     pd.testing.assert_frame_equal(after[FIGURES], before[FIGURES], check_exact=True)
     again = {f"{name} {keys[name]}" for name in expected}
@@ -223,7 +225,7 @@ def test_a_changed_figure_is_not_printed(copied, capsys):
     from bench.report import main as report
 
     report(arguments)
-    table = of_trials(plan(arguments).trials, store)
+    table = of_trials(load_experiment(arguments).trials, store)
     assert not (table.asr == 7.5).any()
     assert (table.status == "missing").sum() == 1
     assert "result.json" in table[table.status == "missing"].reason.item()
@@ -244,7 +246,7 @@ def test_a_copy_with_new_time_stamps_is_verified_once_and_not_computed_again(cop
         os.utime(path, (2e9 + index, 2e9 + index))
     store.mend(keys.items())
     assert not store.aside()
-    monkeypatch.setattr("bench.store._sha256", lambda path: pytest.fail(f"{path} was hashed again"))
+    monkeypatch.setattr("bench.storage.store._sha256", lambda path: pytest.fail(f"{path} was hashed again"))
     assert all(Store(store.root).is_finished(stage, key) for stage, key in keys.items())
 
 
@@ -328,7 +330,7 @@ def test_foreign_files_in_a_results_folder_end_no_run(copied, computed, capsys):
     status(arguments)
     assert main(arguments) == 0
     assert main([*arguments, "dry_run=true"]) == 0
-    opened = plan(arguments)
+    opened = load_experiment(arguments)
     pd.testing.assert_frame_equal(of_trials(opened.trials, store)[FIGURES], computed[2][FIGURES], check_exact=True)
 
 

@@ -19,11 +19,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from bench import data as command
-from bench.config import UserError
-from bench.door import plan, protocol
 from bench.engine import datasets
 from bench.engine.data import Augmentation
 from bench.engine.datasets import DataError, Digits, Splits, dataset, prepare, source
+from bench.engine.errors import UserError
+from bench.experiment.experiment import load_experiment
+from bench.reporting.protocol import protocol
 
 
 def noise(seed: int, *shape: int) -> np.ndarray:
@@ -524,36 +525,36 @@ def test_an_image_folder_is_not_mirrored_unless_that_is_said(tmp_path):
     animals(tmp_path / "animals")
     own = ["grid.datasets=[digits,folder:animals]", f"dataset.root={tmp_path}", f"dataset.cache={tmp_path}/cache"]
     own += ["grid.attacks=[none]", "grid.defenses=[no_defense]", "grid.seeds=1", "train.batch_size=2"]
-    own += [f"results={tmp_path}/results", "reserve.pool=0.5", "reserve.size=0.5", "grid.models=[test_resnet]"]
+    own += [f"results={tmp_path}/results", "reserve.held_out=0.5", "reserve.size=0.5", "grid.models=[test_resnet]"]
     usual = {"digits": {"crop": 1 / 16, "flip": False, "rotation": 0}}
     usual["folder:animals"] = {"crop": 1 / 8, "flip": False, "rotation": 0}
     cases = [([], {}), (["flip=true", "rotation=7"], {"flip": True, "rotation": 7}), (["crop=0"], {"crop": 0})]
     keys = set()
     for settings, chosen in cases:
-        opened = plan([*own, *(f"dataset.augmentation.{setting}" for setting in settings)])
+        opened = load_experiment([*own, *(f"dataset.augmentation.{setting}" for setting in settings)])
         lines = "\n".join(protocol(opened))
         for trial in opened.trials:
             assert trial.implant["dataset"]["augmentation"] == {**usual[trial.dataset], **chosen}
             assert str(Augmentation(**trial.implant["dataset"]["augmentation"])) in lines
-            keys.add(trial.keys()[0])
+            keys.add(trial.keys.implant)
         assert all(info.digest in lines for info in opened.infos.values())
     assert len(keys) == 6
     # What a data set has anyway changes no key.
-    same = plan([*own, "dataset.augmentation.flip=false"])
-    assert {trial.keys()[0] for trial in same.trials} < keys
+    same = load_experiment([*own, "dataset.augmentation.flip=false"])
+    assert {trial.keys.implant for trial in same.trials} < keys
 
 
 @pytest.mark.parametrize("setting", ["crop=0.6", "crop=-0.1", "crop=nan", "rotation=181", "rotation=-1"])
 def test_an_impossible_augmentation_is_refused(tmp_path, setting):
     name, _, value = setting.partition("=")
     with pytest.raises(UserError, match=rf"dataset\.augmentation\.{name}.*{value}"):
-        plan([f"dataset.augmentation.{setting}", f"dataset.cache={tmp_path}"])
+        load_experiment([f"dataset.augmentation.{setting}", f"dataset.cache={tmp_path}"])
 
 
 @pytest.mark.parametrize("size", [0, -8])
 def test_an_impossible_size_is_refused(tmp_path, size):
     with pytest.raises(UserError, match=rf"dataset\.size.*{size}"):
-        plan([f"dataset.size={size}", f"dataset.cache={tmp_path}"])
+        load_experiment([f"dataset.size={size}", f"dataset.cache={tmp_path}"])
 
 
 # Published layouts ------------------------------------------------------------------------------------------
@@ -663,11 +664,11 @@ def test_tiny_imagenet_takes_its_classes_from_wnids_and_its_test_set_from_the_li
             save(path, pixels[name, number])
         (folder / "train" / name / f"{name}_boxes.txt").write_text("")
     (folder / "wnids.txt").write_text("\n".join(classes) + "\n")
-    wanted = ["n02", "n02", "n03", "n01"]
+    target_labels = ["n02", "n02", "n03", "n01"]
     for number in range(4):
         save(folder / "val" / "images" / f"val_{number}.png", noise(50 + number, 64, 64, 3))
     (folder / "val" / "val_annotations.txt").write_text(
-        "".join(f"val_{number}.png\t{name}\t0\t32\t44\t62\n" for number, name in enumerate(wanted))
+        "".join(f"val_{number}.png\t{name}\t0\t32\t44\t62\n" for number, name in enumerate(target_labels))
     )
     monkeypatch.setattr(datasets.TinyImageNet, "images", (6, 4))
     info = prepare("tiny_imagenet", tmp_path, tmp_path / "cache")

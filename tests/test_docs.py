@@ -11,9 +11,9 @@ import pytest
 
 from attacks.base import attack
 from bench import docs
-from bench.grid import PER_CELL
+from bench.experiment.overrides import PER_CELL
 from bench.reporting.columns import COLUMN
-from bench.reporting.table import COLUMNS, STATES
+from bench.reporting.trials import COLUMNS, STATES
 from defenses.base import defense
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +70,7 @@ def test_every_error_message_of_the_faq_is_one_that_the_code_prints():
 
 
 def test_every_setting_that_the_documentation_names_exists():
-    from bench.config import load
+    from bench.experiment.load import load
 
     cfg = load([])
     heads = {*PER_CELL, "grid", "dataset", "model", "dispatch", "tracking", "report"}

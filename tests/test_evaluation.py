@@ -14,18 +14,28 @@ from torch import Tensor, nn
 from attacks.base import Attack
 from attacks.none import NoAttack
 from attacks.wanet import WaNet
-from bench import evaluation
-from bench.dispatch import _Schedule, pending
-from bench.door import plan
-from bench.engine import robustness
+from bench.dispatch.local import _Schedule
+from bench.dispatch.tasks import pending
+from bench.engine import connection, reactivation, robustness
 from bench.engine.data import Augmentation, ImageSet, generator
-from bench.engine.metrics import detection
+from bench.engine.metrics import detection, predict
 from bench.engine.reactivation import Relearned
 from bench.engine.training import Diverged
-from bench.evaluation import Case, measured
-from bench.pipeline import Bench
+from bench.experiment.experiment import load_experiment
+from bench.measures import context, evaluation
+from bench.measures.context import EvaluationContext, fixed_part
+from bench.measures.evaluation import (
+    _right,
+    _under_wrong_trigger,
+    _with_gain,
+    connected,
+    measured,
+    reactivated,
+    relearned,
+)
+from bench.pipeline.runner import Runner
 from bench.reporting.columns import MEASURES
-from bench.store import Store, key_of
+from bench.storage.store import Store, key_of
 
 CLASSES = 4
 MEASURE = {
@@ -74,14 +84,18 @@ def pictures(count: int = 40) -> ImageSet:
     return ImageSet(images, labels)
 
 
-def case_of(attacker: Attack, infected: nn.Module, test: ImageSet | None = None, **tensors: Tensor) -> Case:
+def case_of(
+    attacker: Attack, infected: nn.Module, test: ImageSet | None = None, **tensors: Tensor
+) -> EvaluationContext:
     data = pictures() if test is None else test
-    return Case(attacker, tensors, CLASSES, 0, data, lambda: pictures(80), Augmentation(), "float32", lambda: infected)
+    return EvaluationContext(
+        attacker, tensors, CLASSES, 0, data, lambda: pictures(80), Augmentation(), "float32", lambda: infected
+    )
 
 
-def measure(model: nn.Module, case: Case, infected: nn.Module) -> dict:
+def measure(model: nn.Module, case: EvaluationContext, infected: nn.Module) -> dict:
     inspected = evaluation.inspected(infected, None, case, {})
-    return measured(model, case, MEASURE, inspected, evaluation.predict(model, case.test))
+    return measured(model, case, MEASURE, inspected, predict(model, case.test))
 
 
 def test_a_model_that_ignores_the_trigger_and_one_that_obeys_it_get_the_figures_of_their_kind():
@@ -144,7 +158,7 @@ def test_an_attack_with_a_wrong_trigger_gets_the_accuracy_under_it():
     line = torch.linspace(-1, 1, 8)
     grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1)
     case = case_of(attacker, Grader(), data, grid=grid)
-    assert evaluation._under_wrong_trigger(Grader(), case) == 0.5
+    assert _under_wrong_trigger(Grader(), case) == 0.5
 
 
 def test_what_is_added_after_the_trigger_counts():
@@ -158,27 +172,27 @@ def test_what_is_added_after_the_trigger_counts():
 
 
 def test_the_infected_model_is_measured_once_for_all_its_repairs(tiny):
-    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"])
-    bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    opened = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"])
+    bench = Runner(Store(opened.store.root), opened.infos, torch.device("cpu"))
     for trial in opened.trials:
         bench.run(trial)
     stages = [line.split()[1] for line in (bench.store.root / "history.log").read_text().splitlines()]
     assert sorted(stages) == ["defend", "defend", "evaluate", "evaluate", "implant", "inspect"]
-    first, second = (bench.store.result("evaluate", trial.keys()[2])["figures"] for trial in opened.trials)
+    first, second = (bench.store.result("evaluate", trial.keys.evaluate)["figures"] for trial in opened.trials)
     assert first["infected_asr"] == first["asr"] == second["infected_asr"]
     assert first["infected_accuracy"] == first["clean_accuracy"] == second["infected_accuracy"]
     assert first["der"] == 0.5
 
 
 def test_seeds_in_turns_are_shown_the_triggered_images_made_first_as_far_as_memory_goes(tiny, monkeypatch):
-    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "grid.seeds=3"])
-    bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
-    monkeypatch.setattr(Bench, "trigger_of", lambda self, trial: {})
+    opened = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "grid.seeds=3"])
+    bench = Runner(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    monkeypatch.setattr(Runner, "trigger_of", lambda self, trial: {})
     one, two, three = opened.trials
     first = bench.case(one)
     assert bench.case(two) is not first
     assert bench.case(one) is first
-    monkeypatch.setattr("bench.pipeline.HELD", 2 * 2 * first.test.images.nbytes)  # two at a time
+    monkeypatch.setattr("bench.pipeline.runner.HELD", 2 * 2 * first.test.images.nbytes)  # two at a time
     second = bench.case(two)
     bench.case(three)
     assert bench.case(two) is second
@@ -187,11 +201,13 @@ def test_seeds_in_turns_are_shown_the_triggered_images_made_first_as_far_as_memo
 
 def test_autoattack_brings_two_figures_a_curve_and_a_place_for_warnings(tiny, monkeypatch):
     short = functools.partial(robustness.curve, iterations=2, queries=2)
-    monkeypatch.setattr(evaluation.robustness, "curve", short)
-    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "measure.autoattack_images=6"])
-    bench, (trial,) = Bench(Store(opened.store.root), opened.infos, torch.device("cpu")), opened.trials
+    monkeypatch.setattr(robustness, "curve", short)
+    opened = load_experiment(
+        [*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "measure.autoattack_images=6"]
+    )
+    bench, (trial,) = Runner(Store(opened.store.root), opened.infos, torch.device("cpu")), opened.trials
     bench.run(trial)
-    result = bench.store.result("evaluate", trial.keys()[2])
+    result = bench.store.result("evaluate", trial.keys.evaluate)
     rows, figures = result["autoattack"], result["figures"]
     assert [row["norm"] for row in rows] == ["linf"] * 6 + ["l2"]
     assert figures["autoattack_accuracy"] == rows[5]["accuracy"]
@@ -204,80 +220,82 @@ REACTIVATED = ["grid.attacks=[badnets]", "grid.defenses=[no_defense]", "measure.
 
 
 @pytest.fixture
-def broken_twin(monkeypatch):
+def broken_control(monkeypatch):
     """Clean models cannot be trained, for this reason."""
 
     def break_(error: Exception) -> None:
-        train = Bench._trained
+        train = Runner._trained
 
-        def trained(self, trial, journal):
+        def trained(self, trial, log):
             if trial.attack == "none":
                 raise error
-            return train(self, trial, journal)
+            return train(self, trial, log)
 
-        monkeypatch.setattr(Bench, "_trained", trained)
+        monkeypatch.setattr(Runner, "_trained", trained)
 
     return break_
 
 
-def test_a_clean_twin_that_cannot_be_trained_is_the_reason_of_its_cells_and_is_not_tried_for_ever(
-    run_grid, tiny, broken_twin
+def test_a_clean_control_that_cannot_be_trained_is_the_reason_of_its_cells_and_is_not_tried_for_ever(
+    run_grid, tiny, broken_control
 ):
-    broken_twin(RuntimeError("no twin today"))
+    broken_control(RuntimeError("no control today"))
     for _ in range(2):
         code, table = run_grid(*REACTIVATED, "dispatch.max_tries=2")
         assert code == 1
     assert list(table.status) == ["failed"]
-    assert table.reason[0] == "clean twin: implant: RuntimeError: no twin today"
-    opened = plan([*tiny, *REACTIVATED])
-    twin = key_of(opened.trials[0].control)
-    assert opened.store.tries("implant", twin) == 2
-    assert pending(opened.trials, opened.store, 3)[0].place == ("implant", twin)
+    assert table.reason[0] == "clean control: implant: RuntimeError: no control today"
+    opened = load_experiment([*tiny, *REACTIVATED])
+    control = key_of(opened.trials[0].clean_control)
+    assert opened.store.tries("implant", control) == 2
+    assert pending(opened.trials, opened.store, 3)[0].place == ("implant", control)
     assert pending(opened.trials, opened.store, 2) == []
 
 
-def test_a_clean_twin_that_diverges_is_an_outcome_of_its_own_and_no_fault_of_the_repair(run_grid, tiny, broken_twin):
-    broken_twin(Diverged("the loss became nan"))
+def test_a_clean_control_that_diverges_is_an_outcome_of_its_own_and_no_fault_of_the_repair(
+    run_grid, tiny, broken_control
+):
+    broken_control(Diverged("the loss became nan"))
     code, table = run_grid(*REACTIVATED)
     assert code == 0
     assert list(table.status) == ["done"]
-    assert table.warnings[0] == "without reactivate: the clean twin diverged: the loss became nan"
+    assert table.warnings[0] == "without reactivate: the clean control diverged: the loss became nan"
     assert table.asr.notna().all()
     assert table.reactivate_asr.isna().all()
-    opened = plan([*tiny, *REACTIVATED])
-    assert opened.store.result("implant", key_of(opened.trials[0].control))["status"] == "diverged"
+    opened = load_experiment([*tiny, *REACTIVATED])
+    assert opened.store.result("implant", key_of(opened.trials[0].clean_control))["status"] == "diverged"
 
 
-def test_repairs_wait_for_the_clean_twin_that_they_are_measured_by(tiny):
-    opened = plan([*tiny, *REACTIVATED])
+def test_repairs_wait_for_the_clean_control_that_they_are_measured_by(tiny):
+    opened = load_experiment([*tiny, *REACTIVATED])
     tasks = pending(opened.trials, opened.store)
     assert [task.title.split("/")[2] for task in tasks] == ["badnets", "none", "badnets"]
     schedule = _Schedule(tasks, opened.store, 3, lambda progress: None)
-    infected, twin = schedule.next(), schedule.next()
+    infected, control = schedule.next(), schedule.next()
     assert schedule.next() is None
     schedule.finished(infected, "done")
     assert schedule.next() is None
-    schedule.finished(twin, "done")
+    schedule.finished(control, "done")
     assert schedule.next() == tasks[2]
 
 
-def test_a_measure_beside_a_clean_twin_names_it_in_the_plan(cache):
+def test_a_measure_beside_a_clean_control_names_it_in_the_plan(cache):
     base = ["grid.attacks=[none,badnets]", "grid.defenses=[no_defense]", "grid.seeds=1", f"dataset.cache={cache}"]
-    plain, asked = plan(base).trials, plan([*base, "measure.relearn=true"]).trials
-    assert [trial.control for trial in plain] == [{}, {}]
+    plain, asked = load_experiment(base).trials, load_experiment([*base, "measure.relearn=true"]).trials
+    assert [trial.clean_control for trial in plain] == [{}, {}]
     clean, infected = asked
-    assert clean.control == {}  # there is no trigger to wake
-    assert key_of(infected.control) == key_of(clean.implant)  # the twin is the one of the grid
+    assert clean.clean_control == {}  # there is no trigger to wake
+    assert key_of(infected.clean_control) == key_of(clean.implant)  # the control is the one of the grid
     assert infected.evaluate["inspect"] != plain[1].evaluate["inspect"]
     assert clean.evaluate["inspect"] == plain[0].evaluate["inspect"]
 
 
-def test_the_plan_counts_the_clean_twins_that_no_cell_of_the_grid_trains(tiny, capsys):
+def test_the_plan_counts_the_clean_controls_that_no_cell_of_the_grid_trains(tiny, capsys):
     from bench.run import main
 
     base = [*tiny, "grid.defenses=[no_defense]", "measure.relearn=true", "dry_run=true"]
     main([*base, "grid.attacks=[badnets,blended]"])
-    assert "2 infected models, 2 repairs with their measures, 1 clean twins" in capsys.readouterr().out
+    assert "2 infected models, 2 repairs with their measures, 1 clean controls" in capsys.readouterr().out
     main([*base, "grid.attacks=[none,badnets]"])
     assert "2 infected models, 2 repairs with their measures\n" in capsys.readouterr().out
 
@@ -286,9 +304,9 @@ def test_every_figure_of_an_evaluation_has_a_column_in_the_tables():
     infected = Reader(target=1)
     case = case_of(Corner(), infected)
     inspected = evaluation.inspected(infected, None, case, {}) | {"reactivate": 0.25}
-    figures = measured(infected, case, MEASURE, inspected, evaluation.predict(infected, case.test))["figures"]
+    figures = measured(infected, case, MEASURE, inspected, predict(infected, case.test))["figures"]
     poisoned, scores = torch.tensor([True, False]), torch.tensor([1.0, 0.0])
-    figures |= evaluation._with_gain("relearn_asr", 0.5, 0.25)
+    figures |= _with_gain("relearn_asr", 0.5, 0.25)
     figures |= detection(poisoned=poisoned, suspicion=scores, flagged=poisoned)
     figures |= dict.fromkeys(("clean_accuracy", "autoattack_accuracy", "autoattack_l2_accuracy"))
     assert set(figures) == {column.name for column in MEASURES}
@@ -374,11 +392,11 @@ def test_relearning_poisons_other_images_than_its_clean_ones_and_begins_each_tim
             model.weight.add_(1)
         return Relearned(model, None, [])
 
-    monkeypatch.setattr(evaluation.reactivation, "relearn", relearn)
-    monkeypatch.setattr(evaluation.reactivation, "CLEAN_SHARE", 0.5)
-    monkeypatch.setattr(evaluation, "PROBE_IMAGES", 1)
+    monkeypatch.setattr(reactivation, "relearn", relearn)
+    monkeypatch.setattr(reactivation, "CLEAN_SHARE", 0.5)
+    monkeypatch.setattr(context, "PROBE_IMAGES", 1)
     model, case = Reader(target=1), case_of(Corner(label_mode=label_mode), Reader())
-    rows = evaluation.relearned(model, case, [1, 20])
+    rows = relearned(model, case, [1, 20])
     assert model.weight.item() == 0
     assert [weight for *_, weight in seen] == [0, 0]
     assert [(len(clean), len(poisoned)) for clean, poisoned, _ in seen] == [(40, 1), (40, 20)]
@@ -401,43 +419,43 @@ def test_the_asr_after_relearning_is_that_of_the_test_set_and_not_of_the_probe(m
             read = super().forward(images).argmax(1)
             return nn.functional.one_hot(torch.where(read == 0, 1, read), CLASSES).float()
 
-    monkeypatch.setattr(evaluation.reactivation, "relearn", lambda model, *_, **__: Relearned(model, None, []))
-    monkeypatch.setattr(evaluation, "PROBE_IMAGES", 1)
-    (row,) = evaluation.relearned(Half(), case_of(Corner(), Reader()), [5])
+    monkeypatch.setattr(reactivation, "relearn", lambda model, *_, **__: Relearned(model, None, []))
+    monkeypatch.setattr(context, "PROBE_IMAGES", 1)
+    (row,) = relearned(Half(), case_of(Corner(), Reader()), [5])
     assert (row["asr"], row["clean_accuracy"]) == (pytest.approx(1 / 3), 0.75)
 
 
 def test_a_gain_is_what_the_repaired_model_has_beyond_its_control():
-    found = evaluation._with_gain("relearn_asr", 0.5, 0.125)
-    assert found == {"relearn_asr": 0.5, "relearn_asr_control": 0.125, "relearn_gain": 0.375}
-    assert evaluation._with_gain("reactivate_asr", 0.5, None)["reactivate_gain"] is None
+    found = _with_gain("relearn_asr", 0.5, 0.125)
+    assert found == {"relearn_asr": 0.5, "relearn_asr_clean_control": 0.125, "relearn_gain": 0.375}
+    assert _with_gain("reactivate_asr", 0.5, None)["reactivate_gain"] is None
 
 
 def test_the_perturbation_is_looked_for_on_judged_training_images_and_scored_on_the_test_set(monkeypatch):
     seen = []
 
-    def reactivate(model: nn.Module, data: ImageSet, wanted: Tensor, *_: object, **__: object) -> Tensor:
-        seen.append((data, wanted))
+    def reactivate(model: nn.Module, data: ImageSet, target_labels: Tensor, *_: object, **__: object) -> Tensor:
+        seen.append((data, target_labels))
         return torch.full((1, 1, 4, 4), -0.1)
 
-    monkeypatch.setattr(evaluation.reactivation, "reactivate", reactivate)
+    monkeypatch.setattr(reactivation, "reactivate", reactivate)
     case = case_of(Corner(), Reader())
-    assert evaluation.reactivated(Reader(target=1), case) == 0.0  # the corner is no longer white
-    ((data, wanted),) = seen
+    assert reactivated(Reader(target=1), case) == 0.0  # the corner is no longer white
+    ((data, target_labels),) = seen
     assert (len(data), len(case.test)) == (60, 40)  # of 80 training images, without the target class
     assert (data.labels != 1).all()
-    assert (wanted == 1).all()
+    assert (target_labels == 1).all()
 
 
 def test_a_reactivation_and_a_relearning_stamp_each_image_once_and_change_nothing_by_it(monkeypatch):
     linear = nn.Sequential(nn.Flatten(), nn.Linear(16, CLASSES))
     case, found = case_of(Dim(), linear), []
-    judged = case.judged(case.train())
-    data = evaluation.fixed_part(judged, len(judged))
-    each_step = evaluation.reactivation.reactivate(linear, data, case.wanted(data.labels), case.trigger, seed=case.seed)
-    monkeypatch.setattr(evaluation.Case, "success", lambda self, model, data, shift=0.0: found.append(shift))
+    eligible = case.eligible(case.train())
+    data = fixed_part(eligible, len(eligible))
+    each_step = reactivation.reactivate(linear, data, case.target_labels(data.labels), case.trigger, seed=case.seed)
+    monkeypatch.setattr(EvaluationContext, "success", lambda self, model, data, shift=0.0: found.append(shift))
     stamped_counts.clear()
-    evaluation.reactivated(linear, case)
+    reactivated(linear, case)
     assert stamped_counts == [len(data)]
     assert torch.equal(found[0], each_step)
     monkeypatch.undo()
@@ -445,9 +463,9 @@ def test_a_reactivation_and_a_relearning_stamp_each_image_once_and_change_nothin
     def look(model: nn.Module, *_: object, success: Callable[[nn.Module], float], **__: object) -> Relearned:
         return Relearned(model, None, [(step, success(model)) for step in range(3)])
 
-    monkeypatch.setattr(evaluation.reactivation, "relearn", look)
+    monkeypatch.setattr(reactivation, "relearn", look)
     stamped_counts.clear()
-    evaluation.relearned(linear, case, [5])
+    relearned(linear, case, [5])
     probe = int((case.test.labels != 1).sum())
     assert sorted(stamped_counts) == [5, probe, len(case.test)]
 
@@ -464,8 +482,8 @@ def test_the_connection_is_shown_on_judged_images_that_every_model_has_right():
             return super().forward(images) - 2 * nn.functional.one_hot(torch.tensor(self.label), CLASSES)
 
     case = case_of(Corner(), Reader())
-    assert evaluation._right(case, Blind(0)).labels.unique().tolist() == [2, 3]
-    assert evaluation._right(case, Blind(0), Blind(3)).labels.unique().tolist() == [2]
+    assert _right(case, Blind(0)).labels.unique().tolist() == [2, 3]
+    assert _right(case, Blind(0), Blind(3)).labels.unique().tolist() == [2]
 
 
 def test_what_is_added_after_the_trigger_leaves_no_image_outside_of_its_range():
@@ -484,20 +502,20 @@ def test_what_is_added_after_the_trigger_leaves_no_image_outside_of_its_range():
 def test_robustness_is_measured_on_as_many_images_as_asked_for_and_by_its_own_settings(monkeypatch):
     seen = []
     monkeypatch.setattr(evaluation, "robust_accuracy", lambda model, data, **given: seen.append((len(data), given)))
-    wanted = {"pgd_images": 3, "pgd_epsilon": 0.2, "pgd_step_size": 0.05, "pgd_steps": 7}
+    target_labels = {"pgd_images": 3, "pgd_epsilon": 0.2, "pgd_step_size": 0.05, "pgd_steps": 7}
     model = Reader()
     case = case_of(Corner(), model)
     before = evaluation.inspected(model, None, case, {})
-    measured(model, case, MEASURE | wanted, before, case.test.labels)
+    measured(model, case, MEASURE | target_labels, before, case.test.labels)
     assert seen == [(3, {"epsilon": 0.2, "step_size": 0.05, "steps": 7, "seed": 0})]
 
 
-def test_the_connection_compares_the_infected_model_with_its_twin_and_with_noise(monkeypatch):
+def test_the_connection_compares_the_infected_model_with_its_control_and_with_noise(monkeypatch):
     def trace(model: Reader, *_: object, noise: torch.Generator | None = None, **__: object) -> tuple:
         return model.target, noise is not None
 
-    monkeypatch.setattr(evaluation.connection, "trace", trace)
-    monkeypatch.setattr(evaluation.connection, "compare", lambda *traces, **_: {"traces": traces})
-    rows = evaluation.connected(Reader(target=1), Reader(), case_of(Corner(), Reader()))
-    assert [row["epsilon"] for row in rows] == list(evaluation.connection.EPSILONS)
+    monkeypatch.setattr(connection, "trace", trace)
+    monkeypatch.setattr(connection, "compare", lambda *traces, **_: {"traces": traces})
+    rows = connected(Reader(target=1), Reader(), case_of(Corner(), Reader()))
+    assert [row["epsilon"] for row in rows] == list(connection.EPSILONS)
     assert all(row["traces"] == ((1, False), (None, False), (1, True)) for row in rows)

@@ -12,8 +12,17 @@ import torch
 
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Journal, Recipe
-from defenses.base import SETTINGS, DefenderView, Defense, NotApplicable, ReserveView, TrainsetView, defense, offered
+from bench.engine.training import Recipe, TrainingLog
+from defenses.base import (
+    THREAT_MODELS,
+    DefenderView,
+    Defense,
+    NotApplicable,
+    ReserveView,
+    TrainsetView,
+    defense,
+    offered,
+)
 
 # A setting whose name holds one of these counts work; one is the least of it.
 WORK = ("epochs", "updates", "iterations", "steps", "rounds", "batches", "passes")
@@ -79,9 +88,9 @@ def view_for(cls: type[Defense], family: str, channels: int) -> DefenderView:
         "num_classes": 4,
         "seed": 0,
         "device": torch.device("cpu"),
-        "progress": Journal(),
+        "progress": TrainingLog(),
     }
-    kind = next(found for setting in SETTINGS if (found := offered(cls, setting)) is not None)
+    kind = next(found for setting in THREAT_MODELS if (found := offered(cls, setting)) is not None)
     if kind is DefenderView:
         return DefenderView(**own)
     if kind is ReserveView:
@@ -129,7 +138,7 @@ def test_a_defense_returns_a_finite_model_of_the_same_architecture_or_says_why_n
 
 @pytest.mark.parametrize("name", sorted(defense))
 def test_a_defense_takes_the_precision_of_gpus(name):
-    view = replace(view_for(defense[name], "test_resnet", 3), progress=Journal(precision="bfloat16"))
+    view = replace(view_for(defense[name], "test_resnet", 3), log=TrainingLog(precision="bfloat16"))
     weights = smallest(name).defend(view).model.state_dict()
     assert all(torch.isfinite(value).all() for value in weights.values())
     assert {value.dtype for value in weights.values()} == {torch.float32, torch.int64}  # and keeps float32 weights

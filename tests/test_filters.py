@@ -19,7 +19,7 @@ from baselines.strip import Strip, lower_quantile, overlaid_entropy
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.metrics import features
 from bench.engine.models import Classifier
-from bench.engine.training import Journal, Recipe
+from bench.engine.training import Recipe, TrainingLog
 from defenses.base import TrainsetView, assumed_poison
 from defenses.spectre import Spectre, class_strengths, quantum_scores, strongest_class
 
@@ -62,7 +62,7 @@ def view(trainset: ImageSet) -> TrainsetView:
         CLASSES,
         0,
         torch.device("cpu"),
-        Journal(),
+        TrainingLog(),
         trainset=trainset,
         augmentation=Augmentation(),
         fresh_model=pixels,
@@ -354,7 +354,7 @@ def test_spectre_scores_and_compares_classes_with_the_settings_given(settings):
     verdict = Spectre(**how, retrain=False).defend(given)
     rows = features(given.model, data)
     strengths = class_strengths(rows, data.labels, seed=given.seed, **how)
-    assert dict(given.progress.curves["spectre/strength"]) == strengths
+    assert dict(given.log.curves["spectre/strength"]) == strengths
     for label in set(range(CLASSES)) - {strongest_class(strengths)}:
         members = (data.labels == label).nonzero().flatten()
         found = quantum_scores(rows[members], round(0.12 * len(members)), **how)

@@ -9,7 +9,7 @@ from baselines.fine_pruning import FinePruning, cut, loudness
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.metrics import features, predict
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Journal
+from bench.engine.training import TrainingLog
 from defenses.base import ReserveView
 
 
@@ -55,7 +55,7 @@ def as_the_model_says(model: Classifier, data: ImageSet) -> ImageSet:
 
 def view(model: Classifier, reserve: ImageSet, seed: int = 0) -> ReserveView:
     return ReserveView(
-        copy.deepcopy(model), 4, seed, torch.device("cpu"), Journal(), reserve=reserve, augmentation=Augmentation()
+        copy.deepcopy(model), 4, seed, torch.device("cpu"), TrainingLog(), reserve=reserve, augmentation=Augmentation()
     )
 
 
@@ -161,7 +161,7 @@ def test_as_many_units_are_cut_as_a_search_by_cutting_finds(step, tolerance, see
     found = FinePruning(tolerance=tolerance, step=step, held_out=0.35, epochs=0).defend(given).model
     assert silent(found) == expected
     assert share(found, held_out) >= 1 - tolerance
-    assert given.progress.curves["fine_pruning/pruned"] == [(0, pytest.approx(len(expected) / 16))]
+    assert given.log.curves["fine_pruning/pruned"] == [(0, pytest.approx(len(expected) / 16))]
 
 
 def test_a_loss_of_exactly_the_tolerance_is_within_it():

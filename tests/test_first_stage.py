@@ -8,19 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.door import plan
+from bench.experiment.experiment import load_experiment
 
 CHILD = """
 import json, pickle, sys
 import torch
-import bench.pipeline
-from bench.config import load_methods
+import bench.pipeline.runner
+from bench.experiment.load import load_methods
 
 load_methods([])
 torch.set_num_threads(1)
 trials, infos, store = pickle.load(open(sys.argv[1], "rb"))
-bench_ = bench.pipeline.Bench(store, infos, torch.device("cpu"))
-timed, begin = [], bench_.journal
+bench_ = bench.pipeline.runner.Runner(store, infos, torch.device("cpu"))
+timed, begin = [], bench_.log
 
 
 def journal(stage, trial):
@@ -28,7 +28,7 @@ def journal(stage, trial):
     return begin(stage, trial)
 
 
-bench_.journal = journal
+bench_.log = journal
 before = torch.random.get_rng_state()
 for trial in trials:
     for stage in ("implant", "defend", "evaluate"):
@@ -41,8 +41,8 @@ print(json.dumps({"timed": timed, "drew": not torch.equal(before, torch.random.g
 
 
 def test_nothing_heavy_is_imported_while_the_first_stage_of_a_process_is_timed(tiny: list[str], tmp_path: Path) -> None:
-    filters = ["grid.defenses=[activation_clustering,no_defense]", "grid.settings=[trainset]"]
-    opened = plan([*tiny, "grid.attacks=[badnets]", *filters, "defense.activation_clustering.retrain=false"])
+    filters = ["grid.defenses=[activation_clustering,no_defense]", "grid.threat_models=[trainset]"]
+    opened = load_experiment([*tiny, "grid.attacks=[badnets]", *filters, "defense.activation_clustering.retrain=false"])
     with (tmp_path / "plan.pickle").open("wb") as file:
         pickle.dump((opened.trials, opened.infos, opened.store), file)
     found = subprocess.run(

@@ -9,7 +9,7 @@ import torch
 from baselines.fst import FeatureShiftTuning, HeadShift, draw_head
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Journal
+from bench.engine.training import TrainingLog
 from defenses.base import ReserveView
 
 
@@ -21,7 +21,7 @@ def view(infected: Classifier, seed: int = 0) -> ReserveView:
     images = torch.randint(0, 256, (32, 3, 16, 16), generator=generator(0, "reserve"), dtype=torch.uint8)
     data = ImageSet(images, torch.arange(32) % 4)
     return ReserveView(
-        copy.deepcopy(infected), 4, seed, torch.device("cpu"), Journal(), reserve=data, augmentation=Augmentation()
+        copy.deepcopy(infected), 4, seed, torch.device("cpu"), TrainingLog(), reserve=data, augmentation=Augmentation()
     )
 
 

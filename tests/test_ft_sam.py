@@ -10,7 +10,7 @@ from baselines.fine_tuning import FineTuning
 from baselines.ft_sam import FineTuningSAM, SharpnessAware, ascent
 from bench.engine.data import Augmentation, ImageSet, equal_batches, generator
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Journal
+from bench.engine.training import TrainingLog
 from defenses.base import ReserveView
 
 HOW = Augmentation(crop=1 / 8, flip=True)
@@ -27,7 +27,9 @@ def reserve(count: int = 50) -> ImageSet:
 
 
 def view(infected: Classifier, data: ImageSet, seed: int = 0, how: Augmentation = HOW) -> ReserveView:
-    return ReserveView(copy.deepcopy(infected), 4, seed, torch.device("cpu"), Journal(), reserve=data, augmentation=how)
+    return ReserveView(
+        copy.deepcopy(infected), 4, seed, torch.device("cpu"), TrainingLog(), reserve=data, augmentation=how
+    )
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:

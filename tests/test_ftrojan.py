@@ -10,13 +10,13 @@ import torch
 from attacks.base import Setup
 from attacks.ftrojan import FTrojan, cosine_transform
 from bench.engine.data import Augmentation, ImageSet, generator
-from bench.engine.training import Journal, Recipe
+from bench.engine.training import Recipe, TrainingLog
 
 
 def setup(shape: tuple[int, ...] = (3, 32, 32)) -> Setup:
     images = torch.randint(0, 256, (8, *shape), dtype=torch.uint8, generator=generator(0, "test"))
     data = ImageSet(images, torch.arange(8) % 4)
-    return Setup(data, 4, 0, lambda seed: torch.nn.Identity(), Recipe(), Augmentation(), Journal())
+    return Setup(data, 4, 0, lambda seed: torch.nn.Identity(), Recipe(), Augmentation(), TrainingLog())
 
 
 def change(attack: FTrojan, shape: tuple[int, ...] = (3, 32, 32)) -> np.ndarray:

@@ -7,9 +7,11 @@ import csv
 import pytest
 import torch
 
-from bench.door import plan
-from bench.gallery import main, pictures, scores, ssim, with_another_trigger
-from bench.pipeline import Bench, attack_from
+from bench.experiment.experiment import load_experiment
+from bench.experiment.identity import attack_from
+from bench.gallery import main
+from bench.pipeline.runner import Runner
+from bench.reporting.triggers import pictures, scores, ssim, with_another_trigger
 
 
 def test_the_scores_of_one_changed_pixel_are_known():
@@ -45,15 +47,17 @@ def test_a_report_draws_each_stored_trigger_once_and_forgets_those_of_other_sett
     run_grid(*settings, swept)
     folder = tmp_path / "results" / "quick"
     (folder / "trigger_of_another_grid.png").write_text("old")
-    assert pictures(plan([*tiny, *settings, swept])) == [folder / "triggers.png"]
+    assert pictures(load_experiment([*tiny, *settings, swept])) == [folder / "triggers.png"]
     found = sorted(folder.glob("trigger_*.png"))
     names = [picture_of("digits", "test_resnet", "blended", f"attack.alpha=0.{n}") for n in (1, 3)]
     assert [path.name for path in found] == sorted(names)
     assert found[0].read_bytes() != found[1].read_bytes()
     for weights in (tmp_path / "results" / "store" / "implant").rglob("*.safetensors"):
         weights.unlink()
-    assert pictures(plan([*tiny, *settings, swept])) == []  # deleted for their room: a report is no worse for it
-    assert pictures(plan([*tiny, *settings])) == []  # nothing is stored with these
+    assert (
+        pictures(load_experiment([*tiny, *settings, swept])) == []
+    )  # deleted for their room: a report is no worse for it
+    assert pictures(load_experiment([*tiny, *settings])) == []  # nothing is stored with these
     assert list(folder.glob("trigger*")) == []
 
 
@@ -74,8 +78,8 @@ def test_a_trigger_that_a_sweep_does_not_change_is_shown_once(run_grid, tiny, mo
     swept = "grid.sweep=[{key:attack.poison_rate,values:[0.05,0.1]},{key:attack.target_label,values:[0]}]"
     run_grid(*settings, swept)
     shown = []
-    monkeypatch.setattr("bench.reporting.plots.triggers", lambda drawn, *_: shown.extend(drawn))
-    pictures(plan([*tiny, *settings, swept]))
+    monkeypatch.setattr("bench.reporting.figures.triggers.triggers", lambda drawn, *_: shown.extend(drawn))
+    pictures(load_experiment([*tiny, *settings, swept]))
     assert shown == ["badnets", "blended"]
 
 
@@ -89,12 +93,12 @@ def test_a_gallery_is_drawn_from_what_is_stored(run_grid, tiny, tmp_path, capsys
     assert (folder / "gallery.png").read_bytes().startswith(b"\x89PNG")
     lines = (folder / "gallery.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["attack", "badnets", "blended"]
-    opened = plan([*tiny, *settings])
+    opened = load_experiment([*tiny, *settings])
     clean = next(trial for trial in opened.trials if trial.attack == "none")
-    bench = Bench(opened.store, opened.infos, torch.device("cpu"))
+    bench = Runner(opened.store, opened.infos, torch.device("cpu"))
     test = bench.test_set("digits")
     others = test[test.labels != 8]
-    model = bench.stored(clean, "implant", clean.keys()[0])
+    model = bench.stored(clean, "implant", clean.keys.implant)
     with torch.no_grad():
         sent = model(others.images.float() / 255).argmax(1) == 8
     rows = list(csv.DictReader(lines))
@@ -117,7 +121,7 @@ def test_the_trigger_that_an_attack_finds_on_its_network_is_shown_behind_the_cel
 
     two = ["grid.attacks=[input_aware]", "grid.defenses=[no_defense]", "grid.models=[test_resnet,test_vit]"]
     run_grid(*two)
-    opened = plan([*tiny, *two])
+    opened = load_experiment([*tiny, *two])
     pictures(opened)
     first, second = (opened.folder / picture_of("digits", name, "input_aware") for name in ("test_resnet", "test_vit"))
     assert first.read_bytes() != second.read_bytes()
@@ -126,8 +130,8 @@ def test_the_trigger_that_an_attack_finds_on_its_network_is_shown_behind_the_cel
 def test_an_infected_model_is_shown_the_trigger_of_another_seed(run_grid, tiny, monkeypatch):
     settings = ["grid.attacks=[badnets,blended]", "grid.defenses=[no_defense]", "grid.seeds=2", "train.epochs=4"]
     _, trials = run_grid(*settings)
-    opened = plan([*tiny, *settings])
-    bench = Bench(opened.store, opened.infos, torch.device("cpu"))
+    opened = load_experiment([*tiny, *settings])
+    bench = Runner(opened.store, opened.infos, torch.device("cpu"))
     found = {(t.attack, t.seed): with_another_trigger(opened, bench, t)["other_seed_asr"] for t in opened.trials}
     own = {(row.attack, row.seed): row.asr for row in trials.itertuples()}
     assert found["badnets", 0] == own["badnets", 0]  # the white patch is the same for every seed
@@ -136,5 +140,5 @@ def test_an_infected_model_is_shown_the_trigger_of_another_seed(run_grid, tiny, 
     others = test[test.labels != 0].images.float() / 255
     with torch.no_grad():
         triggered = attack_from(first.implant).trigger(others, bench.trigger_of(second))
-        sent = bench.stored(first, "implant", first.keys()[0])(triggered).argmax(1) == 0
+        sent = bench.stored(first, "implant", first.keys.implant)(triggered).argmax(1) == 0
     assert found["blended", 0] == pytest.approx(sent.double().mean().item()) != own["blended", 0]

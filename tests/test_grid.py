@@ -9,8 +9,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from attacks.base import attack
-from bench.config import UserError, grids
-from bench.door import plan, protocol
+from bench.engine.errors import UserError
+from bench.experiment.experiment import load_experiment
+from bench.experiment.load import grids
+from bench.reporting.protocol import protocol
 from defenses.base import defense
 
 BASE = ["grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "grid.seeds=1"]
@@ -19,15 +21,15 @@ BASE = ["grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "grid.seeds=1"]
 @pytest.fixture
 def keys(cache):
     def of(*more: str) -> tuple[str, str, str]:
-        return plan([*BASE, f"dataset.cache={cache}", *more]).trials[0].keys()
+        return load_experiment([*BASE, f"dataset.cache={cache}", *more]).trials[0].keys
 
     return of
 
 
 def test_a_plan_is_the_product_of_its_axes(cache):
-    opened = plan(["grid=quick", f"dataset.cache={cache}"])
+    opened = load_experiment(["grid=quick", f"dataset.cache={cache}"])
     assert len(opened.trials) == 3 * 4 * 3
-    assert len({trial.keys()[0] for trial in opened.trials}) == 3 * 3  # many defenses share one implant
+    assert len({trial.keys.implant for trial in opened.trials}) == 3 * 3  # many defenses share one implant
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,7 @@ def test_a_plan_is_the_product_of_its_axes(cache):
         ("grid.models=[test_vit]", "111"),
         ("grid.seeds=[1]", "111"),
         ("dataset.size=32", "111"),
-        ("reserve.pool=0.1", "111"),
+        ("reserve.held_out=0.1", "111"),
         ("defense.fine_tuning.epochs=7", "011"),
         ("reserve.size=0.02", "011"),
         ("reserve.contamination=0.1", "011"),
@@ -73,7 +75,9 @@ def test_a_clean_model_has_no_poison_to_taint_a_reserve_with(keys):
 def test_every_setting_of_every_method_is_in_its_identity(registry, group, cache):
     axis = f"{group}s"
     for name, cls in registry.items():
-        trials = plan([f"grid.{axis}=[{name}]", "grid.settings=[reserve,trainset]", f"dataset.cache={cache}"]).trials
+        trials = load_experiment(
+            [f"grid.{axis}=[{name}]", "grid.threat_models=[reserve,trainset]", f"dataset.cache={cache}"]
+        ).trials
         for trial in trials:
             identity = trial.implant["attack"] if group == "attack" else (trial.defend or {}).get("defense")
             if identity:
@@ -84,7 +88,7 @@ def test_every_setting_of_every_method_is_in_its_identity(registry, group, cache
 def test_a_setting_that_came_later_is_named_once_it_is_used(cache):
     def named(*more: str) -> dict:
         words = ["grid=quick", "grid.attacks=[wanet]", f"dataset.cache={cache}", *more]
-        return plan(words).trials[0].implant["attack"]
+        return load_experiment(words).trials[0].implant["attack"]
 
     assert named() == {key: value for key, value in named("attack.wanet.ramp=0.5").items() if key != "ramp"}
     assert named("attack.wanet.ramp=0.5")["ramp"] == 0.5
@@ -97,7 +101,7 @@ def test_a_new_version_of_a_method_is_another_stage(keys, monkeypatch):
 
 
 def test_an_exception_sets_only_the_cells_that_match(cache):
-    opened = plan(
+    opened = load_experiment(
         [
             "grid=quick",
             "grid.exceptions=[{attack: badnets, set: {attack.patch_size: 6}, why: larger}]",
@@ -111,13 +115,13 @@ def test_an_exception_sets_only_the_cells_that_match(cache):
 
 def test_an_exception_may_name_several(cache):
     settings = "grid.exceptions=[{defense: [aft, fine_tuning], set: {defense.lr: 0.5}, why: both}]"
-    opened = plan(["grid=quick", settings, f"dataset.cache={cache}"])
+    opened = load_experiment(["grid=quick", settings, f"dataset.cache={cache}"])
     rates = {trial.defense: trial.defend["defense"].get("lr") for trial in opened.trials}
     assert (rates["aft"], rates["fine_tuning"], rates["fine_pruning"]) == (0.5, 0.5, 0.01)
 
 
 def test_the_command_line_wins_over_an_exception_of_the_grid(cache):
-    opened = plan(["grid=quick", "defense.aft.epsilon=0.5", f"dataset.cache={cache}"])
+    opened = load_experiment(["grid=quick", "defense.aft.epsilon=0.5", f"dataset.cache={cache}"])
     aft = next(trial for trial in opened.trials if trial.defense == "aft").defend["defense"]
     assert (aft["epsilon"], aft["updates"]) == (0.5, 160)
 
@@ -147,18 +151,18 @@ ROW = ["grid.ablations=[{name: short, defense: fine_tuning, set: {epochs: 3}}]",
 def test_a_setting_counts_the_same_however_it_is_written(cache, words, dotted, others):
     def outcome(word: str) -> object:
         try:
-            opened = plan([*BASE, *words, word, f"dataset.cache={cache}"])
+            opened = load_experiment([*BASE, *words, word, f"dataset.cache={cache}"])
         except UserError as error:
             return str(error)
         lines = [line for line in protocol(opened) if not line.startswith("command: ")]
-        return [trial.keys() for trial in opened.trials], lines
+        return [trial.keys for trial in opened.trials], lines
 
     assert {repr(outcome(other)) for other in others} == {repr(outcome(dotted))}
 
 
 def test_the_shipped_grid_takes_a_dictionary_as_it_takes_the_dotted_form(cache):
     words = ["grid=quick", "grid.defenses=[aft]", "grid.attacks=[badnets]", "grid.seeds=1", f"dataset.cache={cache}"]
-    opened = plan([*words, "defense.aft={epsilon: 0.02}"])
+    opened = load_experiment([*words, "defense.aft={epsilon: 0.02}"])
     assert opened.trials[0].defend["defense"]["epsilon"] == 0.02
     assert "command: python -m bench.run grid=quick" in "\n".join(protocol(opened))
     assert "defense.aft.epsilon=0.02" in opened.arguments
@@ -178,34 +182,34 @@ def test_the_shipped_grid_takes_a_dictionary_as_it_takes_the_dotted_form(cache):
 def test_the_command_of_each_cell_computes_that_cell(cache, words):
     import shlex
 
-    from bench.door import command
+    from bench.reporting.protocol import command
 
     base = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,aft]", "grid.seeds=1", f"dataset.cache={cache}"]
-    opened = plan([*base, *words])
+    opened = load_experiment([*base, *words])
     for trial in opened.trials:
-        again = plan(shlex.split(command(opened, trial))[3:])
-        assert [one.keys() for one in again.trials] == [trial.keys()]
+        again = load_experiment(shlex.split(command(opened, trial))[3:])
+        assert [one.keys for one in again.trials] == [trial.keys]
 
 
 def test_a_fraction_is_its_quotient_wherever_a_number_stands(cache):
     words = ["grid.exceptions=[{attack: badnets, set: {attack.poison_rate: 1/8}, why: x}]"]
     words += ["grid.sweep=[{key: train.lr, values: [1/3, 2/3]}]", "measure={pgd_epsilon: 6/255}"]
-    trials = plan([*BASE, *words, f"dataset.cache={cache}"]).trials
+    trials = load_experiment([*BASE, *words, f"dataset.cache={cache}"]).trials
     assert [trial.implant["train"]["lr"] for trial in trials] == [1 / 3, 2 / 3]
     assert {trial.implant["attack"]["poison_rate"] for trial in trials} == {1 / 8}
     assert {trial.evaluate["pgd_epsilon"] for trial in trials} == {6 / 255}
     row = ["grid.ablations=[{name: row, defense: aft, set: {epsilon: 6/255}}]", "grid.defenses=[row]"]
-    assert plan([*BASE, *row, f"dataset.cache={cache}"]).trials[0].defend["defense"]["epsilon"] == 6 / 255
+    assert load_experiment([*BASE, *row, f"dataset.cache={cache}"]).trials[0].defend["defense"]["epsilon"] == 6 / 255
 
 
 def test_an_exception_may_be_about_what_the_command_line_narrowed_away(cache):
     words = ["grid.exceptions=[{dataset: cifar10, attack: sig, defense: nad, set: {attack.delta: 3}, why: x}]"]
-    assert plan([*BASE, *words, f"dataset.cache={cache}"]).trials
+    assert load_experiment([*BASE, *words, f"dataset.cache={cache}"]).trials
 
 
 def test_the_protocol_prints_an_exception_unless_the_command_line_replaced_it_for_that_method(cache):
     def printed(*more: str) -> str:
-        return "\n".join(protocol(plan(["grid=quick", f"dataset.cache={cache}", *more])))
+        return "\n".join(protocol(load_experiment(["grid=quick", f"dataset.cache={cache}", *more])))
 
     assert "exception for aft: defense.epsilon=0.1, defense.updates=160" in printed()
     assert "defense.epsilon=0.1" not in printed("defense.aft.epsilon=0.2")
@@ -238,7 +242,9 @@ def test_the_protocol_prints_an_exception_unless_the_command_line_replaced_it_fo
 
 
 def test_the_protocol_names_the_command_without_what_changes_no_figure(cache):
-    opened = plan(["grid=quick", "grid.seeds=1", "dispatch.workers=3", "results=away", f"dataset.cache={cache}"])
+    opened = load_experiment(
+        ["grid=quick", "grid.seeds=1", "dispatch.workers=3", "results=away", f"dataset.cache={cache}"]
+    )
     assert "command: python -m bench.run grid=quick grid.seeds=1" in protocol(opened)
 
 
@@ -252,15 +258,15 @@ ABLATED = [
 
 def test_an_ablation_is_a_row_of_its_own_and_changes_its_defense_there_alone(cache):
     row = "grid.ablations=[{name: plain, defense: aft, set: {epsilon: 0}}]"
-    opened = plan([*ABLATED, row, f"dataset.cache={cache}"])
+    opened = load_experiment([*ABLATED, row, f"dataset.cache={cache}"])
     assert [trial.defense for trial in opened.trials] == ["aft", "plain"]
     whole, ablated = (trial.defend["defense"] for trial in opened.trials)
     # The exception for the method holds for both; the stage's identity is the method's, not the row's.
     assert ablated == {**whole, "epsilon": 0.0} != whole
     assert whole["updates"] == 250
     assert "plain: aft with epsilon=0" in "\n".join(protocol(opened))
-    same = plan(["defense.aft.epsilon=0", *ABLATED, "grid.defenses=[aft]", f"dataset.cache={cache}"])
-    assert same.trials[0].keys() == opened.trials[1].keys()
+    same = load_experiment(["defense.aft.epsilon=0", *ABLATED, "grid.defenses=[aft]", f"dataset.cache={cache}"])
+    assert same.trials[0].keys == opened.trials[1].keys
 
 
 @pytest.mark.parametrize(
@@ -275,28 +281,30 @@ def test_an_ablation_is_a_row_of_its_own_and_changes_its_defense_there_alone(cac
 )
 def test_an_ablation_that_makes_no_sense_is_refused(cache, row, hint):
     with pytest.raises(UserError, match=hint):
-        plan([*ABLATED, f"grid.ablations=[{row}]", f"dataset.cache={cache}"])
+        load_experiment([*ABLATED, f"grid.ablations=[{row}]", f"dataset.cache={cache}"])
 
 
 def test_what_an_ablation_changes_cannot_be_set_beside_it(cache):
     row = "grid.ablations=[{name: plain, defense: aft, set: {epsilon: 0}}]"
     with pytest.raises(UserError, match="what the row 'plain' of this grid changes"):
-        plan([*ABLATED, row, "defense.aft.epsilon=0.1", f"dataset.cache={cache}"])
+        load_experiment([*ABLATED, row, "defense.aft.epsilon=0.1", f"dataset.cache={cache}"])
 
 
 def test_a_setting_that_offers_too_little_is_not_applicable_with_the_reason(cache):
-    opened = plan(["grid.defenses=[fine_tuning]", "grid.settings=[trainset]", f"dataset.cache={cache}"])
+    opened = load_experiment(["grid.defenses=[fine_tuning]", "grid.threat_models=[trainset]", f"dataset.cache={cache}"])
     assert all(not trial.defend and "trainset" in trial.reason for trial in opened.trials)
 
 
 def test_a_method_that_needs_no_image_is_repaired_once_for_all_settings(cache):
-    opened = plan(["grid.defenses=[no_defense]", "grid.settings=[reserve,trainset]", f"dataset.cache={cache}"])
-    both = {trial.setting: trial.keys() for trial in opened.trials if trial.seed == 0 and trial.attack == "badnets"}
+    opened = load_experiment(
+        ["grid.defenses=[no_defense]", "grid.threat_models=[reserve,trainset]", f"dataset.cache={cache}"]
+    )
+    both = {trial.threat_model: trial.keys for trial in opened.trials if trial.seed == 0 and trial.attack == "badnets"}
     assert both["reserve"] == both["trainset"]
 
 
 def test_a_sweep_is_one_more_axis_and_its_value_wins_over_exceptions(cache):
-    opened = plan(
+    opened = load_experiment(
         [
             "grid=quick",
             f"dataset.cache={cache}",
@@ -308,7 +316,7 @@ def test_a_sweep_is_one_more_axis_and_its_value_wins_over_exceptions(cache):
         ]
     )
     assert len(opened.trials) == 2 * 4 * 2
-    assert len({trial.keys()[0] for trial in opened.trials}) == 2 * 2  # the size of the reserve shares implants
+    assert len({trial.keys.implant for trial in opened.trials}) == 2 * 2  # the size of the reserve shares implants
     first = opened.trials[0]
     assert first.variant == "reserve.size=0.01, attack.poison_rate=0.1"
     assert first.defend["reserve"]["size"] == 0.01
@@ -330,13 +338,13 @@ def test_a_sweep_is_one_more_axis_and_its_value_wins_over_exceptions(cache):
 )
 def test_a_sweep_that_makes_no_sense_is_refused(cache, sweep, hint):
     with pytest.raises(UserError, match=hint):
-        plan([*BASE, f"dataset.cache={cache}", f"grid.sweep={sweep}"])
+        load_experiment([*BASE, f"dataset.cache={cache}", f"grid.sweep={sweep}"])
 
 
 def test_a_swept_setting_cannot_be_set_beside_the_sweep(cache):
     swept = "grid.sweep=[{key: reserve.size, values: [0.01, 0.05]}]"
     with pytest.raises(UserError, match=r"reserve\.size is swept by this grid"):
-        plan([*BASE, f"dataset.cache={cache}", "reserve.size=0.02", swept])
+        load_experiment([*BASE, f"dataset.cache={cache}", "reserve.size=0.02", swept])
 
 
 @pytest.mark.parametrize(
@@ -349,7 +357,7 @@ def test_a_swept_setting_cannot_be_set_beside_the_sweep(cache):
 def test_nor_as_the_setting_of_the_one_method_that_has_it(cache, key, beside):
     swept = f"grid.sweep=[{{key: {key}, values: [0.1, 0.2]}}]"
     with pytest.raises(UserError, match=r"attack\.badnets\.poison_rate is swept by this grid"):
-        plan([*BASE, swept, beside, f"dataset.cache={cache}"])
+        load_experiment([*BASE, swept, beside, f"dataset.cache={cache}"])
 
 
 def test_a_setting_that_one_method_has_is_swept_for_it_alone(cache):
@@ -357,7 +365,9 @@ def test_a_setting_that_one_method_has_is_swept_for_it_alone(cache):
         sweep = f"grid.sweep=[{{key: {key}, values: [1, 2]}}]"
         words = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning,fine_pruning]", "grid.seeds=1"]
         found: dict[str, list[int | None]] = {}
-        for trial in plan(["grid=digits", *words, sweep, "grid.exceptions=[]", f"dataset.cache={cache}"]).trials:
+        for trial in load_experiment(
+            ["grid=digits", *words, sweep, "grid.exceptions=[]", f"dataset.cache={cache}"]
+        ).trials:
             found.setdefault(trial.defense, []).append(trial.defend["defense"].get("epochs"))
         return found
 
@@ -372,10 +382,10 @@ def test_a_setting_that_one_method_has_is_swept_for_it_alone(cache):
 def test_a_swept_poison_rate_passes_the_clean_model_by(cache):
     words = ["grid.attacks=[none,badnets]", "grid.defenses=[no_defense]", "grid.seeds=1"]
     sweep = "grid.sweep=[{key: attack.poison_rate, values: [0.01, 0.05]}]"
-    trials = plan([*words, sweep, f"dataset.cache={cache}"]).trials
+    trials = load_experiment([*words, sweep, f"dataset.cache={cache}"]).trials
     rates = [(trial.attack, trial.implant["attack"]["poison_rate"]) for trial in trials]
     assert rates == [("none", 0.0), ("none", 0.0), ("badnets", 0.01), ("badnets", 0.05)]
-    assert trials[0].keys() == trials[1].keys()
+    assert trials[0].keys == trials[1].keys
 
 
 def test_a_sweep_over_what_an_ablation_changes_is_refused(cache):
@@ -385,7 +395,7 @@ def test_a_sweep_over_what_an_ablation_changes_is_refused(cache):
         "grid.sweep=[{key: defense.aft.lr, values: [0.1, 0.2]}]",
     ]
     with pytest.raises(UserError, match=r"what the row 'gentle' of this grid changes, and defense\.aft\.lr is swept"):
-        plan([*BASE, *words, f"dataset.cache={cache}"])
+        load_experiment([*BASE, *words, f"dataset.cache={cache}"])
 
 
 def others(value: object) -> list[object]:
@@ -403,7 +413,7 @@ def others(value: object) -> list[object]:
 
 @pytest.mark.parametrize("group", ["reserve", "train", "measure", "model"])
 def test_every_setting_of_a_stage_is_part_of_its_identity(keys, group):
-    from bench.config import load
+    from bench.experiment.load import load
 
     base = ["measure.relearn=true"]  # its own settings count where it is measured
     before = keys(*base)
@@ -412,7 +422,7 @@ def test_every_setting_of_a_stage_is_part_of_its_identity(keys, group):
             continue
         value = [1, 5] if OmegaConf.is_list(value) else value
         changed = {
-            "pool": 0.2,
+            "held_out": 0.2,
             "contamination": 0.2,
             "size": 0.02,
             "warmup": 0.1,
@@ -426,7 +436,9 @@ def test_every_setting_of_a_stage_is_part_of_its_identity(keys, group):
 @pytest.mark.parametrize("name", grids())
 def test_every_shipped_grid_can_be_planned_and_says_what_it_costs(cache, name):
     # On digits, whatever its data: names, exceptions and sweeps are what a grid can get wrong.
-    opened = plan([f"grid={name}", "grid.datasets=[digits]", "grid.models=[test_resnet]", f"dataset.cache={cache}"])
+    opened = load_experiment(
+        [f"grid={name}", "grid.datasets=[digits]", "grid.models=[test_resnet]", f"dataset.cache={cache}"]
+    )
     assert opened.cfg.grid.name == name
     assert opened.cfg.grid.purpose
     text = files("bench.conf").joinpath("grid", f"{name}.yaml").read_text()

@@ -18,7 +18,7 @@ from baselines.i_bau import (
 )
 from bench.engine.data import Augmentation, ImageSet, equal_batches, generator
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Journal
+from bench.engine.training import TrainingLog
 from defenses.base import NotApplicable, ReserveView
 
 FAMILIES = ["test_vit", "mobilenetv3_small_050", "test_convnext", "test_efficientnet", "resnetv2_18"]
@@ -35,7 +35,9 @@ def reserve(count: int = 20) -> ImageSet:
 
 def view(infected: Classifier, data: ImageSet, seed: int = 0) -> ReserveView:
     how = Augmentation(crop=1 / 8, flip=True)
-    return ReserveView(copy.deepcopy(infected), 4, seed, torch.device("cpu"), Journal(), reserve=data, augmentation=how)
+    return ReserveView(
+        copy.deepcopy(infected), 4, seed, torch.device("cpu"), TrainingLog(), reserve=data, augmentation=how
+    )
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -347,7 +349,7 @@ def test_it_repeats_under_a_seed_and_logs_the_outer_loss():
     assert same(one, two)
     assert not same(one, other)
     assert not one.training
-    curve = views[0].progress.curves["i_bau/loss"]
+    curve = views[0].log.curves["i_bau/loss"]
     assert len(curve) == 2
     assert curve[0][1] == pytest.approx(math.log(4), abs=0.5)  # of an untrained network of four classes
 

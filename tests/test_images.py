@@ -15,8 +15,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from bench import data as command
-from bench.config import UserError
 from bench.engine.datasets import DataError, prepare
+from bench.engine.errors import UserError
 from bench.engine.images import SUFFIXES, read_image
 
 RNG = np.random.default_rng(0)

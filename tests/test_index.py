@@ -11,11 +11,12 @@ import pytest
 
 import bench.run
 import bench.status
-from bench import index as indices
-from bench.door import plan
-from bench.index import Index, Snapshot
-from bench.reporting.table import of_trials, steps
-from bench.store import LONG, Store, key_of
+from bench.experiment.experiment import load_experiment
+from bench.reporting.leaderboard import step_table
+from bench.reporting.trials import of_trials
+from bench.storage import index as indices
+from bench.storage.index import CachedStore, Index
+from bench.storage.store import LONG, Store, key_of
 
 PROVENANCE = {"commit": "c" * 40, "clean": True, "device": "cpu", "torch": "1", "python": "3"}
 
@@ -52,7 +53,7 @@ def test_a_brief_is_the_result_without_what_is_long(store):
     key = finish(store, "evaluate", 0, figures={"asr": 0.25}, **long)
     bare = finish(store, "evaluate", 1, figures={"asr": None})
     for _ in range(2):  # from the record, and from the file
-        known = Snapshot(store)
+        known = CachedStore(store)
         assert known.brief("evaluate", key) == store.brief("evaluate", key)
         assert known.brief("evaluate", key)["figures"] == {"asr": 0.25}
         assert set(known.brief("evaluate", key)["without"]) == set(LONG)
@@ -66,11 +67,11 @@ def test_a_second_look_reads_no_record_however_many_there_are(store, reads):
     counts = {}
     for number in (20, 60):
         keys = [finish(store, "evaluate", i) for i in range(number)]
-        first = Snapshot(store)
+        first = CachedStore(store)
         assert all(first.is_finished("evaluate", key) for key in keys)
         first.index.keep()
         reads.clear()
-        again = Snapshot(store)
+        again = CachedStore(store)
         assert all(again.is_finished("evaluate", key) and again.damage("evaluate", key) is None for key in keys)
         assert all(again.brief("evaluate", key) for key in keys)
         counts[number] = sum(reads.values())
@@ -99,25 +100,25 @@ def _rewrite(path):
 )
 def test_what_changes_after_it_was_noted_is_seen(store, name, damage):
     key = finish(store, "evaluate", 0)
-    known = Snapshot(store)
+    known = CachedStore(store)
     assert known.is_finished("evaluate", key)
     known.index.keep()
     damage(store.folder("evaluate", key) / name)
-    for look in (Snapshot(store), store):
+    for look in (CachedStore(store), store):
         assert not look.is_finished("evaluate", key)
         assert look.damage("evaluate", key)
 
 
 def test_a_stage_that_was_removed_or_set_aside_is_not_finished(store):
     key, other = finish(store, "evaluate", 0), finish(store, "evaluate", 1)
-    known = Snapshot(store)
+    known = CachedStore(store)
     assert known.is_finished("evaluate", key)
     assert known.is_finished("evaluate", other)
     known.set_aside({("evaluate", key): "a reason"})
     assert not known.is_finished("evaluate", key)
     known.index.keep()
     shutil.rmtree(store.folder("evaluate", other))
-    again = Snapshot(store)
+    again = CachedStore(store)
     assert not again.is_finished("evaluate", other)
     assert again.brief("evaluate", other) is None
 
@@ -142,15 +143,15 @@ def test_a_damaged_index_changes_no_figure_and_is_made_again(store, reads, damag
     keys = [finish(store, "evaluate", number) for number in range(5)]
     path = store.root / "index.jsonl"
     for _ in range(2):
-        known = Snapshot(store)
+        known = CachedStore(store)
         assert {known.brief("evaluate", key)["seconds"] for key in keys} == {1.0}
         known.index.keep()
         path.write_bytes(damage(path.read_bytes()))
-    known = Snapshot(store)
+    known = CachedStore(store)
     assert {known.brief("evaluate", key)["seconds"] for key in keys} == {1.0}
     known.index.keep()
     reads.clear()
-    assert all(Snapshot(store).is_finished("evaluate", key) for key in keys)
+    assert all(CachedStore(store).is_finished("evaluate", key) for key in keys)
     assert sum(reads.values()) == 0
 
 
@@ -161,7 +162,7 @@ def test_an_index_that_grew_in_many_looks_is_written_anew(store, monkeypatch):
     keys = []
     for number in range(30):
         keys.append(finish(store, "evaluate", number))
-        known = Snapshot(store)
+        known = CachedStore(store)
         assert all(known.is_finished("evaluate", key) for key in keys)
         known.index.keep()
         assert len(list(filter(None, path.read_text().split("\n")))) <= 3 + len(keys) // 4 + 1
@@ -172,7 +173,7 @@ def test_an_index_that_grew_in_many_looks_is_written_anew(store, monkeypatch):
 def test_a_store_that_cannot_be_written_to_does_without(store, monkeypatch):
     key = finish(store, "evaluate", 0)
     (store.root / "index.jsonl").mkdir()
-    known = Snapshot(store)
+    known = CachedStore(store)
     assert known.is_finished("evaluate", key)
     known.index.keep()
 
@@ -180,16 +181,16 @@ def test_a_store_that_cannot_be_written_to_does_without(store, monkeypatch):
 def test_tables_are_the_same_with_and_without_an_index_and_read_what_is_new_only(run_grid, tiny, reads, capsys):
     first = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"]
     run_grid(*first)
-    opened = plan([*tiny, *first])
+    opened = load_experiment([*tiny, *first])
     stored = of_trials(opened.trials, opened.store)
     for _ in range(2):
-        known = Snapshot(opened.store)
+        known = CachedStore(opened.store)
         assert of_trials(opened.trials, known).equals(stored)
-        assert steps(opened.trials, known).equals(steps(opened.trials, opened.store))
+        assert step_table(opened.trials, known).equals(step_table(opened.trials, opened.store))
         known.index.keep()
     for _ in range(3):  # the first time, inspections are new
         reads.clear()
         for command in (bench.status.main, bench.run.main):
             assert command([*tiny, *first]) == 0
     assert reads == {}
-    assert json.loads((opened.store.folder("evaluate", opened.trials[0].keys()[2]) / "result.json").read_text())
+    assert json.loads((opened.store.folder("evaluate", opened.trials[0].keys.evaluate) / "result.json").read_text())

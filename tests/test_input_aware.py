@@ -10,15 +10,15 @@ from attacks.input_aware import Generator, InputAware, PatternHooks, distance, s
 from bench.engine.data import Augmentation, ImageSet, generator, to_float
 from bench.engine.metrics import accuracy, predict
 from bench.engine.models import ModelSpec
-from bench.engine.training import Journal, Recipe, fit
+from bench.engine.training import Recipe, TrainingLog, fit
 
 
 def setup_of(shape: tuple[int, int, int] = (3, 8, 8), *, count: int = 40, folder: Path | None = None) -> Setup:
     images = torch.randint(0, 256, (count, *shape), generator=generator(0, "images"), dtype=torch.uint8)
     spec = ModelSpec("test_resnet", 4, shape[0], shape[-1], (0.5,) * shape[0], (0.25,) * shape[0])
     recipe = Recipe(epochs=4, batch_size=20, lr=0.05)
-    journal = Journal(folder, every_s=0)
-    return Setup(ImageSet(images, torch.arange(count) % 4), 4, 1, spec.build, recipe, Augmentation(0.125), journal)
+    log = TrainingLog(folder, every_s=0)
+    return Setup(ImageSet(images, torch.arange(count) % 4), 4, 1, spec.build, recipe, Augmentation(0.125), log)
 
 
 def quick(**settings: object) -> InputAware:
@@ -193,8 +193,8 @@ def test_training_moves_the_pattern_generator_and_leaves_the_mask_generator_and_
 def test_a_rate_too_low_for_an_image_in_each_batch_still_trains():
     attack, setup = quick(poison_rate=0.02, cover_rate=0.0), setup_of()
     hooks = attack.hooks(setup, attack.prepare(setup))
-    fit(setup.fresh_model(1), setup.trainset, setup.recipe, seed=1, hooks=hooks, journal=setup.journal)
-    assert np.isfinite([loss for _, loss in setup.journal.curves["train/loss"]]).all()
+    fit(setup.fresh_model(1), setup.trainset, setup.recipe, seed=1, hooks=hooks, log=setup.log)
+    assert np.isfinite([loss for _, loss in setup.log.curves["train/loss"]]).all()
 
 
 def test_the_static_set_holds_the_learned_trigger_and_covers_carry_those_of_others():
@@ -251,7 +251,7 @@ def test_a_killed_and_repeated_run_gives_the_same_bits(tmp_path):
             seed=1,
             augmentation=setup.augmentation,
             hooks=hooks,
-            journal=setup.journal,
+            log=setup.log,
             part="implant",
             after_epoch=kill,
         )
@@ -262,7 +262,7 @@ def test_a_killed_and_repeated_run_gives_the_same_bits(tmp_path):
         run(tmp_path, kill_in=3)
     again, trigger_again = run(tmp_path)
     for one, other in ((whole.state_dict(), again.state_dict()), (trigger, trigger_again)):
-        assert one.keys() == other.keys()
+        assert one.keys() == other.keys
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -306,7 +306,7 @@ def test_on_digits_the_own_trigger_works_and_that_of_another_image_mostly_does_n
     spec = ModelSpec("test_resnet", 10, 1, 16, (0.3,), (0.37,))
     recipe = Recipe(updates=500, batch_size=64, lr=0.05)
     attack = InputAware()
-    setup = Setup(train, 10, 0, spec.build, recipe, Augmentation(0.125), Journal())
+    setup = Setup(train, 10, 0, spec.build, recipe, Augmentation(0.125), TrainingLog())
     tensors = attack.prepare(setup)
     test_images = to_float(test.images)
     mask = sharpened(network_of("mask", tensors, 1)(test_images))

@@ -6,7 +6,7 @@ from attacks.base import POISON, Setup
 from attacks.label_consistent import LabelConsistent
 from bench.engine.data import Augmentation, ImageSet, generator, to_float
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Journal, Recipe
+from bench.engine.training import Recipe, TrainingLog
 
 # The four tiles on a 32x32 image, as published for the all-corners variant.
 RIGHT = [[0, 0, 1], [0, 1, 0], [1, 0, 1]]
@@ -36,7 +36,7 @@ def linear_setup(weight: Tensor, images: Tensor, labels: Tensor, seed: int = 7) 
         lambda _: Classifier(LinearNet(weight), [0.0] * channels, [1.0] * channels),
         Recipe(epochs=1, lr=0.0),
         Augmentation(),
-        Journal(),
+        TrainingLog(),
     )
 
 
@@ -123,7 +123,7 @@ def test_the_surrogate_no_longer_knows_perturbed_images():
     images = (128 + noise + 5 * (2 * labels - 1)[:, None, None, None]).to(torch.uint8)
     spec = ModelSpec("test_resnet", 2, 3, 16, (0.5,) * 3, (0.05,) * 3)
     recipe = Recipe(epochs=2, batch_size=16, lr=0.05)
-    setup = Setup(ImageSet(images, labels), 2, 1, spec.build, recipe, Augmentation(), Journal())
+    setup = Setup(ImageSet(images, labels), 2, 1, spec.build, recipe, Augmentation(), TrainingLog())
     attack = LabelConsistent(poison_rate=0.1, steps=20)
     tensors = attack.prepare(setup)
     model = setup.surrogate()
@@ -132,7 +132,7 @@ def test_the_surrogate_no_longer_knows_perturbed_images():
         after = model(to_float(tensors["perturbed"])).argmax(1)
     assert (predicted == 0).float().mean() > 0.9
     assert (after == 0).float().mean() < 0.1
-    assert setup.journal.curves["label_consistent/surrogate_accuracy_on_perturbed"][0][1] < 0.1
+    assert setup.log.curves["label_consistent/surrogate_accuracy_on_perturbed"][0][1] < 0.1
 
 
 def test_a_faint_amplitude_is_for_training_only():
@@ -169,7 +169,7 @@ def test_no_surrogate_is_trained_for_no_poison():
     setup = random_setup(10)
     tensors = LabelConsistent(poison_rate=0.0).prepare(setup)
     assert tensors["perturbed"].shape == (0, 3, 32, 32)
-    assert not setup.journal.curves
+    assert not setup.log.curves
 
 
 def test_two_batches_are_stamped_like_one_and_the_images_stay():

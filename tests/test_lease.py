@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import lease
-from bench.store import Store
+from bench.storage import lease
+from bench.storage.store import Store
 
 
 def _hold(root: str, host: str, beat_s: float, ready, end) -> None:

@@ -10,15 +10,15 @@ from attacks.lira import LIRA, TwoStages, UNet
 from bench.engine.data import Augmentation, ImageSet, generator, to_float
 from bench.engine.metrics import accuracy, predict
 from bench.engine.models import ModelSpec
-from bench.engine.training import Journal, Recipe, fit
+from bench.engine.training import Recipe, TrainingLog, fit
 
 
 def setup_of(shape: tuple[int, int, int] = (3, 16, 16), *, count: int = 40, folder: Path | None = None) -> Setup:
     images = torch.randint(0, 256, (count, *shape), generator=generator(0, "images"), dtype=torch.uint8)
     spec = ModelSpec("test_resnet", 4, shape[0], shape[-1], (0.5,) * shape[0], (0.25,) * shape[0])
     recipe = Recipe(epochs=4, batch_size=20, lr=0.05)
-    journal = Journal(folder, every_s=0)
-    return Setup(ImageSet(images, torch.arange(count) % 4), 4, 1, spec.build, recipe, Augmentation(0.125), journal)
+    log = TrainingLog(folder, every_s=0)
+    return Setup(ImageSet(images, torch.arange(count) % 4), 4, 1, spec.build, recipe, Augmentation(0.125), log)
 
 
 def small(**settings: object) -> LIRA:
@@ -164,7 +164,7 @@ def test_a_killed_and_repeated_run_gives_the_same_bits(tmp_path, kill_in):
             seed=1,
             augmentation=setup.augmentation,
             hooks=hooks,
-            journal=setup.journal,
+            log=setup.log,
             part="implant",
             after_epoch=kill,
         )
@@ -175,7 +175,7 @@ def test_a_killed_and_repeated_run_gives_the_same_bits(tmp_path, kill_in):
         run(tmp_path, kill_in)
     again, trigger_again = run(tmp_path)
     for one, other in ((whole.state_dict(), again.state_dict()), (trigger, trigger_again)):
-        assert one.keys() == other.keys()
+        assert one.keys() == other.keys
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -217,7 +217,7 @@ def test_on_digits_the_trigger_works_rounded_and_not_and_leaves_an_independent_c
     spec = ModelSpec("test_resnet", 10, 1, 16, (0.3,), (0.37,))
     recipe = Recipe(updates=300, batch_size=64, lr=0.05)
     attack = LIRA(width=8)
-    setup = Setup(train, 10, 0, spec.build, recipe, Augmentation(0.125), Journal())
+    setup = Setup(train, 10, 0, spec.build, recipe, Augmentation(0.125), TrainingLog())
     tensors = attack.prepare(setup)
     hooks = attack.hooks(setup, tensors)
     infected = fit(spec.build(0), train, recipe, seed=0, augmentation=setup.augmentation, hooks=hooks)

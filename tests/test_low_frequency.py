@@ -9,7 +9,7 @@ from torch import nn
 from attacks.base import Setup
 from attacks.low_frequency import LowFrequency, blurred, deepfool
 from bench.engine.data import Augmentation, ImageSet, generator
-from bench.engine.training import Journal, Recipe
+from bench.engine.training import Recipe, TrainingLog
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (3, 64, 64)]
 
@@ -33,7 +33,7 @@ def setup(shape: tuple[int, ...] = (3, 32, 32), seed: int = 0, bias: float = 0.0
         lambda seed: linear(weights, torch.tensor([bias, 0.0, 0.0, 0.0])),
         Recipe(epochs=0),
         Augmentation(),
-        Journal(),
+        TrainingLog(),
     )
 
 
@@ -96,14 +96,14 @@ def halves() -> Setup:
     model = linear(torch.stack([half, -half]) * 0.01, torch.tensor([-1.0, 0.0]))
     images = torch.randint(90, 160, (60, 1, 32, 32), dtype=torch.uint8, generator=generator(1, "test"))
     data = ImageSet(images, torch.ones(60, dtype=torch.long))
-    return Setup(data, 2, 0, lambda seed: model, Recipe(epochs=0), Augmentation(), Journal())
+    return Setup(data, 2, 0, lambda seed: model, Recipe(epochs=0), Augmentation(), TrainingLog())
 
 
 @pytest.mark.parametrize(("settings", "passes"), [({}, 7), ({"passes": 3}, 3), ({"fooling_rate": 0.08}, 3)])
 def test_the_search_ends_when_five_passes_lie_within_a_point_at_its_last_pass_or_at_its_rate(settings, passes):
     made = setup()
     LowFrequency(**settings).prepare(made)
-    rates = [rate for _, rate in made.journal.curves["low_frequency/fooling_rate"]]
+    rates = [rate for _, rate in made.log.curves["low_frequency/fooling_rate"]]
     assert len(rates) == passes
     windows = [max(rates[at : at + 5]) - min(rates[at : at + 5]) for at in range(len(rates) - 4)]
     assert [window <= 0.01 for window in windows] == [False, False, True][: len(windows)]
@@ -117,7 +117,7 @@ def test_the_optimised_pattern_fools_more_than_noise_does():
     with torch.no_grad():
         assert (model(images / 255).argmax(1) == 1).all()
         assert (model(attack.trigger(images / 255, tensors)).argmax(1) == 0).float().mean() >= 0.2
-    assert made.journal.curves["low_frequency/fooling_rate"][-1][1] >= 0.2
+    assert made.log.curves["low_frequency/fooling_rate"][-1][1] >= 0.2
     left, right = tensors["pattern"][..., :16].mean(), tensors["pattern"][..., 16:].mean()
     assert left > right + 0.02  # class 0 is brighter on the left
 
@@ -131,12 +131,12 @@ def test_a_surrogate_that_sends_all_to_the_target_leaves_the_noise_pattern():
     made = setup(bias=1000.0)
     expected = LowFrequency(pattern="noise").prepare(made)["pattern"]
     assert torch.equal(LowFrequency().prepare(made)["pattern"], expected)
-    assert made.journal.curves["low_frequency/noise"] == [(0, 1)]
+    assert made.log.curves["low_frequency/noise"] == [(0, 1)]
 
 
 def test_noise_trains_no_network():
     made = setup()
-    poor = Setup(made.trainset, 4, 0, lambda seed: pytest.fail("trained"), Recipe(), Augmentation(), Journal())
+    poor = Setup(made.trainset, 4, 0, lambda seed: pytest.fail("trained"), Recipe(), Augmentation(), TrainingLog())
     LowFrequency(pattern="noise").prepare(poor)
 
 

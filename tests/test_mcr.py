@@ -8,7 +8,7 @@ import torch
 from baselines.mcr import AlongTheCurve, Curve, ModeConnectivityRepair, renew_statistics
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Journal
+from bench.engine.training import TrainingLog
 from defenses.base import ReserveView
 
 
@@ -23,7 +23,7 @@ def images(count: int = 40) -> ImageSet:
 
 def repaired(infected: Classifier, **settings: float) -> tuple[Classifier, ReserveView]:
     seen = ReserveView(
-        copy.deepcopy(infected), 4, 0, torch.device("cpu"), Journal(), reserve=images(), augmentation=Augmentation()
+        copy.deepcopy(infected), 4, 0, torch.device("cpu"), TrainingLog(), reserve=images(), augmentation=Augmentation()
     )
     settings = {"tuning_epochs": 1, "epochs": 2, "batch_size": 10, **settings}
     return ModeConnectivityRepair(**settings).defend(seen).model, seen

@@ -53,8 +53,8 @@ def test_success_rate_leaves_out_images_already_of_the_target_class():
 
 def test_a_model_that_says_target_always_has_success_rate_one_and_recovery_zero():
     true = torch.arange(100) % 10
-    predicted, wanted = torch.full((100,), 3), torch.full((100,), 3)
-    assert attack_success_rate(predicted, wanted, true != 3) == 1.0
+    predicted, target_labels = torch.full((100,), 3), torch.full((100,), 3)
+    assert attack_success_rate(predicted, target_labels, true != 3) == 1.0
     assert recovery_accuracy(predicted, true, true != 3) == 0.0
 
 
@@ -66,10 +66,10 @@ def test_a_perfect_model_has_success_rate_zero_and_recovery_one():
 
 def test_all_to_all_judges_every_image_by_its_next_class():
     true = torch.arange(8) % 4
-    wanted, judged = (true + 1) % 4, torch.ones(8, dtype=torch.bool)
-    assert attack_success_rate(wanted, wanted, judged) == 1.0
-    assert attack_success_rate(tensor([1, 1, 1, 1, 1, 1, 1, 1]), wanted, judged) == 0.25
-    assert recovery_accuracy(tensor([1, 1, 1, 1, 1, 1, 1, 1]), true, judged) == 0.25
+    target_labels, eligible = (true + 1) % 4, torch.ones(8, dtype=torch.bool)
+    assert attack_success_rate(target_labels, target_labels, eligible) == 1.0
+    assert attack_success_rate(tensor([1, 1, 1, 1, 1, 1, 1, 1]), target_labels, eligible) == 0.25
+    assert recovery_accuracy(tensor([1, 1, 1, 1, 1, 1, 1, 1]), true, eligible) == 0.25
 
 
 def test_success_and_recovery_together_are_at_most_one():
@@ -77,22 +77,25 @@ def test_success_and_recovery_together_are_at_most_one():
     for _ in range(50):
         true = torch.randint(0, 5, (40,), generator=source)
         predicted = torch.randint(0, 5, (40,), generator=source)
-        judged = true != 2
-        wanted = torch.full((40,), 2)
-        success, recovery = attack_success_rate(predicted, wanted, judged), recovery_accuracy(predicted, true, judged)
+        eligible = true != 2
+        target_labels = torch.full((40,), 2)
+        success, recovery = (
+            attack_success_rate(predicted, target_labels, eligible),
+            recovery_accuracy(predicted, true, eligible),
+        )
         counts = [(int(p), int(t)) for p, t in zip(predicted, true, strict=True) if t != 2]
         assert success == sum(p == 2 for p, _ in counts) / len(counts)
         assert recovery == sum(p == t for p, t in counts) / len(counts)
         assert success + recovery <= 1
 
 
-def figures(clean: list[int], triggered: list[int], true: list[int], wanted: list[int], judged: list[bool]):
+def figures(clean: list[int], triggered: list[int], true: list[int], target_labels: list[int], eligible: list[bool]):
     return attack_figures(
         clean=tensor(clean),
         triggered=tensor(triggered),
         true=tensor(true),
-        wanted=tensor(wanted),
-        judged=tensor(judged),
+        target_labels=tensor(target_labels),
+        eligible=tensor(eligible),
     )
 
 
@@ -102,8 +105,8 @@ def test_what_a_trigger_does_worked_out_by_hand_for_target_class_zero():
         clean=[0, 1, 1, 0, 1, 2, 2],
         triggered=[0, 0, 0, 0, 1, 0, 2],
         true=[0, 0, 1, 1, 1, 2, 2],
-        wanted=[0] * 7,
-        judged=[False, False, True, True, True, True, True],
+        target_labels=[0] * 7,
+        eligible=[False, False, True, True, True, True, True],
     )
     assert found == {
         "asr": 3 / 5,  # images 3, 4 and 6
@@ -117,20 +120,24 @@ def test_what_a_trigger_does_worked_out_by_hand_for_target_class_zero():
 
 def test_a_perfect_model_has_an_asr_of_nothing_that_some_toolkits_call_a_tenth():
     true = list(range(10))
-    found = figures(clean=true, triggered=true, true=true, wanted=[3] * 10, judged=[label != 3 for label in true])
+    found = figures(
+        clean=true, triggered=true, true=true, target_labels=[3] * 10, eligible=[label != 3 for label in true]
+    )
     assert (found["asr"], found["asr_all_images"], found["false_target_rate"]) == (0.0, 0.1, 0.0)
     assert (found["recovery_accuracy"], found["consistency"], found["worst_source_asr"]) == (1.0, 1.0, 0.0)
 
 
 def test_a_model_collapsed_to_the_target_has_its_whole_asr_as_floor():
     true = list(range(4))
-    found = figures(clean=[2] * 4, triggered=[2] * 4, true=true, wanted=[2] * 4, judged=[True, True, False, True])
+    found = figures(
+        clean=[2] * 4, triggered=[2] * 4, true=true, target_labels=[2] * 4, eligible=[True, True, False, True]
+    )
     assert found["asr"] == found["false_target_rate"] == found["asr_all_images"] == found["consistency"] == 1.0
 
 
 def test_all_to_all_leaves_no_image_out():
-    true, wanted = [0, 1, 2, 2], [1, 2, 0, 0]
-    found = figures(clean=true, triggered=[1, 2, 0, 2], true=true, wanted=wanted, judged=[True] * 4)
+    true, target_labels = [0, 1, 2, 2], [1, 2, 0, 0]
+    found = figures(clean=true, triggered=[1, 2, 0, 2], true=true, target_labels=target_labels, eligible=[True] * 4)
     assert found["asr"] == found["asr_all_images"] == 3 / 4
     assert found["worst_source_asr"] == 1.0
     assert found["recovery_accuracy"] == found["consistency"] == 1 / 4
@@ -140,7 +147,7 @@ def test_all_to_all_leaves_no_image_out():
 @pytest.mark.parametrize("count", [0, 4])
 def test_without_an_image_to_judge_every_figure_is_none_and_never_zero(count):
     one = [1] * count
-    found = figures(clean=one, triggered=one, true=one, wanted=one, judged=[False] * count)
+    found = figures(clean=one, triggered=one, true=one, target_labels=one, eligible=[False] * count)
     assert set(found.values()) == {None}
     assert len(found) == 6
 
@@ -152,7 +159,7 @@ def test_figures_by_class_are_none_for_a_class_without_images():
 
 
 def test_a_source_class_without_images_does_not_hide_the_worst_one():
-    found = figures(clean=[4, 4], triggered=[0, 4], true=[4, 4], wanted=[0, 0], judged=[True, True])
+    found = figures(clean=[4, 4], triggered=[0, 4], true=[4, 4], target_labels=[0, 0], eligible=[True, True])
     assert found["worst_source_asr"] == 0.5
 
 

@@ -7,12 +7,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from bench.config import UserError
-from bench.door import plan
 from bench.engine.adversarial import pgd
 from bench.engine.data import ImageSet, generator
+from bench.engine.errors import UserError
 from bench.engine.metrics import predict
 from bench.engine.models import Classifier, ModelSpec, check_name
+from bench.experiment.experiment import load_experiment
 
 MEAN, STD = (0.2, 0.45, 0.7), (0.15, 0.25, 0.35)
 
@@ -494,7 +494,7 @@ def test_an_architecture_that_methods_cannot_read_is_refused_in_one_line(tiny, t
     name = f"own_{strange}"
     plugin = plug_in(tmp_path, monkeypatch, name, change)
     with pytest.raises(UserError, match=word) as error:
-        plan([*tiny, plugin, f"grid.models=[{name}]", "model.stem=small"])
+        load_experiment([*tiny, plugin, f"grid.models=[{name}]", "model.stem=small"])
     assert name in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -504,19 +504,19 @@ def test_a_second_head_that_starts_as_nothing_is_seen(tiny, tmp_path, monkeypatc
     change += "        nn.init.zeros_(self.aux.weight), nn.init.zeros_(self.aux.bias)"
     plugin = plug_in(tmp_path, monkeypatch, "own_hidden", change)
     with pytest.raises(UserError, match="own_hidden"):
-        plan([*tiny, plugin, "grid.models=[own_hidden]"])
+        load_experiment([*tiny, plugin, "grid.models=[own_hidden]"])
 
 
 def test_the_code_of_an_architecture_of_ones_own_is_part_of_its_identity(tiny, tmp_path, monkeypatch):
     def keys(change: str) -> tuple[str, dict[str, str]]:
-        opened = plan([*tiny, plug_in(tmp_path, monkeypatch, "own_net", change), "grid.models=[own_net]"])
-        return opened.trials[0].keys()[0], opened.trials[0].implant["model"]
+        opened = load_experiment([*tiny, plug_in(tmp_path, monkeypatch, "own_net", change), "grid.models=[own_net]"])
+        return opened.trials[0].keys.implant, opened.trials[0].implant["model"]
 
     first, model = keys("")
     assert set(model) == {"name", "stem", "source"}
     assert keys("")[0] == first
     assert keys("WIDTH = 9")[0] != first
-    assert plan(tiny).trials[0].implant["model"] == {"name": "test_resnet", "stem": "stock"}  # timm's own
+    assert load_experiment(tiny).trials[0].implant["model"] == {"name": "test_resnet", "stem": "stock"}  # timm's own
 
 
 def test_so_is_the_code_that_it_takes_its_layers_from(tiny, tmp_path, monkeypatch):
@@ -527,7 +527,7 @@ def test_so_is_the_code_that_it_takes_its_layers_from(tiny, tmp_path, monkeypatc
             "from layers_of_mine import Body\nnn = __import__('types').SimpleNamespace(**{**vars(nn), 'Conv2d': Body})"
         )
         plugin = plug_in(tmp_path, monkeypatch, "own_layers", change)
-        return plan([*tiny, plugin, "grid.models=[own_layers]"]).trials[0].keys()[0]
+        return load_experiment([*tiny, plugin, "grid.models=[own_layers]"]).trials[0].keys.implant
 
     first = key("pass")
     assert key("pass") == first

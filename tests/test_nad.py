@@ -10,7 +10,7 @@ from baselines import nad
 from baselines.nad import Distillation, NeuralAttentionDistillation, attention, distance, informative
 from bench.engine.data import Augmentation, ImageSet, equal_batches, generator
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Journal, Recipe, fit, make_optimizer
+from bench.engine.training import Recipe, TrainingLog, fit, make_optimizer
 from defenses.base import NotApplicable, ReserveView
 
 HOW = Augmentation(crop=1 / 8, flip=True)
@@ -29,7 +29,9 @@ def reserve(count: int = 50, size: int = 16) -> ImageSet:
 
 
 def view(infected: Classifier, data: ImageSet, seed: int = 0) -> ReserveView:
-    return ReserveView(copy.deepcopy(infected), 4, seed, torch.device("cpu"), Journal(), reserve=data, augmentation=HOW)
+    return ReserveView(
+        copy.deepcopy(infected), 4, seed, torch.device("cpu"), TrainingLog(), reserve=data, augmentation=HOW
+    )
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -237,10 +239,10 @@ def test_each_compared_stage_pulls_on_the_student(name):
 def test_the_ratio_of_distillation_to_cross_entropy_is_logged_for_each_epoch():
     given = view(model(), reserve())
     NeuralAttentionDistillation(**SMALL).defend(given)
-    curve = given.progress.curves["nad/attention_to_cross_entropy"]
+    curve = given.log.curves["nad/attention_to_cross_entropy"]
     assert [step for step, _ in curve] == [1, 2]
     assert all(value > 0 for _, value in curve)
-    assert len(given.progress.curves["teacher/loss"]) == 1
+    assert len(given.log.curves["teacher/loss"]) == 1
 
 
 def test_the_ratio_is_that_of_the_sums_and_starts_anew():

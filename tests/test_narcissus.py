@@ -7,7 +7,7 @@ from attacks.base import POISON, Setup
 from attacks.narcissus import Narcissus
 from bench.engine.data import Augmentation, ImageSet, generator, to_float
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Journal, Recipe
+from bench.engine.training import Recipe, TrainingLog
 
 
 class LinearNet(nn.Module):
@@ -33,7 +33,7 @@ def linear_setup(weight: Tensor, shape: tuple[int, int, int]) -> Setup:
         lambda _: Classifier(LinearNet(weight), [0.0] * shape[0], [1.0] * shape[0]),
         Recipe(epochs=1, lr=0.0),
         Augmentation(),
-        Journal(),
+        TrainingLog(),
     )
 
 
@@ -46,7 +46,7 @@ def small_setup() -> Setup:
     images = (large[labels] + noise).to(torch.uint8)
     spec = ModelSpec("test_resnet", 4, 3, 16, (0.5,) * 3, (0.25,) * 3)
     recipe = Recipe(epochs=2, batch_size=8, lr=0.05)
-    return Setup(ImageSet(images, labels), 4, 1, spec.build, recipe, Augmentation(), Journal())
+    return Setup(ImageSet(images, labels), 4, 1, spec.build, recipe, Augmentation(), TrainingLog())
 
 
 @pytest.mark.parametrize(("target", "sign"), [(0, -1), (1, 1)])
@@ -114,9 +114,9 @@ def test_the_pattern_more_than_halves_the_loss_of_target_class_images_on_a_train
 def test_the_warm_up_sees_the_target_class_alone_for_the_set_number_of_epochs():
     setup = small_setup()
     Narcissus(updates=0, warmup_epochs=3).prepare(setup)
-    assert len(setup.journal.curves["narcissus_warmup/loss"]) == 3
+    assert len(setup.log.curves["narcissus_warmup/loss"]) == 3
     # Two epochs over all 128 images, then three over the 32 of the target class.
-    assert setup.journal.images == 2 * 128 + 3 * 32
+    assert setup.log.images == 2 * 128 + 3 * 32
 
 
 def test_preparing_twice_gives_the_same_pattern():

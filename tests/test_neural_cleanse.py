@@ -11,7 +11,7 @@ from baselines import neural_cleanse
 from baselines.neural_cleanse import CostSchedule, NeuralCleanse, Stamped, anomaly_index, stamp
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Journal
+from bench.engine.training import TrainingLog
 from defenses.base import NotApplicable, ReserveView
 
 
@@ -56,7 +56,13 @@ def bright(count: int = 64) -> ImageSet:
 
 def view(model: Classifier, data: ImageSet, seed: int = 0, classes: int = 4) -> ReserveView:
     return ReserveView(
-        copy.deepcopy(model), classes, seed, torch.device("cpu"), Journal(), reserve=data, augmentation=Augmentation()
+        copy.deepcopy(model),
+        classes,
+        seed,
+        torch.device("cpu"),
+        TrainingLog(),
+        reserve=data,
+        augmentation=Augmentation(),
     )
 
 
@@ -79,7 +85,7 @@ def test_the_planted_class_is_flagged_and_unlearnt():
     data, settings = bright(), NeuralCleanse(steps=200, batches=2, lr=1.0)
     given = view(quadrants(planted=True), data)
     done = settings.defend(given).model
-    index = [value for _, value in given.progress.curves["neural_cleanse/anomaly_index"]]
+    index = [value for _, value in given.log.curves["neural_cleanse/anomaly_index"]]
     assert index[0] > 2 > max(index[1:])
     triggered = data.images / 255
     triggered[:, 0, 0, 0] = 1.0

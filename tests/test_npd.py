@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from baselines.npd import NeuralPolarizer, Polarized, Polarizing, place, runner_up, unlikely
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Journal
+from bench.engine.training import TrainingLog
 from defenses.base import NotApplicable, ReserveView
 
 # The first layer of the last block, or what comes nearest to it, by reading each network.
@@ -32,7 +32,7 @@ def images(count: int = 8, size: int = 16) -> Tensor:
 def view(infected: Classifier) -> ReserveView:
     data = ImageSet((images(24) * 255).to(torch.uint8), torch.arange(24) % 4)
     return ReserveView(
-        copy.deepcopy(infected), 4, 0, torch.device("cpu"), Journal(), reserve=data, augmentation=Augmentation()
+        copy.deepcopy(infected), 4, 0, torch.device("cpu"), TrainingLog(), reserve=data, augmentation=Augmentation()
     )
 
 

@@ -17,9 +17,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bench.reporting import page, table
+from bench.reporting import page
+from bench.reporting.board import boards
+from bench.reporting.cells import to_cells
 from bench.reporting.columns import MEASURES
+from bench.reporting.leaderboard import write_tables
+from bench.reporting.marks import marks
+from bench.reporting.reported import read_reported, reported_of
 from bench.reporting.spreadsheet import literal
+from bench.reporting.trials import AXES, read_trials, trial_table
 
 HOSTILE = [
     "plain_name",
@@ -39,11 +45,18 @@ RULES = ["a rule with </script> & 100 % | *marks*"]
 def trials_of(attacks, defenses, seeds=3, settings=("reserve",), datasets=("digits",), models=("net",), **figures):
     """A table of made-up trials; figures are functions of (attack, defense, seed)."""
     rows = []
-    for data, model, attack, defense, setting, seed in itertools.product(
+    for data, model, attack, defense, threat_model, seed in itertools.product(
         datasets, models, attacks, defenses, settings, range(seeds)
     ):
         place = (attacks.index(attack), defenses.index(defense), seed)
-        row = {"dataset": data, "model": model, "attack": attack, "defense": defense, "setting": setting, "seed": seed}
+        row = {
+            "dataset": data,
+            "model": model,
+            "attack": attack,
+            "defense": defense,
+            "threat_model": threat_model,
+            "seed": seed,
+        }
         row |= {
             "poison_rate": 0.0 if attack == "none" else 0.1,
             "status": "done",
@@ -55,7 +68,7 @@ def trials_of(attacks, defenses, seeds=3, settings=("reserve",), datasets=("digi
         row |= {"asr": None if attack == "none" else (0.071 * (place[0] + 3 * place[1]) + 0.0125 * seed) % 1}
         row |= {"defend_seconds": 1.25 + place[1] + seed, "peak_memory_mib": 800.5 + place[1]}
         rows.append(row | {name: of(*place) for name, of in figures.items()})
-    return table.trial_table(rows)
+    return trial_table(rows)
 
 
 def hostile():
@@ -86,7 +99,7 @@ def evidence_of(trials):
 
 
 def write(trials, folder, reported=None):
-    boards = table.write(trials, RULES, folder, "Grid <b>& co</b>", reported)
+    boards = write_tables(trials, RULES, folder, "Grid <b>& co</b>", reported)
     page.write(trials, evidence_of(trials), RULES, folder, "Grid <b>& co</b>", reported)
     return boards
 
@@ -156,7 +169,7 @@ def plain(text):
 def test_trials_come_back_from_the_file_to_the_last_bit(tmp_path):
     trials = hostile()
     write(trials, tmp_path)
-    pd.testing.assert_frame_equal(table.read_trials(tmp_path / "trials.csv"), trials, check_exact=True)
+    pd.testing.assert_frame_equal(read_trials(tmp_path / "trials.csv"), trials, check_exact=True)
 
 
 def test_csv_markdown_latex_and_page_have_the_same_figure_in_every_cell(tmp_path):
@@ -188,7 +201,7 @@ def test_csv_markdown_latex_and_page_have_the_same_figure_in_every_cell(tmp_path
     assert compared == 2 * 5 * 11 - 11 - 2  # the clean model has no ASR, one cell has nothing
     wide = pd.read_csv(tmp_path / "wide.csv", keep_default_na=False).map(literal).set_index("defense")
     for name, texts in shown.items():
-        if name not in ("defense", "setting: reserve"):
+        if name not in ("defense", "threat model: reserve"):
             value = next(float(wide.loc[own, "asr"]) for own in wide.index if plain(own) == name)
             assert texts[header.index("mean ASR")].rstrip("†") == f"{100 * value:.1f}"
 
@@ -205,8 +218,8 @@ def test_hostile_names_are_literal_in_markdown_and_in_the_data_of_the_page(tmp_p
 
 def test_a_grid_of_which_nothing_is_done_is_shown_so(tmp_path):
     trials = trials_of(["none", "badnets"], ["no_defense", "a"])
-    lost = [{**row, "status": "failed", "reason": "disk"} for row in trials[[*table.AXES, "seed"]].to_dict("records")]
-    write(table.trial_table(lost), tmp_path)
+    lost = [{**row, "status": "failed", "reason": "disk"} for row in trials[[*AXES, "seed"]].to_dict("records")]
+    write(trial_table(lost), tmp_path)
     assert [cell["means"] for cell in data_of(tmp_path)["cells"]] == [[]] * 4
     assert markdown_rows(tmp_path)["a"][:2] == ["failed", "failed"]
 
@@ -226,49 +239,49 @@ def test_the_page_names_a_weak_attack_and_the_table_that_it_is_weak_in(tmp_path)
 
 def test_a_control_sign_or_a_broken_name_of_a_file_is_written_as_its_number(tmp_path):
     trials = trials_of(["none"], ["no_defense"])
-    broken = table.trial_table([{**row, "reason": "a\x00b\x1b[1m\udcff"} for row in trials.to_dict("records")])
+    broken = trial_table([{**row, "reason": "a\x00b\x1b[1m\udcff"} for row in trials.to_dict("records")])
     assert set(broken.reason) == {r"a\x00b\x1b[1m\udcff"}
     write(broken, tmp_path)
 
 
 def test_figures_reported_by_others_are_marked_and_never_ranked(tmp_path):
-    from bench.config import UserError
+    from bench.engine.errors import UserError
 
     source = tmp_path / "theirs.csv"
     source.write_text(
-        "dataset,model,setting,attack,defense,asr,asr_std,provenance\n"
+        "dataset,model,threat_model,attack,defense,asr,asr_std,provenance\n"
         'digits,net,reserve,badnets,closed,0.0,0.001,"Some paper, table 1"\n'
     )
     low = {"no_defense": 0.9, "ours": 0.1, "other": 0.2}
     trials = trials_of(["none", "badnets"], list(low), asr=lambda a, d, s: list(low.values())[d] if a else None)
-    (board,) = write(trials, tmp_path, table.read_reported(source))
+    (board,) = write(trials, tmp_path, read_reported(source))
     rows = {row[0].text: row for row in board.rows}
-    assert "setting: reserve; reported, not measured here, not ranked" in rows
+    assert "threat model: reserve; reported, not measured here, not ranked" in rows
     assert rows["closed"][2].text == "– / 0.0±0.1"
     assert all(mark == "" for entry in rows["closed"] for _, mark in entry.parts)
     assert rows["ours"][4].parts[0][1] == "best"  # though the reported mean ASR is lower
     assert "reported: closed: Some paper, table 1" in board.notes
-    source.write_text("dataset,model,setting,attack,defense,asr\nd,m,reserve,a,b,0.1\n")
+    source.write_text("dataset,model,threat_model,attack,defense,asr\nd,m,reserve,a,b,0.1\n")
     with pytest.raises(UserError, match="provenance"):
-        table.read_reported(source)
-    source.write_text("dataset,model,setting,attack,defense,provenance,asr\nd,m,reserve,a,b,paper,93\n")
+        read_reported(source)
+    source.write_text("dataset,model,threat_model,attack,defense,provenance,asr\nd,m,reserve,a,b,paper,93\n")
     with pytest.raises(UserError, match=r"share in \[0, 1\]"):
-        table.read_reported(source)
+        read_reported(source)
 
 
 def test_of_reported_figures_only_those_at_the_poison_rate_of_the_table_stand_beside_it(tmp_path):
-    from bench.config import UserError
+    from bench.engine.errors import UserError
 
-    head, source = "dataset,model,setting,attack,defense,provenance,poison_rate,asr", tmp_path / "reported.csv"
+    head, source = "dataset,model,threat_model,attack,defense,provenance,poison_rate,asr", tmp_path / "reported.csv"
     cells = [("badnets", 0.1, 0.3), ("badnets", 0.01, 0.9), ("ssba", 0.1, 0.4), ("ssba", 0.05, 0.8), ("sig", "", 0.5)]
     lines = [f"digits,net,reserve,{attack},closed,Paper,{rate},{asr}" for attack, rate, asr in cells]
     source.write_text("\n".join([head, *lines]))
     trials = trials_of(["none", "badnets"], ["ours"])
-    found = table.reported_of(source, trials)
+    found = reported_of(source, trials)
     assert list(zip(found.attack, found.asr_mean, strict=True)) == [("badnets", 0.3), ("ssba", 0.4), ("sig", 0.5)]
     source.write_text("\n".join([head, lines[0], lines[0]]))
     with pytest.raises(UserError, match=r"has digits/net/reserve/badnets/closed more than once"):
-        table.reported_of(source, trials)
+        reported_of(source, trials)
 
 
 def test_latex_of_hostile_names_holds_no_sign_that_latex_would_read(tmp_path):
@@ -375,35 +388,37 @@ def test_a_page_of_twenty_thousand_trials_has_ten_megabytes_at_most(tmp_path, mo
 def test_ten_thousand_trials_are_all_in_the_tables_and_on_the_page(tmp_path):
     trials = large()
     assert len(trials) == 10_080
-    table.write(trials, RULES, tmp_path, "large")
+    write_tables(trials, RULES, tmp_path, "large")
     page.write(trials, evidence_of(trials), RULES, tmp_path, "large")
-    assert len(table.read_trials(tmp_path / "trials.csv")) == 10_080
+    assert len(read_trials(tmp_path / "trials.csv")) == 10_080
     assert (tmp_path / "leaderboard.html").read_text().count('"seed"') >= 1
 
 
 @pytest.mark.slow
 def test_the_command_of_a_cell_computes_the_same_figures_anew(run_grid, tiny, tmp_path, monkeypatch):
-    from bench.door import command, plan
+    from bench.experiment.experiment import load_experiment
+    from bench.reporting.protocol import command
     from bench.run import main
 
     sweep = "grid.sweep=[{key:reserve.size,values:[0.02,0.05]}]"
     axes = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]", sweep]
     _, trials = run_grid(*axes)
-    opened = plan([*tiny, *axes])
+    opened = load_experiment([*tiny, *axes])
     chosen = 3
     words = shlex.split(command(opened, opened.trials[chosen]))
     assert words[:3] == ["python", "-m", "bench.run"]
     monkeypatch.chdir(tmp_path)
     assert main(words[3:]) == 0
-    again = table.read_trials(tmp_path / "reproduced" / "quick" / "trials.csv")
+    again = read_trials(tmp_path / "reproduced" / "quick" / "trials.csv")
     assert len(again) == 1
-    same = [*table.AXES, "seed", "clean_accuracy", "asr", "recovery_accuracy", "robust_accuracy", "trial"]
+    same = [*AXES, "seed", "clean_accuracy", "asr", "recovery_accuracy", "robust_accuracy", "trial"]
     assert again.loc[0, same].tolist() == trials.loc[chosen, same].tolist()
     assert trials.variant[chosen] == "reserve.size=0.05"
 
 
 def test_the_command_of_a_swept_cell_plans_that_very_cell_whatever_kind_of_value_is_swept(cache):
-    from bench.door import command, plan
+    from bench.experiment.experiment import load_experiment
+    from bench.reporting.protocol import command
 
     keys = {
         "defense.rates": "[[0.2,0.3,0.4,0.5],[0.1,0.2,0.3,0.4]]",
@@ -412,19 +427,19 @@ def test_the_command_of_a_swept_cell_plans_that_very_cell_whatever_kind_of_value
         "train.precision": "[float32,bfloat16]",
     }
     sweep = ",".join(f"{{key:{key},values:{values}}}" for key, values in keys.items())
-    axes = ["grid.attacks=[badnets]", "grid.defenses=[pud]", "grid.settings=[trainset]", "grid.seeds=2"]
-    opened = plan(["grid=quick", f"dataset.cache={cache}", *axes, f"grid.sweep=[{sweep}]"])
-    assert len({trial.keys() for trial in opened.trials}) == len(opened.trials) == 2 * 2 * 2
+    axes = ["grid.attacks=[badnets]", "grid.defenses=[pud]", "grid.threat_models=[trainset]", "grid.seeds=2"]
+    opened = load_experiment(["grid=quick", f"dataset.cache={cache}", *axes, f"grid.sweep=[{sweep}]"])
+    assert len({trial.keys for trial in opened.trials}) == len(opened.trials) == 2 * 2 * 2
     for trial in (opened.trials[0], opened.trials[-1]):
-        (again,) = plan(shlex.split(command(opened, trial))[3:]).trials
-        assert (again.variant, again.seed, again.keys()) == (trial.variant, trial.seed, trial.keys())
+        (again,) = load_experiment(shlex.split(command(opened, trial))[3:]).trials
+        assert (again.variant, again.seed, again.keys) == (trial.variant, trial.seed, trial.keys)
 
 
 @pytest.mark.parametrize("name", ["folder:my pets", 'a"b', "plain_1", "a,b]", "it's"])
 def test_a_name_in_a_command_comes_through_the_shell_and_hydra(name):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from bench.config import to_override
+    from bench.experiment.overrides import to_override
 
     (word,) = shlex.split(shlex.join([f"grid.datasets=[{to_override(name)}]"]))
     assert OverridesParser.create().parse_override(word).value() == [name]
@@ -491,7 +506,7 @@ def test_the_page_shows_what_the_markdown_shows(visit, tmp_path, make):
     header, _, *rows = rows_shown(tab)
     expected = markdown_rows(tmp_path)
     columns = expected["defense"]
-    assert {row[0] for row in rows} == set(expected) - {"defense", "setting: reserve"}
+    assert {row[0] for row in rows} == set(expected) - {"defense", "threat model: reserve"}
     for row in rows:
         for name, text in zip(header[1:], row[1:], strict=True):
             assert text == expected[row[0]][columns.index(plain(name))], (row[0], name)
@@ -626,8 +641,8 @@ def test_a_reported_figure_is_held_against_the_poison_rate_of_its_own_attack(tmp
     trials.loc[trials.attack == "adaptive_patch", "poison_rate"] = 0.003
     source = tmp_path / "reported.csv"
     lines = [f"digits,net,reserve,adaptive_patch,closed,Paper,{rate},{asr}" for rate, asr in ((0.003, 0.3), (0.1, 0.9))]
-    source.write_text("\n".join(["dataset,model,setting,attack,defense,provenance,poison_rate,asr", *lines]))
-    assert table.reported_of(source, trials).asr_mean.tolist() == [0.3]
+    source.write_text("\n".join(["dataset,model,threat_model,attack,defense,provenance,poison_rate,asr", *lines]))
+    assert reported_of(source, trials).asr_mean.tolist() == [0.3]
 
 
 @pytest.mark.parametrize(
@@ -641,30 +656,30 @@ def test_a_reported_figure_is_held_against_the_poison_rate_of_its_own_attack(tmp
     ],
 )
 def test_a_reported_rate_or_number_of_seeds_that_is_none_is_refused(tmp_path, rate, seeds, due):
-    from bench.config import UserError
+    from bench.engine.errors import UserError
 
     source = tmp_path / "reported.csv"
     source.write_text(
-        "dataset,model,setting,attack,defense,provenance,poison_rate,asr,seeds\n"
+        "dataset,model,threat_model,attack,defense,provenance,poison_rate,asr,seeds\n"
         f"digits,net,reserve,badnets,closed,Paper,{rate},0.5,{seeds}\n"
     )
     with pytest.raises(UserError, match=due):
-        table.read_reported(source)
+        read_reported(source)
 
 
 def test_the_clean_model_that_others_report_stands_beside_ours(tmp_path):
     source = tmp_path / "reported.csv"
     source.write_text(
-        "dataset,model,setting,attack,defense,provenance,poison_rate,clean_accuracy\n"
+        "dataset,model,threat_model,attack,defense,provenance,poison_rate,clean_accuracy\n"
         "digits,net,reserve,none,closed,Paper,0,0.9\n"
     )
-    assert len(table.reported_of(source, trials_of(["none", "badnets"], ["ours"]))) == 1
+    assert len(reported_of(source, trials_of(["none", "badnets"], ["ours"]))) == 1
 
 
 def test_a_report_outlives_tensors_that_were_deleted_for_their_room(run_grid, tiny, tmp_path):
     from bench.report import main
 
-    one = ["grid.attacks=[badnets]", "grid.defenses=[spectral_signatures]", "grid.settings=[trainset]"]
+    one = ["grid.attacks=[badnets]", "grid.defenses=[spectral_signatures]", "grid.threat_models=[trainset]"]
     one += ["defense.spectral_signatures.retrain=false"]
     run_grid(*one)
     for tensors in (tmp_path / "results" / "store" / "implant").rglob("*.safetensors"):
@@ -710,8 +725,8 @@ def test_bold_on_the_page_is_the_best_of_what_a_filter_shows(tmp_path, kept):
     seen = trials[[all(row[axis] in chosen for axis, chosen in kept.items()) for _, row in trials.iterrows()]]
     seen = seen.reset_index(drop=True)
     # The undefended model counts as the floor whether it is shown or not; its own figures are in every row here.
-    cells = table.cells(seen)
-    marked = table.marks(seen, cells)
+    cells = to_cells(seen)
+    marked = marks(seen, cells)
     levels = {"best": 1, "alike": 0 if kept else 2}
     expected = {(cells.attack[i], cells.defense[i], name): levels[mark] for (i, name), mark in marked.cells.items()}
     expected |= {("mean", key[4], key[5]): levels[mark] for key, mark in marked.rows.items() if key[5] != "rank"}
@@ -719,7 +734,7 @@ def test_bold_on_the_page_is_the_best_of_what_a_filter_shows(tmp_path, kept):
     assert {key: mark for key, mark in mine.items() if mark} == {key: mark for key, mark in expected.items() if mark}
     assert any(mine.values())
     if not kept:  # where the printed table has a dagger
-        (board,) = table.boards(trials, [])
+        (board,) = boards(trials, [])
         row = next(row for row in board.rows if row[0].text == "beta")
         daggers = {name for _, defense, name, _, part in found["rows"] if part and defense == "beta"}
         assert ("asr" in daggers) == row[board.header.index("mean ASR")].text.endswith("†") is True

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.door import plan
 from bench.engine.adversarial import pgd
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import Classifier
-from bench.engine.training import Journal, Recipe, fit, make_optimizer
+from bench.engine.training import Recipe, TrainingLog, fit, make_optimizer
+from bench.experiment.experiment import load_experiment
 from bench.run import main
 from defenses import aft, pbe
-from defenses.base import ReserveView, TrainsetView, Verdict, offered
+from defenses.base import DefenseResult, ReserveView, TrainsetView, offered
 from defenses.pbe import (
     ProgressiveBackdoorErasing,
     ReleasedPBE,
@@ -47,9 +47,9 @@ def model(seed: int = 0) -> Classifier:
         return Classifier(Small(*layers, nn.Linear(64, 4)), (0.5,) * 3, (0.25,) * 3).eval()
 
 
-def view(data: ImageSet, seed: int = 0, journal: Journal | None = None) -> ReserveView:
-    journal = journal or Journal()
-    return ReserveView(model(), 4, seed, torch.device("cpu"), journal, reserve=data, augmentation=Augmentation(1 / 8))
+def view(data: ImageSet, seed: int = 0, log: TrainingLog | None = None) -> ReserveView:
+    log = log or TrainingLog()
+    return ReserveView(model(), 4, seed, torch.device("cpu"), log, reserve=data, augmentation=Augmentation(1 / 8))
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -63,12 +63,20 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 def test_the_score_is_half_of_one_plus_the_cosine_of_the_raw_logits():
     before = torch.tensor([[3.0, 4.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [2.0, 1.0]])
     after = torch.tensor([[4.0, 3.0], [0.0, 5.0], [-2.0, 0.0], [1.0, 1.0], [1.0, 2.0], [0.0, 0.0]])
-    wanted = [0.5 + 0.5 * 24 / 25, 0.5, 0.0, 0.5 + 0.5 * math.sqrt(0.5), 0.0, 0.0]
-    assert similarity(before, after).tolist() == pytest.approx(wanted, abs=1e-12)
+    target_labels = [0.5 + 0.5 * 24 / 25, 0.5, 0.0, 0.5 + 0.5 * math.sqrt(0.5), 0.0, 0.0]
+    assert similarity(before, after).tolist() == pytest.approx(target_labels, abs=1e-12)
     # Of these, 1, 3 and 6 change their class (3, 4 -> 4, 3; and a tie is the first class).
     penalised = similarity(before, after, 0.5).tolist()
     assert penalised == pytest.approx(
-        [wanted[0] - 0.5, wanted[1] - 0.5, wanted[2] - 0.5, wanted[3], wanted[4] - 0.5, 0.0], abs=1e-12
+        [
+            target_labels[0] - 0.5,
+            target_labels[1] - 0.5,
+            target_labels[2] - 0.5,
+            target_labels[3],
+            target_labels[4] - 0.5,
+            0.0,
+        ],
+        abs=1e-12,
     )
 
 
@@ -209,17 +217,17 @@ def test_each_set_is_the_best_of_all_images_by_the_model_of_the_step_before():
 # Switches --------------------------------------------------------------------------------------------------------
 
 
-def run(**settings: object) -> Verdict:
+def run(**settings: object) -> DefenseResult:
     return ProgressiveBackdoorErasing(**{**SMALL, **settings}).defend(view(images()))
 
 
 @functools.cache
-def plain() -> Verdict:
+def plain() -> DefenseResult:
     """The run that the switches are compared with."""
     return run()
 
 
-def sets(verdict: Verdict) -> list[list[int]]:
+def sets(verdict: DefenseResult) -> list[list[int]]:
     return [step.selected.nonzero().flatten().tolist() for step in verdict.rounds]
 
 
@@ -232,7 +240,7 @@ def test_ascending_order_concerns_the_first_selection_alone(monkeypatch):
     assert sets(turned)[2] == sorted(np.argsort(-score.numpy(), kind="stable")[:30].tolist())
 
 
-def same_weights(one: Verdict, two: Verdict, step: int) -> bool:
+def same_weights(one: DefenseResult, two: DefenseResult, step: int) -> bool:
     left, right = one.rounds[step].weights, two.rounds[step].weights
     return all(torch.equal(left[key], right[key]) for key in left)
 
@@ -305,12 +313,12 @@ def firing(monkeypatch):
 
 def test_a_guard_that_warns_or_is_off_changes_nothing_and_logs_what_it_sees(firing):
     for guard, names in (("off", set()), ("warn", {"pbe/suspect_class"})):
-        journal = Journal()
+        log = TrainingLog()
         settings = ProgressiveBackdoorErasing(**SMALL, guard=guard)
-        assert same(settings.defend(view(images(), journal=journal)).model, plain().model)  # firing or not
-        kept = {name for name in journal.curves if not name.endswith("/loss")}
+        assert same(settings.defend(view(images(), log=log)).model, plain().model)  # firing or not
+        kept = {name for name in log.curves if not name.endswith("/loss")}
         assert kept == {"pbe/lift", "pbe/flip", "pbe/median_flip"} | names
-        assert [step for step, _ in journal.curves["pbe/lift"]] == [0, 1, 2]
+        assert [step for step, _ in log.curves["pbe/lift"]] == [0, 1, 2]
 
 
 def test_the_guard_chooses_within_classes(firing):
@@ -344,8 +352,8 @@ def test_the_guard_repeats_the_first_step_without_the_class_from_the_infected_we
 def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, monkeypatch):
     data = images()
     settings = ProgressiveBackdoorErasing(**{**SMALL, "min_updates": 8})
-    whole = Journal()
-    straight = settings.defend(view(data, journal=whole))
+    whole = TrainingLog()
+    straight = settings.defend(view(data, log=whole))
     step, done = torch.optim.SGD.step, 0
 
     def stops(self, closure=None):
@@ -358,10 +366,10 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.SGD, "step", stops)
         with pytest.raises(KeyboardInterrupt):
-            settings.defend(view(data, journal=Journal(tmp_path, every_s=0)))
+            settings.defend(view(data, log=TrainingLog(tmp_path, every_s=0)))
     assert {path.stem for path in tmp_path.iterdir()} == {"step_0", "step_1", "step_2", "step_3"}
-    resumed = Journal(tmp_path, every_s=0)
-    again = settings.defend(view(data, journal=resumed))
+    resumed = TrainingLog(tmp_path, every_s=0)
+    again = settings.defend(view(data, log=resumed))
     assert all(same_weights(straight, again, number) for number in range(4))
     assert sets(straight) == sets(again)
     assert torch.equal(straight.suspicion, again.suspicion)
@@ -370,13 +378,13 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, monkeypatch
 
 def rounds(arguments: list[str]) -> list[dict]:
     """What the evaluator says of the steps of the only trial."""
-    opened = plan(arguments)
-    return opened.store.result("evaluate", opened.trials[0].keys()[2])["rounds"]
+    opened = load_experiment(arguments)
+    return opened.store.result("evaluate", opened.trials[0].keys.evaluate)["rounds"]
 
 
 @pytest.mark.slow
 def test_on_digits_it_weakens_blended_and_gathers_the_poison_of_a_patch(tmp_path, cache):
-    common = ["grid=quick", "grid.defenses=[pbe]", "grid.settings=[trainset]", "grid.seeds=1", "train.epochs=30"]
+    common = ["grid=quick", "grid.defenses=[pbe]", "grid.threat_models=[trainset]", "grid.seeds=1", "train.epochs=30"]
     # The radius for digits is the grid's own for AFT, a third of MNIST's customary one; all else is the default.
     common += ["defense.pbe.epsilon=0.1", "tracking.enabled=false", f"results={tmp_path}", f"dataset.cache={cache}"]
     blended, patch = ([*common, f"grid.attacks=[{attack}]"] for attack in ("blended", "badnets"))
@@ -401,7 +409,7 @@ def test_it_takes_both_views():
 
 def test_two_fits_with_one_optimizer_are_one_run_of_momentum():
     data, found, by_hand = images(16), model(), model()
-    recipe = Recipe(updates=2, batch_size=16, optimizer="sgd_plain", schedule="constant", lr=0.05, weight_decay=0.01)
+    recipe = Recipe(updates=2, batch_size=16, optimizer="momentum", schedule="constant", lr=0.05, weight_decay=0.01)
     optimizer = make_optimizer(recipe, found)
     for part in ("a", "b"):
         fit(found, data, recipe, seed=0, part=part, optimizer=optimizer)
@@ -445,8 +453,8 @@ def test_the_median_flip_of_an_even_number_of_classes_lies_between_the_middle_tw
 
 
 def test_the_guard_logs_lift_and_flip_of_the_class_that_gathers_most_in_the_new_selection():
-    journal, data = Journal(), images()
-    given = replace(view(data, journal=journal), num_classes=5)  # the fifth class has no image
+    log, data = TrainingLog(), images()
+    given = replace(view(data, log=log), num_classes=5)  # the fifth class has no image
     infected, labels = pbe.logits_of(given.model, data).argmax(1).numpy(), data.labels.numpy()
     verdict = ProgressiveBackdoorErasing(**SMALL, lr=0.1).defend(given)
     stepped, moved = model(1), 0
@@ -456,9 +464,9 @@ def test_the_guard_logs_lift_and_flip_of_the_class_that_gathers_most_in_the_new_
         selected = verdict.rounds[number + 1].selected.numpy()
         lifts = [np.mean(labels[selected] == label) / 0.25 for label in range(4)]
         flips = [changed[labels == label].mean() for label in range(4)]
-        found = [journal.curves[f"pbe/{name}"][number][1] for name in ("lift", "flip", "median_flip")]
+        found = [log.curves[f"pbe/{name}"][number][1] for name in ("lift", "flip", "median_flip")]
         assert found == pytest.approx([max(lifts), flips[np.argmax(lifts)], np.median(flips)])
-        assert journal.curves["pbe/suspect_class"][number][1] == -1
+        assert log.curves["pbe/suspect_class"][number][1] == -1
         moved += changed.sum()
     assert 0 < moved < 180
 

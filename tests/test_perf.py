@@ -6,7 +6,7 @@ import csv
 
 import pytest
 
-from bench.config import UserError
+from bench.engine.errors import UserError
 from bench.perf import DEFAULTS, SECTIONS, Timed, _in_turns, main
 
 TINY = ["size=8", "batch=4", "rounds=1", "only=training"]

@@ -8,20 +8,21 @@ import random
 import pytest
 import torch
 
-from bench.config import UserError
-from bench.dispatch import pending
-from bench.door import plan
+from bench.dispatch.costs import UNKNOWN, Job, critical_path, estimated, jobs_of, simulated
+from bench.dispatch.tasks import pending
+from bench.engine.errors import UserError
 from bench.engine.models import ModelSpec
-from bench.plan import UNKNOWN, Job, critical_path, estimated, jobs_of, main, simulated
-from bench.store import STAGES
+from bench.experiment.experiment import load_experiment
+from bench.plan import main
+from bench.storage.store import STAGES
 
 GRID = ["grid.attacks=[badnets,blended]", "grid.defenses=[no_defense,fine_tuning]", "grid.seeds=3"]
 
 
 def finish(opened, trial, stage: str, seconds: float, status: str = "done") -> None:
     """A finished stage that took so long, without computing it."""
-    identity = trial.control if stage == "twin" else getattr(trial, stage)
-    stage = "implant" if stage == "twin" else stage
+    identity = trial.clean_control if stage == "clean_control" else getattr(trial, stage)
+    stage = "implant" if stage == "clean_control" else stage
     result = {"status": status, "seconds": seconds, "provenance": {"device": "abacus"}}
     opened.store.finish(stage, identity, result)
 
@@ -31,43 +32,43 @@ def cost(opened, place, assumed=None):
 
 
 def test_a_stage_costs_the_median_of_the_same_cell_at_other_seeds(tiny):
-    opened = plan([*tiny, *GRID, "grid.seeds=4"])
+    opened = load_experiment([*tiny, *GRID, "grid.seeds=4"])
     cell = [trial for trial in opened.trials if (trial.attack, trial.defense) == ("badnets", "fine_tuning")]
     for trial, seconds in zip(cell[:3], (10.0, 20.0, 90.0), strict=True):
         finish(opened, trial, "implant", seconds)
     for trial in opened.trials:
         if trial.attack == "blended" and trial.seed == 0 and trial.defense == "no_defense":
             finish(opened, trial, "implant", 500.0)  # another cell's
-    found = cost(opened, ("implant", cell[3].keys()[0]))
+    found = cost(opened, ("implant", cell[3].keys.implant))
     assert (found.seconds, found.basis) == (20.0, "the same cell")
 
 
 def test_without_the_cell_it_is_the_method_there_then_others_then_elsewhere_then_nothing(tiny):
-    opened = plan([*tiny, *GRID])
+    opened = load_experiment([*tiny, *GRID])
     places = {(trial.attack, trial.defense, trial.seed): trial for trial in opened.trials}
-    wanted = ("defend", places["blended", "fine_tuning", 0].keys()[1])
-    assert cost(opened, wanted).basis == UNKNOWN
-    assert cost(opened, wanted).seconds is None
-    assert cost(opened, wanted, {"defend": 3.0}).seconds == 3.0
+    target_labels = ("defend", places["blended", "fine_tuning", 0].keys.defend)
+    assert cost(opened, target_labels).basis == UNKNOWN
+    assert cost(opened, target_labels).seconds is None
+    assert cost(opened, target_labels, {"defend": 3.0}).seconds == 3.0
 
     # Another grid's: another architecture, and the same store.
-    other = plan([*tiny, *GRID, "grid.models=[test_vit]", "grid.defenses=[fine_pruning]"])
+    other = load_experiment([*tiny, *GRID, "grid.models=[test_vit]", "grid.defenses=[fine_pruning]"])
     for stage, seconds in (("implant", 1.0), ("defend", 7.0)):
         finish(other, other.trials[0], stage, seconds)
-    assert cost(opened, wanted).basis == "elsewhere"
+    assert cost(opened, target_labels).basis == "elsewhere"
     finish(opened, places["badnets", "no_defense", 0], "defend", 5.0)
-    assert (cost(opened, wanted).seconds, cost(opened, wanted).basis) == (5.0, "others there")
+    assert (cost(opened, target_labels).seconds, cost(opened, target_labels).basis) == (5.0, "others there")
     finish(opened, places["badnets", "fine_tuning", 0], "defend", 9.0)
-    assert (cost(opened, wanted).seconds, cost(opened, wanted).basis) == (9.0, "the same method there")
+    assert (cost(opened, target_labels).seconds, cost(opened, target_labels).basis) == (9.0, "the same method there")
     finish(opened, places["blended", "fine_tuning", 1], "defend", 11.0)
-    assert (cost(opened, wanted).seconds, cost(opened, wanted).basis) == (11.0, "the same cell")
+    assert (cost(opened, target_labels).seconds, cost(opened, target_labels).basis) == (11.0, "the same cell")
 
 
 def test_what_was_measured_with_other_settings_counts_where_nothing_nearer_is(tiny):
-    before = plan([*tiny, *GRID])
+    before = load_experiment([*tiny, *GRID])
     for stage, seconds in (("implant", 4.0), ("defend", 6.0), ("inspect", 1.0), ("evaluate", 2.0)):
         finish(before, before.trials[0], stage, seconds)
-    opened = plan([*tiny, *GRID, "train.lr=0.05"])  # every stage is another one
+    opened = load_experiment([*tiny, *GRID, "train.lr=0.05"])  # every stage is another one
     costs = {stage: cost(opened, (stage, key)) for stage, key in opened.trials[0].places()}
     assert {stage: found.seconds for stage, found in costs.items()} == {
         "implant": 4.0,
@@ -78,22 +79,22 @@ def test_what_was_measured_with_other_settings_counts_where_nothing_nearer_is(ti
 
 
 def test_a_cell_that_came_to_nothing_says_nothing_of_other_cells(tiny):
-    opened = plan([*tiny, *GRID])
+    opened = load_experiment([*tiny, *GRID])
     finish(opened, opened.trials[0], "defend", 0.0, status="diverged")
     costs = estimated(opened).costs
     known = {place for place, found in costs.items() if found.seconds is not None}
-    assert known == {("defend", trial.keys()[1]) for trial in opened.trials[1:3]}  # its own other seeds
+    assert known == {("defend", trial.keys.defend) for trial in opened.trials[1:3]}  # its own other seeds
 
 
-def test_every_stage_is_counted_once_and_clean_twins_by_their_name(tiny, capsys):
-    assert main([*tiny, *GRID, "measure.relearn=true", "--assume=implant:60,twin:30,defend:5,evaluate:1"]) == 0
+def test_every_stage_is_counted_once_and_clean_controls_by_their_name(tiny, capsys):
+    assert main([*tiny, *GRID, "measure.relearn=true", "--assume=implant:60,clean_control:30,defend:5,evaluate:1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line[:16].strip(): line[16:].split() for line in lines}
     assert rows["infected models"] == ["0", "6", "0.10", "?"]
-    assert rows["clean twins"][:2] == ["0", "3"]  # one for each seed
+    assert rows["clean controls"][:2] == ["0", "3"]  # one for each seed
     assert rows["repairs"][:2] == rows["evaluations"][:2] == ["0", "12"]
     assert rows["inspections"] == ["0", "6", "?", "?"]
-    assert "to compute: 6 infected models, 12 repairs with their measures, 3 clean twins to measure them by" in lines
+    assert "to compute: 6 infected models, 12 repairs with their measures, 3 clean controls to measure them by" in lines
     # 6 x 60 + 3 x 30 + 12 x 6 s
     assert "work: 0.14 core hours" in lines
     assert any(line.startswith("critical path: 66 s: ") for line in lines)
@@ -109,9 +110,9 @@ def test_a_finished_grid_has_nothing_left(run_grid, tiny, capsys):
     assert "to compute: 0 infected models, 0 repairs" in printed
     assert "critical path" not in printed
     # And of what it left, another seed is planned: seconds and bytes.
-    opened = plan([*tiny, *one, "grid.seeds=[1]"])
+    opened = load_experiment([*tiny, *one, "grid.seeds=[1]"])
     costs = estimated(opened).costs
-    done = plan([*tiny, *one]).trials[0]
+    done = load_experiment([*tiny, *one]).trials[0]
     for stage, key in opened.trials[0].places():
         before = dict(done.places())[stage]
         assert costs[stage, key].seconds == opened.store.result(stage, before)["seconds"]
@@ -119,7 +120,7 @@ def test_a_finished_grid_has_nothing_left(run_grid, tiny, capsys):
 
 
 def test_the_first_repair_of_a_model_inspects_it(tiny):
-    opened = plan([*tiny, *GRID, "grid.attacks=[badnets]", "grid.seeds=1"])
+    opened = load_experiment([*tiny, *GRID, "grid.attacks=[badnets]", "grid.seeds=1"])
     tasks = pending(opened.trials, opened.store)
     seconds = dict(zip((*STAGES[:2], "inspect", "evaluate"), (100.0, 10.0, 5.0, 1.0), strict=True))
     jobs = jobs_of(tasks, estimated(opened, seconds), job_seconds=0.5)
@@ -165,10 +166,10 @@ def test_a_wrong_option_is_refused_with_the_right_ones(tiny, option):
 
 
 def test_nor_does_what_came_to_nothing_with_other_settings(tiny):
-    before = plan([*tiny, *GRID, "train.epochs=2"])
+    before = load_experiment([*tiny, *GRID, "train.epochs=2"])
     finish(before, before.trials[0], "implant", 1.0, status="diverged")
-    opened = plan([*tiny, *GRID])
-    assert cost(opened, ("implant", opened.trials[0].keys()[0])).basis == UNKNOWN
+    opened = load_experiment([*tiny, *GRID])
+    assert cost(opened, ("implant", opened.trials[0].keys.implant)).basis == UNKNOWN
 
 
 # Scaled to other work -----------------------------------------------------------------------------------------------
@@ -176,7 +177,7 @@ def test_nor_does_what_came_to_nothing_with_other_settings(tiny):
 
 def measured(tiny, *more: str):
     """The tiny grid with the first stages of each kind finished, in 4, 6, 1 and 2 seconds."""
-    before = plan([*tiny, *GRID, *more])
+    before = load_experiment([*tiny, *GRID, *more])
     for stage, seconds in (("implant", 4.0), ("defend", 6.0), ("inspect", 1.0), ("evaluate", 2.0)):
         finish(before, tuned(before), stage, seconds)
     return before
@@ -199,7 +200,7 @@ def tuned(opened):
 )
 def test_what_was_measured_counts_times_the_ratio_of_images_and_epochs(tiny, changed, stage, times):
     measured(tiny)
-    opened = plan([*tiny, *GRID, changed])
+    opened = load_experiment([*tiny, *GRID, changed])
     found = cost(opened, (stage, dict(tuned(opened).places())[stage]))
     seconds = {"implant": 4.0, "defend": 6.0, "evaluate": 2.0}[stage]
     assert found.seconds == pytest.approx(seconds * times)
@@ -229,7 +230,7 @@ def flops_by_hand(name: str, channels: int, size: int, stem: str) -> int:
 def test_a_network_of_so_many_times_the_operations_takes_so_many_times_the_seconds(tiny, name, stem):
     measured(tiny)
     times = flops_by_hand(name, 1, 16, stem) / flops_by_hand("test_resnet", 1, 16, "stock")
-    opened = plan([*tiny, *GRID, f"grid.models=[{name}]", f"model.stem={stem}"])
+    opened = load_experiment([*tiny, *GRID, f"grid.models=[{name}]", f"model.stem={stem}"])
     seconds = {stage: cost(opened, (stage, key)).seconds for stage, key in tuned(opened).places()}
     assert seconds == pytest.approx(
         {"implant": 4 * times, "defend": 6 * times, "inspect": times, "evaluate": 2 * times}
@@ -240,7 +241,7 @@ def test_a_data_set_of_more_images_takes_longer_in_proportion(tiny, tmp_path):
     before = measured(tiny)
     # Grey images of ten classes, too: the same network at the same size.
     other = ["grid.datasets=[fashion_mnist]", "dataset.size=16", f"dataset.root={tmp_path / 'nowhere'}"]
-    opened = plan([*tiny, *GRID, *other], dry=True)
+    opened = load_experiment([*tiny, *GRID, *other], dry=True)
     digits = before.infos["digits"]
     trained = sum(count - round(0.05 * count) for count in digits.train_counts)
     seconds = {stage: cost(opened, (stage, key)).seconds for stage, key in tuned(opened).places()}
@@ -251,9 +252,9 @@ def test_a_data_set_of_more_images_takes_longer_in_proportion(tiny, tmp_path):
 
 def test_a_smaller_stored_network_takes_less_disk(tiny):
     before = measured(tiny)
-    opened = plan([*tiny, *GRID, "grid.models=[test_efficientnet]"])
-    place = ("implant", tuned(opened).keys()[0])
-    was = sum(path.stat().st_size for path in opened.store.folder("implant", tuned(before).keys()[0]).iterdir())
+    opened = load_experiment([*tiny, *GRID, "grid.models=[test_efficientnet]"])
+    place = ("implant", tuned(opened).keys.implant)
+    was = sum(path.stat().st_size for path in opened.store.folder("implant", tuned(before).keys.implant).iterdir())
     count = [
         sum(weight.numel() for weight in ModelSpec(name, 10, 1, 16, (0.5,), (0.5,)).build(0).parameters())
         for name in ("test_efficientnet", "test_resnet")
@@ -264,31 +265,31 @@ def test_a_smaller_stored_network_takes_less_disk(tiny):
 def test_an_assumption_stays_in_force_for_what_was_not_measured_there(tiny):
     measured(tiny)
     assumed = {"implant": 600.0, "defend": 60.0, "evaluate": 10.0}
-    here = plan([*tiny, *GRID])
+    here = load_experiment([*tiny, *GRID])
     kinds = {(trial.attack, trial.defense): trial for trial in here.trials if trial.seed == 2}
-    assert cost(here, ("implant", kinds["badnets", "no_defense"].keys()[0]), assumed).seconds == 4.0  # measured
-    assert cost(here, ("implant", kinds["blended", "no_defense"].keys()[0]), assumed).seconds == 600.0
-    assert cost(here, ("defend", kinds["blended", "fine_tuning"].keys()[1]), assumed).seconds == 6.0
-    assert cost(here, ("defend", kinds["blended", "no_defense"].keys()[1]), assumed).seconds == 60.0
-    elsewhere = plan([*tiny, *GRID, "grid.models=[test_efficientnet]"])
+    assert cost(here, ("implant", kinds["badnets", "no_defense"].keys.implant), assumed).seconds == 4.0  # measured
+    assert cost(here, ("implant", kinds["blended", "no_defense"].keys.implant), assumed).seconds == 600.0
+    assert cost(here, ("defend", kinds["blended", "fine_tuning"].keys.defend), assumed).seconds == 6.0
+    assert cost(here, ("defend", kinds["blended", "no_defense"].keys.defend), assumed).seconds == 60.0
+    elsewhere = load_experiment([*tiny, *GRID, "grid.models=[test_efficientnet]"])
     found = {stage: cost(elsewhere, (stage, key), assumed) for stage, key in tuned(elsewhere).places()}
     assert {stage: found[stage].seconds for stage in assumed} == assumed
     assert found["inspect"].basis == "elsewhere"  # nothing was assumed of it
 
 
 def test_the_epochs_of_one_method_say_nothing_of_another(tiny):
-    opened = plan([*tiny, *GRID, "defense.fine_tuning.epochs=50"])
+    opened = load_experiment([*tiny, *GRID, "defense.fine_tuning.epochs=50"])
     finish(opened, next(trial for trial in opened.trials if trial.defense == "no_defense"), "defend", 5.0)
-    found = cost(opened, ("defend", tuned(opened).keys()[1]))
+    found = cost(opened, ("defend", tuned(opened).keys.defend))
     assert (found.seconds, found.basis) == (5.0, "others there")
 
 
 def test_a_costly_measure_is_not_known_by_what_was_measured_without_it(tiny):
     measured(tiny)
-    opened = plan([*tiny, *GRID, "measure.autoattack_images=10"])
+    opened = load_experiment([*tiny, *GRID, "measure.autoattack_images=10"])
     keys = dict(tuned(opened).places())
     assert cost(opened, ("evaluate", keys["evaluate"])).basis == UNKNOWN
-    again = plan([*tiny, *GRID, "measure.pgd_steps=2"])
+    again = load_experiment([*tiny, *GRID, "measure.pgd_steps=2"])
     assert cost(again, ("evaluate", dict(tuned(again).places())["evaluate"])).seconds > 2
 
 

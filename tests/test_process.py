@@ -16,18 +16,19 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import dispatch, run
-from bench.door import plan
+from bench import run
+from bench.dispatch.local import _Pool
 from bench.engine import files, stopping
-from bench.errors import UserError
-from bench.store import Store
+from bench.engine.errors import UserError
+from bench.experiment.experiment import load_experiment
+from bench.storage.store import Store
 
 ROOT = Path(run.__file__).parents[1]
 # A command that needs no package: it prints, works, and leaves a file when its work is done.
 COMMAND = """
 import sys, time
 from pathlib import Path
-from bench.door import enter
+from bench._command import run_command as enter
 from bench.engine import stopping
 
 def main(arguments):
@@ -148,7 +149,7 @@ def test_what_was_started_with_nohup_goes_on_when_the_terminal_is_closed(script,
 def test_every_worker_starts_with_the_signals_blocked_that_end_a_job(tmp_path):
     """Also the first, with which Python starts a process of its own; and again after that one was killed."""
     resource_tracker._resource_tracker._stop()
-    pool = dispatch._Pool(Store(tmp_path), {}, torch.device("cpu"), 1, 60.0, [])
+    pool = _Pool(Store(tmp_path), {}, torch.device("cpu"), 1, 60.0, [])
     try:
         for index in range(3):
             if index == 2:
@@ -196,12 +197,12 @@ def test_a_training_that_is_told_to_stop_leaves_a_checkpoint_and_goes_on_to_the_
             run.main(broken)
     assert done == 44  # the epoch was finished
     assert list((tmp_path / "broken" / "checkpoints").rglob("implant.safetensors"))
-    experiment = plan(broken)
+    experiment = load_experiment(broken)
     assert not list((experiment.store.root / "failed").glob("*"))
     assert not experiment.store.claims()
     assert run.main(broken) == 0
-    key = experiment.trials[0].keys()[0]
-    one, two = (plan(words).store.tensors("implant", key, "model") for words in (straight, broken))
+    key = experiment.trials[0].keys.implant
+    one, two = (load_experiment(words).store.tensors("implant", key, "model") for words in (straight, broken))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -335,7 +336,7 @@ def test_results_that_cannot_be_written_are_named_with_the_cause(tiny, tmp_path,
     (tmp_path / "results" / "quick").mkdir()
     (tmp_path / "results" / "quick" / "leaderboard.md").touch()  # of an earlier run, with other settings
     words = [*tiny, f"results={tmp_path / 'results'}"]
-    plan(words)  # decodes the data set
+    load_experiment(words)  # decodes the data set
     monkeypatch.setattr(*target, fails)
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "results"))) as caught:
         run.main(words)
@@ -396,12 +397,12 @@ def test_without_the_virtual_environment_a_command_says_what_to_do(command):
 
 
 def test_a_run_that_waits_says_for_whom(tiny, tmp_path, monkeypatch, capsys):
-    from bench import lease
+    from bench.storage import lease
 
-    experiment = plan([*tiny, *TRAINING])
+    experiment = load_experiment([*tiny, *TRAINING])
     store, (trial,) = experiment.store, experiment.trials
     theirs = lease.Owner("node7", "node7 boot", 4711, "1", "", time.time() - 3600)
-    folder = store.root / "locks" / f"implant-{trial.keys()[0]}"
+    folder = store.root / "locks" / f"implant-{trial.keys.implant}"
     folder.mkdir(parents=True)
     (folder / "1").write_text(files_of(theirs))
     monkeypatch.setattr(run._Display, "plain_every_s", 0.0)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from bench.door import plan
-from bench.reporting.table import of_trials
+from bench.experiment.experiment import load_experiment
+from bench.reporting.trials import of_trials
 from bench.run import main
 
 
 def figures(arguments: list[str]):
     assert main(arguments) == 0
-    opened = plan(arguments)
+    opened = load_experiment(arguments)
     table = of_trials(opened.trials, opened.store)
     return table.groupby(["attack", "defense"])[["clean_accuracy", "asr"]].mean()
 

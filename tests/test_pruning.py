@@ -11,7 +11,7 @@ from bench.engine.data import ImageSet, generator
 from bench.engine.metrics import predict
 from bench.engine.models import Classifier, ModelSpec
 from bench.engine.pruning import Channels, Masked, prune, split_off, units_to_prune
-from bench.engine.training import Journal
+from bench.engine.training import TrainingLog
 
 FAMILIES = ["test_resnet", "resnetv2_18", "test_efficientnet", "mobilenetv3_small_050", "test_convnext", "test_vit"]
 
@@ -176,10 +176,10 @@ def test_a_pruned_channel_is_the_constant_that_folding_its_shift_gives():
     torch.testing.assert_close(pruned(images).double(), logits, atol=1e-5, rtol=1e-5)
 
 
-def choose(model: Classifier, mask: Tensor, judges: ImageSet, **settings) -> tuple[Tensor, Journal]:
-    journal = Journal()
+def choose(model: Classifier, mask: Tensor, judges: ImageSet, **settings) -> tuple[Tensor, TrainingLog]:
+    log = TrainingLog()
     rules = {"prune_by": "held_out", "threshold": 0.2, "count": 0, "tolerance": 0.02, "seed": 0, **settings}
-    return units_to_prune(model, model.norms(), mask, judges, journal=journal, name="x", **rules), journal
+    return units_to_prune(model, model.norms(), mask, judges, log=log, name="x", **rules), log
 
 
 def share(model: Classifier, data: ImageSet) -> float:
@@ -199,9 +199,9 @@ def test_the_held_out_rule_is_the_largest_threshold_that_a_search_by_pruning_all
             pruned.net.norm.weight[mask <= step * 0.05 + 1e-9] = 0
         if 1 - share(pruned, judges) <= tolerance + 1e-9:
             allowed.append(step * 0.05)
-    units, journal = choose(model, mask, judges, tolerance=tolerance)
+    units, log = choose(model, mask, judges, tolerance=tolerance)
     assert torch.equal(units, mask <= max(allowed) + 1e-9)
-    assert journal.curves["x/threshold"][0][1] == pytest.approx(max(allowed))
+    assert log.curves["x/threshold"][0][1] == pytest.approx(max(allowed))
 
 
 def test_the_pruned_set_grows_with_the_threshold_and_is_empty_below_zero():
@@ -236,10 +236,10 @@ def test_the_control_takes_as_many_units_as_the_held_out_rule_and_each_as_often(
 def test_the_curve_of_the_pruned_share_is_the_cumulative_histogram_of_the_masks():
     model, judges = small(), noise(10)
     mask = torch.tensor([0.0, 0.04, 0.3, 0.31, 0.5, 0.9, 1.0, 1.0])
-    _, journal = choose(model, mask, judges, prune_by="count")
-    for step, value in journal.curves["x/pruned"]:
+    _, log = choose(model, mask, judges, prune_by="count")
+    for step, value in log.curves["x/pruned"]:
         assert value == np.mean(mask.numpy() <= np.float32(step / 100))
-    assert [step for step, _ in journal.curves["x/pruned"]] == list(range(0, 95, 5))
+    assert [step for step, _ in log.curves["x/pruned"]] == list(range(0, 95, 5))
 
 
 def test_choosing_leaves_the_model_alone():

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.door import plan
 from bench.engine.adversarial import pgd
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Journal, Recipe, fit
+from bench.engine.training import Recipe, TrainingLog, fit
+from bench.experiment.experiment import load_experiment
 from bench.run import main
 from defenses import aft, pbe, pud
-from defenses.base import ReserveView, TrainsetView, Verdict, offered
+from defenses.base import DefenseResult, ReserveView, TrainsetView, offered
 from defenses.pbe import ProgressiveBackdoorErasing
 from defenses.pud import (
     MeanTeacher,
@@ -73,26 +73,26 @@ def model(seed: int = 0) -> Classifier:
         return Classifier(Small(*layers, nn.Linear(64, 4)), (0.5,) * 3, (0.25,) * 3).eval()
 
 
-def view(data: ImageSet, journal: Journal | None = None) -> ReserveView:
-    journal = journal or Journal()
-    return ReserveView(model(), 4, 0, torch.device("cpu"), journal, reserve=data, augmentation=Augmentation(1 / 8))
+def view(data: ImageSet, log: TrainingLog | None = None) -> ReserveView:
+    log = log or TrainingLog()
+    return ReserveView(model(), 4, 0, torch.device("cpu"), log, reserve=data, augmentation=Augmentation(1 / 8))
 
 
-def run(**settings: object) -> Verdict:
+def run(**settings: object) -> DefenseResult:
     return ProgressiveUnifiedDefense(**{**SMALL, **settings}).defend(view(images()))
 
 
 @functools.cache
-def plain() -> Verdict:
+def plain() -> DefenseResult:
     """The run that the switches are compared with."""
     return run()
 
 
-def names(verdict: Verdict) -> list[str]:
+def names(verdict: DefenseResult) -> list[str]:
     return [step.name for step in verdict.rounds]
 
 
-def weights(verdict: Verdict, name: str) -> dict[str, Tensor]:
+def weights(verdict: DefenseResult, name: str) -> dict[str, Tensor]:
     return next(step.weights for step in verdict.rounds if step.name == name)
 
 
@@ -306,10 +306,10 @@ def test_the_student_learns_from_labels_and_teacher_and_the_teacher_from_no_grad
     batch, labels = data.images / 255, data.labels
     with torch.no_grad():
         found, aim = student(batch).double(), pair.teacher(batch).double()
-    wanted = -found.log_softmax(1).gather(1, labels[:, None]).mean()
-    wanted += 0.5 * ((found.softmax(1) - aim.softmax(1)) ** 2).sum()
+    target_labels = -found.log_softmax(1).gather(1, labels[:, None]).mean()
+    target_labels += 0.5 * ((found.softmax(1) - aim.softmax(1)) ** 2).sum()
     loss = pair.loss(student, batch, labels, 0.0)
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(target_labels.item(), rel=1e-5)
     loss.backward()
     assert all(weight.grad is None for weight in pair.teacher.parameters())
     assert not pair.teacher.training
@@ -330,9 +330,9 @@ def test_the_stage_of_unlearning_learns_the_clean_unlearns_the_tail_and_stays_ne
     with torch.no_grad():
         net.head.bias.add_(0.25)  # four numbers
     found = net(data.images / 255).double().log_softmax(1).gather(1, data.labels[:, None]).neg().flatten()
-    wanted = found[:6].mean() - 0.5 * found[6:].mean() + 0.1 * 4 * 0.25
+    target_labels = found[:6].mean() - 0.5 * found[6:].mean() + 0.1 * 4 * 0.25
     loss = hooks.loss(net, data.images / 255, data.labels, 0.0)
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(target_labels.item(), rel=1e-5)
 
 
 def test_unlearning_starts_at_its_anchor_and_draws_the_share_of_the_tail(monkeypatch):
@@ -455,13 +455,13 @@ def firing(monkeypatch):
 
 def test_a_guard_that_warns_or_is_off_changes_nothing_and_watches_every_selection(firing):
     for guard, logged in (("off", set()), ("warn", {"pud/suspect_class"})):
-        journal = Journal()
-        found = ProgressiveUnifiedDefense(**SMALL, guard=guard).defend(view(images(), journal))
+        log = TrainingLog()
+        found = ProgressiveUnifiedDefense(**SMALL, guard=guard).defend(view(images(), log))
         assert equal(found.model.state_dict(), plain().model.state_dict())
-        kept = {name.removeprefix("pud/") for name in journal.curves if name.startswith("pud/")}
+        kept = {name.removeprefix("pud/") for name in log.curves if name.startswith("pud/")}
         assert kept >= {"lift", "flip", "median_flip", "target_scores"}
-        assert {name for name in journal.curves if name.endswith("suspect_class")} == logged
-        assert [step for step, _ in journal.curves["pud/lift"]] == [0, 1, 2, 3]
+        assert {name for name in log.curves if name.endswith("suspect_class")} == logged
+        assert [step for step, _ in log.curves["pud/lift"]] == [0, 1, 2, 3]
 
 
 def test_the_guard_chooses_within_classes_or_the_worst(firing):
@@ -538,7 +538,7 @@ def filtering(monkeypatch):
     return calls
 
 
-def chosen(verdict: Verdict, name: str) -> set[int]:
+def chosen(verdict: DefenseResult, name: str) -> set[int]:
     return set(next(step.selected for step in verdict.rounds if step.name == name).nonzero().flatten().tolist())
 
 
@@ -601,13 +601,11 @@ def test_the_vote_of_the_infected_model_names_the_target_and_each_vote_is_logged
         monkeypatch.setattr(pud, "adversarial_target", lambda *_, voted=voted, **__: voted)
         monkeypatch.setattr(pud, "widest_class", lambda *_: 0)
         monkeypatch.setattr(pbe, "suspect_class", lambda *_: None)
-        journal = Journal()
+        log = TrainingLog()
         filtering.clear()
-        ProgressiveUnifiedDefense(**SHORT).defend(view(images(240), journal))
+        ProgressiveUnifiedDefense(**SHORT).defend(view(images(240), log))
         assert len(filtering) == calls
-        found = {
-            name: journal.curves[f"pud/target_{name}"][0][1] for name in ("spectre", "adversarial", "size", "scores")
-        }
+        found = {name: log.curves[f"pud/target_{name}"][0][1] for name in ("spectre", "adversarial", "size", "scores")}
         assert found == {"spectre": 3, "adversarial": voted, "size": -1, "scores": 0}
     # The scores of the first step may give the second voice: then the sets of later steps are filtered.
     monkeypatch.setattr(pbe, "suspect_class", lambda *_: 3)
@@ -643,10 +641,10 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(aft, "fit", dies)
         with pytest.raises(KeyboardInterrupt):
-            settings.defend(view(data, Journal(tmp_path, every_s=0)))
+            settings.defend(view(data, TrainingLog(tmp_path, every_s=0)))
     begun = {path.stem for path in tmp_path.iterdir()}
     assert begun == set(PARTS[: PARTS.index(part) + 1])
-    again = settings.defend(view(data, Journal(tmp_path, every_s=0)))
+    again = settings.defend(view(data, TrainingLog(tmp_path, every_s=0)))
     assert names(again) == names(straight)
     for one, two in zip(straight.rounds, again.rounds, strict=True):
         assert equal(one.weights, two.weights)
@@ -655,7 +653,7 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, monkeypatch
 
 
 @functools.cache
-def unbroken() -> Verdict:
+def unbroken() -> DefenseResult:
     return run(min_updates=8)
 
 
@@ -667,7 +665,7 @@ def test_a_reserve_of_few_images_passes():
 
 @pytest.mark.slow
 def test_the_harness_runs_pbe_and_pud_in_both_settings_and_scores_every_step(run_grid, tiny):
-    settings = ["grid.attacks=[blended]", "grid.defenses=[pbe,pud]", "grid.settings=[reserve,trainset]"]
+    settings = ["grid.attacks=[blended]", "grid.defenses=[pbe,pud]", "grid.threat_models=[reserve,trainset]"]
     settings += ["reserve.contamination=0.1", "defense.pud.target_label=0"]
     for name, epochs in (("pbe", "1"), ("pud", "[1,1,1,1,1]")):
         settings += [f"defense.{name}.{key}=1" for key in ("min_updates", "attack_steps", "adversarial_batches")]
@@ -677,18 +675,18 @@ def test_the_harness_runs_pbe_and_pud_in_both_settings_and_scores_every_step(run
     status, table = run_grid(*settings)
     assert status == 0
     assert table.status.tolist() == ["done"] * 4
-    opened = plan([*tiny, *settings])
+    opened = load_experiment([*tiny, *settings])
     for trial in opened.trials:
-        result = opened.store.result("evaluate", trial.keys()[2])
+        result = opened.store.result("evaluate", trial.keys.evaluate)
         steps = {step["name"]: step for step in result["rounds"]}
-        images = 1367 if trial.setting == "trainset" else 71
+        images = 1367 if trial.threat_model == "trainset" else 71
         if trial.defense == "pbe":
             sizes = [steps[f"step {number}"]["selected"] for number in range(4)]
             assert sizes == [int(images * rate) for rate in (0.05, 0.2, 0.5, 0.7)]
         else:
             assert {f"step {number}" for number in range(5)} | {"unlearning", "student", "teacher"} <= set(steps)
             # At most a tenth of a class below 500 counts as poison, here of 260 to 269; of 71 images none is asked.
-            if trial.setting == "trainset":
+            if trial.threat_model == "trainset":
                 assert steps["SPECTRE"]["selected"] == 1367 - round(1.5 * 26)
             else:
                 assert "SPECTRE" not in steps
@@ -699,13 +697,13 @@ def test_the_harness_runs_pbe_and_pud_in_both_settings_and_scores_every_step(run
 
 def rounds(arguments: list[str]) -> list[dict]:
     """What the evaluator says of the parts of the only trial."""
-    opened = plan(arguments)
-    return opened.store.result("evaluate", opened.trials[0].keys()[2])["rounds"]
+    opened = load_experiment(arguments)
+    return opened.store.result("evaluate", opened.trials[0].keys.evaluate)["rounds"]
 
 
 @pytest.mark.slow
 def test_on_digits_it_erases_blended(tmp_path, cache):
-    arguments = ["grid=quick", "grid.attacks=[blended]", "grid.defenses=[pud]", "grid.settings=[trainset]"]
+    arguments = ["grid=quick", "grid.attacks=[blended]", "grid.defenses=[pud]", "grid.threat_models=[trainset]"]
     # The radius for digits is the grid's own for AFT, a third of MNIST's customary one; the stages are shortened to
     # their least updates, all else is the default.
     arguments += ["defense.pud.search_epsilon=0.067"]
@@ -831,14 +829,14 @@ def test_a_repeated_first_step_chooses_the_tail_anew(firing):
 
 
 def test_the_guard_sees_the_classes_that_the_step_has_changed():
-    journal, data = Journal(), images()
-    found = ProgressiveUnifiedDefense(**SMALL, lr=0.03).defend(view(data, journal))
+    log, data = TrainingLog(), images()
+    found = ProgressiveUnifiedDefense(**SMALL, lr=0.03).defend(view(data, log))
     stepped = model(1)
     stepped.load_state_dict(weights(found, "step 0"))
     changed = pud.logits_of(stepped, data).argmax(1) != pud.logits_of(model(), data).argmax(1)
     flips = [changed[data.labels == label].double().mean().item() for label in range(4)]
     assert np.median(flips) > 0.5
-    assert journal.curves["pud/median_flip"][0][1] == pytest.approx(np.median(flips))
+    assert log.curves["pud/median_flip"][0][1] == pytest.approx(np.median(flips))
 
 
 def test_the_tail_is_that_of_the_scores_after_the_last_step_but_one_and_not_of_the_last():

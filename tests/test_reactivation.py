@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn, tensor
 
-from bench import evaluation
-from bench.door import plan
 from bench.engine import connection
 from bench.engine.connection import Traces, compare, trace
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import ModelSpec
 from bench.engine.reactivation import CLEAN_SHARE, RELEARN, reactivate, relearn
-from bench.pipeline import Bench
-from bench.store import Store, key_of
+from bench.experiment.experiment import load_experiment
+from bench.measures import context
+from bench.pipeline.runner import Runner
+from bench.storage.store import Store, key_of
 
 
 class Linear(nn.Module):
@@ -44,7 +44,7 @@ def cornered(images: Tensor) -> Tensor:
 
 def test_relearning_takes_five_epochs_of_plain_momentum_at_a_constant_rate():
     assert (RELEARN.epochs, RELEARN.batch_size, RELEARN.lr, RELEARN.momentum) == (5, 128, 0.01, 0.9)
-    assert (RELEARN.optimizer, RELEARN.schedule, RELEARN.weight_decay) == ("sgd_plain", "constant", 0.0)
+    assert (RELEARN.optimizer, RELEARN.schedule, RELEARN.weight_decay) == ("momentum", "constant", 0.0)
 
 
 def test_relearning_has_two_percent_of_the_training_images_clean():
@@ -125,9 +125,9 @@ def test_on_a_linear_classifier_the_best_perturbation_is_the_corner_of_the_ball_
 def test_the_perturbation_repeats_stays_in_the_ball_and_leaves_the_model_alone():
     model = ModelSpec("test_efficientnet", 4, 1, 16, (0.5,), (0.25,)).build(0).train()
     images = torch.randint(0, 256, (20, 1, 16, 16), generator=generator(0, "images"), dtype=torch.uint8)
-    data, wanted = ImageSet(images, torch.arange(20) % 4), torch.zeros(20, dtype=torch.int64)
+    data, target_labels = ImageSet(images, torch.arange(20) % 4), torch.zeros(20, dtype=torch.int64)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    one, two = (reactivate(model, data, wanted, cornered, seed=3, steps=5) for _ in range(2))
+    one, two = (reactivate(model, data, target_labels, cornered, seed=3, steps=5) for _ in range(2))
     assert torch.equal(one, two)
     assert one.abs().max() <= 4 / 255
     assert one.abs().max() > 0
@@ -153,21 +153,21 @@ def traces(predicted: list[int], similarity: float = 0.0, overlap: float | None 
     )
 
 
-def compared(infected: Traces, twin: Traces, wanted: Tensor = TARGET) -> dict:
-    return compare(infected, twin, labels=LABELS, wanted=wanted, num_classes=4, seed=0)
+def compared(infected: Traces, control: Traces, target_labels: Tensor = TARGET) -> dict:
+    return compare(infected, control, labels=LABELS, target_labels=target_labels, num_classes=4, seed=0)
 
 
 def test_the_connection_of_six_images_by_hand():
-    # Infected: five fooled, four to the target. Twin: four fooled, one to the target.
+    # Infected: five fooled, four to the target. Control: four fooled, one to the target.
     found = compared(traces([0, 0, 0, 0, 1, 3], 0.5, 0.25), traces([0, 2, 1, 1, 3, 2], -0.1, -0.25))
     assert found["images"] == 6
     assert found["infected"]["fooled"] == 5 / 6
     assert found["infected"]["concentration"] == pytest.approx(4 / 5)
-    assert found["twin"]["concentration"] == pytest.approx(1 / 5)
+    assert found["clean_control"]["concentration"] == pytest.approx(1 / 5)
     assert found["lift"] == pytest.approx(4)
     assert found["difference"]["concentration"] == pytest.approx(3 / 5)
     assert found["infected"]["entropy"] == pytest.approx(-(0.8 * math.log(0.8) + 0.2 * math.log(0.2)) / math.log(4))
-    assert (found["infected"]["top_is_target"], found["twin"]["top_is_target"]) == (True, False)
+    assert (found["infected"]["top_is_target"], found["clean_control"]["top_is_target"]) == (True, False)
     assert found["infected"]["classes"] == pytest.approx([4 / 5, 1 / 5, 0, 0])
     assert found["difference"]["similarity"] == pytest.approx(0.6)
     assert found["difference"]["overlap"] == pytest.approx(0.5)
@@ -179,9 +179,9 @@ def test_the_connection_of_six_images_by_hand():
 
 def test_random_noise_of_the_infected_model_is_a_control_of_its_own():
     one = traces([0, 0, 0, 0, 1, 3])
-    found = compare(one, one, traces(LABELS.tolist()), labels=LABELS, wanted=TARGET, num_classes=4, seed=0)
+    found = compare(one, one, traces(LABELS.tolist()), labels=LABELS, target_labels=TARGET, num_classes=4, seed=0)
     assert (found["noise"]["fooled"], found["noise"]["concentration"], found["noise"]["classes"]) == (0, None, None)
-    alone = connection.describe(one, labels=LABELS, wanted=TARGET, num_classes=4, seed=0)
+    alone = connection.describe(one, labels=LABELS, target_labels=TARGET, num_classes=4, seed=0)
     assert alone == {"images": 6, **found["infected"]}
 
 
@@ -214,15 +214,15 @@ def test_the_difference_of_a_model_to_itself_is_nothing_in_every_resample():
 
 def test_a_model_that_is_never_fooled_says_nothing_of_the_target():
     found = compared(traces([0] * 6), traces(LABELS.tolist()))
-    assert found["twin"]["fooled"] == 0
+    assert found["clean_control"]["fooled"] == 0
     for key in ("concentration", "concentration_interval", "entropy", "top_is_target"):
-        assert found["twin"][key] is None
+        assert found["clean_control"][key] is None
     assert found["lift"] is found["difference"]["concentration"] is None
 
 
 def test_all_to_all_is_concentrated_on_the_next_classes_and_has_no_single_top():
-    wanted = tensor([2, 2, 3, 3, 0, 0])
-    found = compared(traces([2, 2, 3, 3, 0, 1]), traces([0] * 6), wanted)
+    target_labels = tensor([2, 2, 3, 3, 0, 0])
+    found = compared(traces([2, 2, 3, 3, 0, 1]), traces([0] * 6), target_labels)
     assert found["infected"]["concentration"] == pytest.approx(5 / 6)
     assert found["infected"]["top_is_target"] is None
 
@@ -231,7 +231,7 @@ def test_the_interval_of_a_mean_is_about_two_standard_errors_wide():
     values = torch.randn(1000, generator=generator(0, "values")).double()
     labels = torch.ones(1000, dtype=torch.int64)
     one = Traces(torch.zeros(1000, dtype=torch.int64), values, None)
-    found = compare(one, one, labels=labels, wanted=0 * labels, num_classes=4, seed=0)["infected"]
+    found = compare(one, one, labels=labels, target_labels=0 * labels, num_classes=4, seed=0)["infected"]
     low, high = found["similarity_interval"]
     assert high - low == pytest.approx(2 * 1.96 * values.std().item() / math.sqrt(1000), rel=0.1)
     assert low < found["similarity"] < high
@@ -266,12 +266,12 @@ def test_a_trace_has_a_value_for_each_image_and_leaves_the_model_in_eval_mode():
 
 
 @pytest.mark.slow
-def test_each_repair_is_read_beside_a_clean_twin_that_is_made_once(tiny, monkeypatch):
+def test_each_repair_is_read_beside_a_clean_control_that_is_made_once(tiny, monkeypatch):
     monkeypatch.setattr(connection, "STEPS", 1)
     monkeypatch.setattr(connection, "EPSILONS", (2 / 255, 8 / 255))
     monkeypatch.setattr(connection, "RESAMPLES", 10)
-    monkeypatch.setattr(evaluation, "PROBE_IMAGES", 20)
-    opened = plan(
+    monkeypatch.setattr(context, "PROBE_IMAGES", 20)
+    opened = load_experiment(
         [
             *tiny,
             "grid.attacks=[badnets]",
@@ -282,39 +282,43 @@ def test_each_repair_is_read_beside_a_clean_twin_that_is_made_once(tiny, monkeyp
             "measure.connection=true",
         ]
     )
-    bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    bench = Runner(Store(opened.store.root), opened.infos, torch.device("cpu"))
     for trial in opened.trials:
-        bench.run(trial.twin(), ("implant",))
+        bench.run(trial.control_trial(), ("implant",))
         bench.run(trial)
     stages = [line.split()[1] for line in (bench.store.root / "history.log").read_text().splitlines()]
     assert sorted(stages) == ["defend", "defend", "evaluate", "evaluate", "implant", "implant", "inspect"]
     first = opened.trials[0]
-    assert bench.store.result("implant", key_of(first.control))["poisoned"] == 0
-    results = [bench.store.result("evaluate", trial.keys()[2]) for trial in opened.trials]
+    assert bench.store.result("implant", key_of(first.clean_control))["poisoned"] == 0
+    results = [bench.store.result("evaluate", trial.keys.evaluate) for trial in opened.trials]
     shared = [[{**row, "repaired": None} for row in result["connection"]] for result in results]
     assert shared[0] == shared[1]
     for row, other, epsilon in zip(*(result["connection"] for result in results), (2 / 255, 8 / 255), strict=True):
         assert row["epsilon"] == epsilon
         assert row["repaired"] != other["repaired"]
-        # Nothing was repaired by no_defense; its images may be more: the twin need not have them right.
+        # Nothing was repaired by no_defense; its images may be more: the control need not have them right.
         assert row["repaired"]["images"] == row["images"] == 20
     for result in results:
         figures, rows = result["figures"], result["relearn"]
         assert [row["poisoned"] for row in rows] == [1, 5]
-        assert rows[1]["course"][0][0] == rows[1]["course_control"][0][0] == 0
+        assert rows[1]["course"][0][0] == rows[1]["course_clean_control"][0][0] == 0
         assert figures["relearn_asr"] == rows[1]["asr"]
-        assert figures["relearn_asr_control"] == rows[1]["asr_control"] == results[0]["relearn"][1]["asr_control"]
+        assert (
+            figures["relearn_asr_clean_control"]
+            == rows[1]["asr_clean_control"]
+            == results[0]["relearn"][1]["asr_clean_control"]
+        )
         for name in ("relearn", "reactivate"):
-            assert figures[f"{name}_gain"] == figures[f"{name}_asr"] - figures[f"{name}_asr_control"]
+            assert figures[f"{name}_gain"] == figures[f"{name}_asr"] - figures[f"{name}_asr_clean_control"]
 
 
 def test_relearning_by_numbers_without_the_papers_own_is_refused(cache):
-    from bench.config import UserError
+    from bench.engine.errors import UserError
 
     with pytest.raises(UserError, match="5 among them"):
-        plan(["grid=quick", "measure.relearn_poisoned=[1,10]", f"dataset.cache={cache}"])
+        load_experiment(["grid=quick", "measure.relearn_poisoned=[1,10]", f"dataset.cache={cache}"])
     with pytest.raises(UserError, match="write 0 for none"):
-        plan(["grid=quick", "measure.autoattack_images=-1", f"dataset.cache={cache}"])
+        load_experiment(["grid=quick", "measure.autoattack_images=-1", f"dataset.cache={cache}"])
 
 
 def test_a_copy_that_diverges_while_it_relearns_costs_no_other_figure(tiny, monkeypatch):
@@ -324,7 +328,7 @@ def test_a_copy_that_diverges_while_it_relearns_costs_no_other_figure(tiny, monk
     def diverging(*_: object, **__: object) -> None:
         raise Diverged("the loss became nan")
 
-    opened = plan(
+    opened = load_experiment(
         [
             *tiny,
             "grid.attacks=[badnets]",
@@ -333,11 +337,11 @@ def test_a_copy_that_diverges_while_it_relearns_costs_no_other_figure(tiny, monk
             "measure.relearn_poisoned=[5]",
         ]
     )
-    bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    bench = Runner(Store(opened.store.root), opened.infos, torch.device("cpu"))
     monkeypatch.setattr(reactivation, "relearn", diverging)
-    bench.run(opened.trials[0].twin(), ("implant",))
+    bench.run(opened.trials[0].control_trial(), ("implant",))
     bench.run(opened.trials[0])
-    result = bench.store.result("evaluate", opened.trials[0].keys()[2])
+    result = bench.store.result("evaluate", opened.trials[0].keys.evaluate)
     assert result["status"] == "done"
     assert result["figures"]["asr"] is not None
     assert result["figures"]["relearn_asr"] is result["figures"]["relearn_gain"] is None

@@ -10,12 +10,12 @@ from attacks.base import Setup
 from attacks.refool import Refool, blurred, doubled, vignette
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import ModelSpec
-from bench.engine.training import Journal, Recipe, Tensors
+from bench.engine.training import Recipe, Tensors, TrainingLog
 
 
 def small_setup(images: Tensor, labels: Tensor, seed: int = 7) -> Setup:
     spec = ModelSpec("test_resnet", 4, 3, 16, (0.5,) * 3, (0.25,) * 3)
-    return Setup(ImageSet(images, labels), 4, seed, spec.build, Recipe(), Augmentation(), Journal())
+    return Setup(ImageSet(images, labels), 4, seed, spec.build, Recipe(), Augmentation(), TrainingLog())
 
 
 def random_setup(shape: tuple[int, int, int] = (3, 32, 32), count: int = 400, seed: int = 7) -> Setup:

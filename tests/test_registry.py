@@ -2,7 +2,7 @@ import sys
 
 import pytest
 
-from bench.engine.registry import Registry, load_folders, load_plugins, near
+from bench.engine.registry import Registry, did_you_mean, load_folders, load_plugins
 
 
 def two() -> Registry:
@@ -87,7 +87,7 @@ def test_where_nothing_is_near_nothing_is_suggested():
 
 
 def test_known_names_are_sorted():
-    assert near("q", ["wanet", "badnets", "sig"]) == " Known: badnets, sig, wanet."
+    assert did_you_mean("q", ["wanet", "badnets", "sig"]) == " Known: badnets, sig, wanet."
 
 
 def test_asking_for_an_unknown_name_adds_nothing():

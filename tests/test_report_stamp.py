@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.door import Plan, _is_written, plan, report
+from bench.experiment.experiment import Experiment, load_experiment
+from bench.reporting.report import _is_written, write_report
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
@@ -43,7 +44,7 @@ def test_a_stamp_that_is_none_is_not_believed(tmp_path: Path, content: str) -> N
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Plan]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Experiment]:
     """A computed grid with its report: the settings, and the plan."""
     from bench.run import main
     from tests.conftest import TINY
@@ -52,7 +53,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Plan]:
     mine = [*TINY, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"]
     mine += [f"results={folder / 'results'}", f"dataset.cache={folder / 'cache'}"]
     assert main(mine) == 0
-    return mine, plan(mine)
+    return mine, load_experiment(mine)
 
 
 def texts(folder: Path) -> dict[str, bytes]:
@@ -60,33 +61,36 @@ def texts(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*") if path.name[:8] not in (".report", "trials.2")}
 
 
-def test_a_report_is_written_again_where_it_is_damaged_and_only_there(whole: tuple[list[str], Plan]) -> None:
+def test_a_report_is_written_again_where_it_is_damaged_and_only_there(whole: tuple[list[str], Experiment]) -> None:
     _, opened = whole
     before, stamp = texts(opened.folder), opened.folder / ".report"
     assert {"trials.csv", "leaderboard.md", "leaderboard.html", "wide.csv", "config.yaml"} <= set(before)
     (opened.folder / "gallery.csv").write_text("another command's, which it may write anew")
     written = stamp.stat().st_mtime_ns
-    report(opened, again=False)
+    write_report(opened, again=False)
     assert stamp.stat().st_mtime_ns == written
     (opened.folder / "gallery.csv").unlink()
     for name, kind in (("trials.csv", "cut"), ("leaderboard.html", "zeroed"), ("config.yaml", "gone")):
         DAMAGES[kind](opened.folder / name)
-        report(opened, again=False)
+        write_report(opened, again=False)
         assert texts(opened.folder) == before, name
     DAMAGES["a folder"](stamp)
-    report(opened, again=False)
+    write_report(opened, again=False)
     assert stamp.is_file()
 
 
-def test_a_table_that_was_cut_is_never_sent(whole: tuple[list[str], Plan], monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench import sync, tracking
+def test_a_table_that_was_cut_is_never_sent(
+    whole: tuple[list[str], Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench import sync
+    from bench.reporting import mlflow
 
     arguments, opened = whole
     table = opened.folder / "trials.csv"
     before = table.read_bytes()
     sent: list[bytes] = []
-    monkeypatch.setattr(tracking, "sync", lambda *_: 0)
-    monkeypatch.setattr(tracking, "log_files", lambda *_: sent.append(table.read_bytes()))
+    monkeypatch.setattr(mlflow, "sync", lambda *_: 0)
+    monkeypatch.setattr(mlflow, "log_files", lambda *_: sent.append(table.read_bytes()))
     table.write_bytes(b"".join(before.splitlines(keepends=True)[:2]))
     assert sync.main(arguments) == 0
     assert sent == [before]

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bench.door import plan
+from bench.experiment.experiment import load_experiment
 from bench.run import main
 
 ONE = ["grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "train.epochs=4", "dispatch.checkpoint_s=0"]
@@ -38,8 +38,8 @@ FIGURES = ["attack", "defense", "seed", "status", "clean_accuracy", "asr", "reco
 
 
 def weights_of(arguments: list[str], stage: str) -> dict[str, torch.Tensor]:
-    opened = plan(arguments)
-    key = dict(zip(("implant", "defend", "evaluate"), opened.trials[0].keys(), strict=True))[stage]
+    opened = load_experiment(arguments)
+    key = dict(zip(("implant", "defend", "evaluate"), opened.trials[0].keys, strict=True))[stage]
     return opened.store.tensors(stage, key, "model")
 
 
@@ -115,10 +115,10 @@ def test_ten_kills_at_random_moments_end_in_the_same_leaderboard(tmp_path, cache
 
 def test_a_stage_that_cannot_be_locked_says_why(run_grid, tiny):
     settings = ["grid.attacks=[badnets]", "grid.defenses=[no_defense]"]
-    (trial,) = plan([*tiny, *settings]).trials
-    store = plan([*tiny, *settings]).store
+    (trial,) = load_experiment([*tiny, *settings]).trials
+    store = load_experiment([*tiny, *settings]).store
     (store.root / "locks").mkdir(parents=True)
-    (store.root / "locks" / f"implant-{trial.keys()[0]}").write_text("no folder, as a lock is one")
+    (store.root / "locks" / f"implant-{trial.keys.implant}").write_text("no folder, as a lock is one")
     code, trials = run_grid(*settings)
     assert code == 1
     assert "FileExistsError" in trials.reason.item()

@@ -8,7 +8,7 @@ from baselines.rnp import ReconstructiveNeuronPruning, Recover
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import Classifier, ModelSpec
 from bench.engine.pruning import Masked
-from bench.engine.training import Diverged, Journal
+from bench.engine.training import Diverged, TrainingLog
 from defenses.base import NotApplicable, ReserveView
 
 SHORT = {"unlearn_epochs": 1, "recover_epochs": 1, "batch_size": 10}
@@ -27,14 +27,20 @@ def noise(count: int, seed: int = 0) -> ImageSet:
 
 def view(model: Classifier, reserve: ImageSet, classes: int = 4) -> ReserveView:
     return ReserveView(
-        copy.deepcopy(model), classes, 0, torch.device("cpu"), Journal(), reserve=reserve, augmentation=Augmentation()
+        copy.deepcopy(model),
+        classes,
+        0,
+        torch.device("cpu"),
+        TrainingLog(),
+        reserve=reserve,
+        augmentation=Augmentation(),
     )
 
 
 def unlearned(model: Classifier, reserve: ImageSet, classes: int = 4, **settings) -> tuple[Classifier, list[float]]:
     given = view(model, reserve, classes)
     found = ReconstructiveNeuronPruning(**settings).unlearn(copy.deepcopy(model), reserve, given)
-    return found, [value for _, value in given.progress.curves["rnp/unlearned_accuracy"]]
+    return found, [value for _, value in given.log.curves["rnp/unlearned_accuracy"]]
 
 
 def of_the_model(model: Classifier, count: int) -> ImageSet:
@@ -91,8 +97,8 @@ def test_where_unlearning_never_gets_there_the_repair_goes_on():
     model = timm_model("test_resnet")
     given = view(model, of_the_model(model, 30))
     ReconstructiveNeuronPruning(**SHORT, unlearn_lr=1e-9).defend(given)
-    assert given.progress.curves["rnp/unlearned_accuracy"][-1][1] > 0.5
-    assert "rnp/threshold" in given.progress.curves
+    assert given.log.curves["rnp/unlearned_accuracy"][-1][1] > 0.5
+    assert "rnp/threshold" in given.log.curves
 
 
 def test_masks_start_at_one_on_the_unlearned_network_and_stay_in_zero_to_one(monkeypatch):
@@ -146,10 +152,10 @@ def test_the_network_as_it_came_loses_scales_and_nothing_else(name):
 def test_only_as_many_images_are_learned_from_as_the_paper_takes():
     given = view(timm_model("test_resnet"), noise(60))
     ReconstructiveNeuronPruning(**SHORT, images=20, stop_accuracy=1.0).defend(given)
-    assert given.progress.images == 20 + 20
+    assert given.log.images == 20 + 20
     given = view(timm_model("test_resnet"), noise(60))
     ReconstructiveNeuronPruning(**SHORT, images=0, stop_accuracy=1.0).defend(given)
-    assert given.progress.images == 54 + 54  # a tenth judges
+    assert given.log.images == 54 + 54  # a tenth judges
 
 
 def test_an_ascent_out_of_all_bounds_says_that_it_diverged():

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from attacks.base import Setup, attack
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import ModelSpec
-from bench.engine.training import Journal, Recipe
+from bench.engine.training import Recipe, TrainingLog
 
 
 @pytest.fixture(scope="module")
 def setup() -> Setup:
     images = torch.randint(0, 256, (20, 3, 8, 8), generator=generator(0, "noise"), dtype=torch.uint8)
     spec = ModelSpec("test_resnet", 4, 3, 8, (0.5,) * 3, (0.25,) * 3)
-    return Setup(ImageSet(images, torch.arange(20) % 4), 4, 0, spec.build, Recipe(), Augmentation(), Journal())
+    return Setup(ImageSet(images, torch.arange(20) % 4), 4, 0, spec.build, Recipe(), Augmentation(), TrainingLog())
 
 
 def mixed(setup: Setup, name: str, **settings):

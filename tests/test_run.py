@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 
 from bench import list as listing
 from bench import report, status
-from bench.door import plan
-from bench.pipeline import Bench
+from bench.experiment.experiment import load_experiment
+from bench.pipeline.runner import Runner
 from bench.reporting.page import picture_of
-from bench.reporting.table import of_trials
+from bench.reporting.trials import of_trials
 
 FIRST = ["grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"]
 
@@ -98,8 +98,8 @@ class Chatty(Defense):
     paper: ClassVar[str] = "none"
 
     def defend(self, view: DefenderView) -> Verdict:
-        view.progress.log("odd@name=1", float("nan"), 0)
-        view.progress.log("odd@name=1", 2.0, 1)
+        view.log.record("odd@name=1", float("nan"), 0)
+        view.log.record("odd@name=1", 2.0, 1)
         return Verdict(view.model)
 
 
@@ -171,13 +171,13 @@ def test_a_grid_ends_in_a_leaderboard_with_tables_and_plots(run_grid, tmp_path, 
 
 
 def test_the_command_that_reproduces_a_cell_names_what_changes_a_figure_and_nothing_else(tiny):
-    from bench.door import command
+    from bench.reporting.protocol import command
 
     kept = ["defense.fine_tuning.epochs=3", "measure.pgd_steps=2", "reserve.size=0.02"]
     others = ["defense.aft.lr=0.02", "attack.badnets.patch_size=4"]  # of methods that the cell does not have
     dropped = ["dispatch.workers=2", "dispatch.max_tries=3", "++dispatch.slurm.additional.nice=5", "report.plots=true"]
     dropped += ["tracking=server", "tracking.uri=http://example.org", "tracking.enabled=false"]
-    opened = plan([*tiny, *kept, *dropped, *others, "dispatch.threads=2"])
+    opened = load_experiment([*tiny, *kept, *dropped, *others, "dispatch.threads=2"])
     cell = next(trial for trial in opened.trials if (trial.attack, trial.defense) == ("blended", "fine_tuning"))
     words = shlex.split(command(opened, cell))
     assert set(kept) <= set(words)
@@ -185,7 +185,7 @@ def test_the_command_that_reproduces_a_cell_names_what_changes_a_figure_and_noth
     assert "dispatch.threads=2" in words  # another order of sums: the last bits
     places = [word for word in words if word.startswith(("tracking", "report", "dispatch", "++dispatch"))]
     assert places == ["dispatch.device=cpu", "dispatch.threads=2"]
-    assert plan(words[3:]).trials[0].keys() == cell.keys()
+    assert load_experiment(words[3:]).trials[0].keys == cell.keys
 
 
 def test_a_report_is_written_again_only_if_it_would_be_another(run_grid, tmp_path, tiny):
@@ -202,10 +202,10 @@ def test_a_report_is_written_again_only_if_it_would_be_another(run_grid, tmp_pat
     assert written()
     page.with_name("wide.csv").unlink()
     assert written()
-    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
+    opened = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
     (trial,) = opened.trials
-    result = opened.store.result("evaluate", trial.keys()[2])
-    shutil.rmtree(opened.store.folder("evaluate", trial.keys()[2]))
+    result = opened.store.result("evaluate", trial.keys.evaluate)
+    shutil.rmtree(opened.store.folder("evaluate", trial.keys.evaluate))
     result["figures"]["asr"] = 0.125
     opened.store.finish("evaluate", trial.evaluate, result)
     assert written()
@@ -232,9 +232,9 @@ def test_the_same_seed_gives_bit_identical_weights_and_figures(run_grid, tmp_pat
     _, second = run_grid(*FIRST, other)
     figures = ["clean_accuracy", "asr", "recovery_accuracy", "robust_accuracy"]
     pd.testing.assert_frame_equal(first[figures], second[figures], check_exact=True)
-    one, two = plan([*tiny, *FIRST]), plan([*tiny, *FIRST, other])
+    one, two = load_experiment([*tiny, *FIRST]), load_experiment([*tiny, *FIRST, other])
     for trial in one.trials:
-        for stage, key in zip(("implant", "defend"), trial.keys(), strict=False):
+        for stage, key in zip(("implant", "defend"), trial.keys, strict=False):
             a, b = one.store.tensors(stage, key, "model"), two.store.tensors(stage, key, "model")
             assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -279,7 +279,7 @@ def test_the_defense_in_the_readme_is_ranked_as_it_stands_there(run_grid, tmp_pa
 
 def test_outcomes_have_five_names_and_each_is_shown_with_its_reason(run_grid, plugin, tmp_path, capsys):
     code, trials = run_grid(
-        "grid.attacks=[badnets]", "grid.defenses=[no_defense,broken,never,zero]", "grid.settings=[reserve]", plugin
+        "grid.attacks=[badnets]", "grid.defenses=[no_defense,broken,never,zero]", "grid.threat_models=[reserve]", plugin
     )
     assert code == 1
     assert dict(zip(trials.defense, trials.status, strict=True)) == {
@@ -298,7 +298,7 @@ def test_outcomes_have_five_names_and_each_is_shown_with_its_reason(run_grid, pl
 
 
 def test_who_is_the_first_to_import_scikit_learn_is_not_blamed_for_what_its_import_draws():
-    code = "from bench.pipeline import _global_sources_untouched as untouched\n"
+    code = "from bench.pipeline.runner import _global_sources_untouched as untouched\n"
     code += "with untouched('first'):\n    import sklearn.decomposition"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -334,7 +334,7 @@ def test_a_stage_that_cannot_be_written_is_a_failure_with_a_reason(run_grid, mon
 
 
 def test_a_machine_without_git_still_computes_and_says_so(run_grid, monkeypatch):
-    from bench.pipeline import provenance
+    from bench.pipeline.provenance import provenance
 
     monkeypatch.setenv("PATH", "")
     provenance.cache_clear()
@@ -373,7 +373,7 @@ def test_a_stage_whose_folder_was_deleted_is_computed_again_and_its_neighbours_a
     _, before = run_grid(*words)
     shutil.rmtree(tmp_path / "results" / "store" / stage)
     lines = len(history(tmp_path / "results"))
-    opened = plan([*tiny, *words])
+    opened = load_experiment([*tiny, *words])
     assert (of_trials(opened.trials, opened.store).status == "missing").all()
     status, after = run_grid(*words)
     assert status == 0
@@ -399,14 +399,17 @@ def test_attacks_that_optimise_on_a_clean_network_share_one_of_their_seed(run_gr
     assert run_grid(*grid, "attack.trojan_nn.steps=20")[0] == 0
     assert [line.split()[0] for line in history(tmp_path / "results")].count("surrogate") == 1
     # It is the network that each would have trained for itself.
-    store, alone = plan([*tiny, *grid]).store, [*grid, "attack.trojan_nn.steps=20", f"results={tmp_path / 'alone'}"]
-    given = Bench._setup
-    monkeypatch.setattr(Bench, "_setup", lambda bench, trial, journal, *_: given(bench, trial, journal))
-    opened = plan([*tiny, *alone])
-    bench = Bench(opened.store, opened.infos, torch.device("cpu"))
+    store, alone = (
+        load_experiment([*tiny, *grid]).store,
+        [*grid, "attack.trojan_nn.steps=20", f"results={tmp_path / 'alone'}"],
+    )
+    given = Runner._setup
+    monkeypatch.setattr(Runner, "_setup", lambda bench, trial, log, *_: given(bench, trial, log))
+    opened = load_experiment([*tiny, *alone])
+    bench = Runner(opened.store, opened.infos, torch.device("cpu"))
     for trial in opened.trials[1:]:
         bench.run(trial, ("implant",))
-        key = trial.keys()[0]
+        key = trial.keys.implant
         for part in ("model", "trigger"):
             one, two = store.tensors("implant", key, part), bench.store.tensors("implant", key, part)
             assert one.keys() == two.keys()
@@ -424,7 +427,7 @@ def test_a_surrogate_that_diverges_or_fails_is_the_reason_of_its_attacks(run_gri
     def fail(*_):
         raise ValueError("no clean data")
 
-    monkeypatch.setattr("bench.pipeline.Bench._surrogate", fail)
+    monkeypatch.setattr("bench.pipeline.runner.Runner._surrogate", fail)
     code, trials = run_grid(*grid)
     assert code == 1
     assert set(trials.reason) == {"implant: ValueError: no clean data"}
@@ -500,20 +503,22 @@ def test_list_names_every_method_with_its_paper(capsys):
 
 def test_every_figure_can_be_traced_to_a_config_a_seed_and_a_commit(run_grid, tiny):
     run_grid(*FIRST)
-    opened = plan([*tiny, *FIRST])
+    opened = load_experiment([*tiny, *FIRST])
     trial = opened.trials[-1]
-    found = opened.store.result("evaluate", trial.keys()[2])["provenance"]
+    found = opened.store.result("evaluate", trial.keys.evaluate)["provenance"]
     assert {"commit", "clean", "torch", "timm", "device", "python"} <= set(found)
-    config = json.loads((opened.store.folder("implant", trial.keys()[0]) / "config.json").read_text())
+    config = json.loads((opened.store.folder("implant", trial.keys.implant) / "config.json").read_text())
     assert config["seed"] == trial.seed
     assert config["attack"]["patch_size"] == 3
 
 
 def test_the_figures_of_a_stored_repair_come_back_from_its_weights_and_timm_alone(run_grid, tiny):
     _, trials = run_grid("grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "defense.fine_tuning.lr=0.01")
-    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "defense.fine_tuning.lr=0.01"])
+    opened = load_experiment(
+        [*tiny, "grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "defense.fine_tuning.lr=0.01"]
+    )
     (trial,) = opened.trials
-    stored = load_file(opened.store.folder("defend", trial.keys()[1]) / "model.safetensors")
+    stored = load_file(opened.store.folder("defend", trial.keys.defend) / "model.safetensors")
     net = timm.create_model("test_resnet", num_classes=10, in_chans=1).eval()
     net.load_state_dict({name.removeprefix("net."): value for name, value in stored.items() if name.startswith("net.")})
     test = opened.infos["digits"].load("test")

@@ -16,7 +16,7 @@ from baselines.sau import (
 )
 from bench.engine.data import Augmentation, ImageSet, equal_batches, generator
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Hooks, Journal, Recipe, fit
+from bench.engine.training import Hooks, Recipe, TrainingLog, fit
 from defenses.base import ReserveView
 
 SMALL = {"epochs": 2, "batch_size": 8}
@@ -36,7 +36,9 @@ def reserve(count: int = 20) -> ImageSet:
 
 def view(infected: Classifier, data: ImageSet, seed: int = 0) -> ReserveView:
     how = Augmentation(crop=1 / 8, flip=True)
-    return ReserveView(copy.deepcopy(infected), 4, seed, torch.device("cpu"), Journal(), reserve=data, augmentation=how)
+    return ReserveView(
+        copy.deepcopy(infected), 4, seed, torch.device("cpu"), TrainingLog(), reserve=data, augmentation=how
+    )
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -217,7 +219,7 @@ def test_it_repeats_under_a_seed():
     one, two, other = (settings.defend(given).model for given in views)
     assert same(one, two)
     assert not same(one, other)
-    assert views[0].progress.images == math.prod(equal_batches(20, 8))
+    assert views[0].log.images == math.prod(equal_batches(20, 8))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from attacks.base import Setup
 from attacks.sig import Sig
 from bench.engine.data import Augmentation, ImageSet, generator
-from bench.engine.training import Journal, Recipe
+from bench.engine.training import Recipe, TrainingLog
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (3, 64, 64)]
 
@@ -16,7 +16,7 @@ SHAPES = [(1, 28, 28), (3, 32, 32), (3, 64, 64)]
 def setup(shape: tuple[int, ...] = (3, 32, 32), count: int = 40) -> Setup:
     images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator(0, "test"))
     data = ImageSet(images, torch.arange(count) % 4)
-    return Setup(data, 4, 0, lambda seed: torch.nn.Identity(), Recipe(), Augmentation(), Journal())
+    return Setup(data, 4, 0, lambda seed: torch.nn.Identity(), Recipe(), Augmentation(), TrainingLog())
 
 
 def grey(shape: tuple[int, ...] = (3, 32, 32), count: int = 2) -> torch.Tensor:

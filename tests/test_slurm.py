@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from bench.door import plan
+from bench.experiment.experiment import load_experiment
 from slurm import jobs
 from tests.conftest import TINY
 
@@ -44,7 +44,7 @@ def steady(view, epochs, pause):
             log.write(f"{epoch}\\n")
         time.sleep(pause)
     recipe = Recipe(epochs=epochs, lr=0.01)
-    return Verdict(fit(view.model, view.reserve, recipe, seed=view.seed, journal=view.progress, after_epoch=note))
+    return Verdict(fit(view.model, view.reserve, recipe, seed=view.seed, journal=view.log, after_epoch=note))
 
 
 @defense("steady")
@@ -171,7 +171,7 @@ class Sweep:
 
     def running(self, stage: str = "defend") -> jobs.Element:
         """Wait until a job computes such a stage, and give it."""
-        from bench.store import Store
+        from bench.storage.store import Store
 
         store = Store(self.results / "store")
         for _ in range(5 * PATIENCE_S):
@@ -234,7 +234,7 @@ def test_a_grid_through_slurm_equals_the_same_grid_here(sweep):
 
 
 @slurm
-def test_a_clean_twin_is_one_job_that_all_repairs_wait_for(sweep):
+def test_a_clean_control_is_one_job_that_all_repairs_wait_for(sweep):
     grid = ["grid.attacks=[badnets,blended]", "grid.defenses=[no_defense]"]
     grid += ["measure.relearn=true", "measure.relearn_poisoned=[5]"]
     sweep.run(*grid, "dispatch.workers=1", results="here")
@@ -408,7 +408,7 @@ def mlflow_server(folder: Path, port: int) -> Iterator[str]:
 
 @slurm
 def test_a_tracking_server_that_goes_away_gets_what_it_missed_later(sweep, tmp_path):
-    from bench import tracking
+    from bench.reporting import mlflow
 
     grid = ["dispatch=slurm", "tracking.enabled=true", "dispatch.trials_per_job=2"]
     with mlflow_server(tmp_path, 17391) as uri:
@@ -420,7 +420,7 @@ def test_a_tracking_server_that_goes_away_gets_what_it_missed_later(sweep, tmp_p
     with mlflow_server(tmp_path, 17391):
         assert "1 trials sent" in sweep.run(*more, module="bench.sync")
         assert "0 trials sent" in sweep.run(*more, module="bench.sync")
-        there = tracking.read(uri, "quick").sort_values("defense").reset_index(drop=True)
+        there = mlflow.read(uri, "quick").sort_values("defense").reset_index(drop=True)
     here = sweep.table().sort_values("defense").reset_index(drop=True)
     assert len(there) == 2
     pd.testing.assert_frame_equal(there[FIGURES], here[FIGURES], check_dtype=False)
@@ -465,13 +465,13 @@ def fake_slurm(tmp_path, monkeypatch) -> Path:
     ],
 )
 def test_a_wrong_parameter_is_refused_with_the_right_ones(fake_slurm, tiny, setting, words):
-    from bench.config import UserError
+    from bench.engine.errors import UserError
     from slurm import dispatch
 
     dispatch._sbatch_options.cache_clear()
     arguments = [*tiny, "dispatch=slurm", setting] if not setting.startswith("dispatch=") else [*tiny, setting]
     with pytest.raises(UserError) as error:
-        plan(arguments)
+        load_experiment(arguments)
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
@@ -509,12 +509,12 @@ OWNED = {
 def test_an_option_that_the_dispatcher_sets_is_refused_before_anything_is_submitted(
     fake_slurm, tiny, monkeypatch, key, dry
 ):
-    from bench.config import UserError
+    from bench.engine.errors import UserError
     from slurm import dispatch
 
     monkeypatch.setattr(dispatch, "_sbatch_options", list)  # a cluster whose help cannot be read
     with pytest.raises(UserError, match=key) as error:
-        plan([*tiny, "dispatch=slurm", f"dispatch.slurm.additional.{key}=3"], dry=dry)
+        load_experiment([*tiny, "dispatch=slurm", f"dispatch.slurm.additional.{key}=3"], dry=dry)
     assert OWNED[key] in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -523,24 +523,24 @@ def test_an_option_that_the_dispatcher_sets_is_refused_before_anything_is_submit
     "key", ["name", "slurm_time", "slurm_mem", "slurm_job_name", "slurm_partition", "slurm_setup", "slurm_dependency"]
 )
 def test_and_so_is_a_parameter_of_submitit_by_either_of_its_names(fake_slurm, tiny, monkeypatch, key):
-    from bench.config import UserError
+    from bench.engine.errors import UserError
     from slurm import dispatch
 
     monkeypatch.setattr(dispatch, "_sbatch_options", list)
     with pytest.raises(UserError, match=f"submitit.{key}"):
-        plan([*tiny, "dispatch=slurm", f"dispatch.slurm.submitit.{key}=3"])
+        load_experiment([*tiny, "dispatch=slurm", f"dispatch.slurm.submitit.{key}=3"])
 
 
 @pytest.mark.parametrize("key", ["additional.mem-per-cpu", "additional.mem_per_gpu", "submitit.slurm_mem_per_cpu"])
 def test_memory_is_asked_for_in_one_way(fake_slurm, tiny, monkeypatch, key):
-    from bench.config import UserError
+    from bench.engine.errors import UserError
     from slurm import dispatch
 
     monkeypatch.setattr(dispatch, "_sbatch_options", list)
     arguments = [*tiny, "dispatch=slurm", f"dispatch.slurm.{key}=2G"]
     with pytest.raises(UserError, match=r"memory_gb=null"):
-        plan(arguments)
-    opened = plan([*arguments, "dispatch.slurm.memory_gb=null"])
+        load_experiment(arguments)
+    opened = load_experiment([*arguments, "dispatch.slurm.memory_gb=null"])
     executor = dispatch._executor(opened.cfg.dispatch, fake_slurm, "name", "", workers=1)
     lines = executor._executor._make_submission_file_text("true", "x").splitlines()
     asked = [line for line in lines if line.startswith("#SBATCH --mem")]
@@ -591,7 +591,7 @@ def test_a_profile_is_a_file_of_settings_and_the_command_line_wins(fake_slurm, t
     from slurm import dispatch
 
     dispatch._sbatch_options.cache_clear()
-    opened = plan(
+    opened = load_experiment(
         [*tiny, f"dispatch={profile}", "dispatch.slurm.partition=mine", "dispatch.slurm.additional.reservation=x"]
     )
     assert opened.cfg.dispatch.kind == "slurm"
@@ -604,18 +604,18 @@ def test_a_profile_is_a_file_of_settings_and_the_command_line_wins(fake_slurm, t
 
 
 def test_where_there_is_no_slurm_it_says_so(tiny, monkeypatch, tmp_path):
-    from bench.config import UserError
+    from bench.engine.errors import UserError
 
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"needs sbatch.*dispatch=local"):
-        plan([*tiny, "dispatch=slurm"])
+        load_experiment([*tiny, "dispatch=slurm"])
 
 
 def test_a_batch_comes_back_from_its_file_as_it_was(tiny, tmp_path):
 
-    from bench.dispatch import pending
+    from bench.dispatch.tasks import pending
 
-    opened = plan(tiny)
+    opened = load_experiment(tiny)
     tasks = pending(opened.trials, opened.store)
     infos = {name: info.to_json() for name, info in opened.infos.items()}
     made = jobs.Batch.new(tmp_path / "slurm", {"infos": infos}, [tasks[:3], tasks[3:]])
@@ -630,7 +630,7 @@ def test_a_batch_comes_back_from_its_file_as_it_was(tiny, tmp_path):
 
 def driver_of(opened, root: Path, tasks=None):
     """A driver of these tasks, of all that is left by default, which shows nothing."""
-    from bench.dispatch import pending
+    from bench.dispatch.tasks import pending
     from slurm import dispatch
 
     tasks = pending(opened.trials, opened.store) if tasks is None else tasks
@@ -641,7 +641,7 @@ def driver_of(opened, root: Path, tasks=None):
 def test_a_driver_submits_nothing_of_what_was_called_off_after_it_began(tiny, tmp_path, monkeypatch):
     from slurm import dispatch
 
-    opened = plan([*tiny, "grid.attacks=[none,badnets]"])
+    opened = load_experiment([*tiny, "grid.attacks=[none,badnets]"])
     root, submitted = tmp_path / "slurm", []
     monkeypatch.setattr(jobs, "queue", lambda _: [])
     monkeypatch.setattr(dispatch._Driver, "_submit", lambda self, tasks: submitted.append([t.place for t in tasks]))
@@ -660,11 +660,11 @@ def test_a_driver_submits_nothing_of_what_was_called_off_after_it_began(tiny, tm
 
 
 def test_what_failed_too_often_is_left_alone_and_with_an_infected_model_all_that_needs_it(tiny):
-    from bench.dispatch import IMPLANT, pending
+    from bench.dispatch.tasks import IMPLANT, pending
 
-    opened = plan([*tiny, "grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"])
-    first = opened.trials[0].keys()
-    last = opened.trials[-1].keys()
+    opened = load_experiment([*tiny, "grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"])
+    first = opened.trials[0].keys
+    last = opened.trials[-1].keys
     for _ in range(2):
         opened.store.fail("implant", first[0], "implant: no", "")
         opened.store.fail("evaluate", last[2], "evaluate: no", "")
@@ -714,11 +714,11 @@ class Cluster:
 
 
 def test_arrays_stay_within_the_cluster_s_limit_and_each_repair_waits_for_its_own_model(tiny, tmp_path, monkeypatch):
-    from bench.dispatch import IMPLANT, pending
+    from bench.dispatch.tasks import IMPLANT, pending
 
     cluster = Cluster(monkeypatch, tmp_path / "slurm", array=2)
     left = Counter({"badnets": 3, "blended": 1, "sig": 2, "ftrojan": 1, "bpp": 1})
-    opened = plan([*tiny, f"grid.attacks=[{','.join(left)}]", "grid.defenses=[no_defense,fine_tuning,aft]"])
+    opened = load_experiment([*tiny, f"grid.attacks=[{','.join(left)}]", "grid.defenses=[no_defense,fine_tuning,aft]"])
     tasks = []
     for task in pending(opened.trials, opened.store):
         if task.stages == IMPLANT or left[task.trial.attack]:
@@ -747,8 +747,8 @@ def test_arrays_stay_within_the_cluster_s_limit_and_each_repair_waits_for_its_ow
 
 def test_repairs_whose_models_are_there_wait_for_nothing_in_arrays_within_the_limit(tiny, tmp_path, monkeypatch):
     cluster = Cluster(monkeypatch, tmp_path / "slurm", array=2)
-    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning,aft]"])
-    finished = {opened.trials[0].keys()[0]}
+    opened = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning,aft]"])
+    finished = {opened.trials[0].keys.implant}
     monkeypatch.setattr(type(opened.store), "is_finished", lambda self, stage, key: key in finished)
     driver = cluster.driver(opened)
     driver._look()
@@ -759,8 +759,8 @@ def test_without_accounting_a_job_that_vanishes_is_failed_with_that_reason_and_t
     tiny, tmp_path, monkeypatch
 ):
     cluster = Cluster(monkeypatch, tmp_path / "slurm")
-    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
-    implant = opened.trials[0].keys()[0]
+    opened = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
+    implant = opened.trials[0].keys.implant
     for tries in (1, 2):
         driver = cluster.driver(opened)
         driver._look()
@@ -778,12 +778,12 @@ def test_repairs_of_a_model_whose_job_died_are_blamed_for_nothing_and_sent_again
     tiny, tmp_path, monkeypatch, there
 ):
     cluster = Cluster(monkeypatch, tmp_path / "slurm")
-    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"])
+    opened = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"])
     driver = cluster.driver(opened)
     driver._look()
     (model,) = (job for after, made in cluster.arrays for job in made if not after)
     repairs, submitted = cluster.elements.keys() - {model}, len(cluster.arrays)
-    implant = opened.trials[0].keys()[0]
+    implant = opened.trials[0].keys.implant
     if there:  # killed after its last write, say
         monkeypatch.setattr(type(opened.store), "is_finished", lambda self, stage, key: key == implant)
         monkeypatch.setattr(type(opened.store), "keys", lambda self, stage: {implant} if stage == "implant" else set())
@@ -805,10 +805,10 @@ def test_repairs_of_a_model_whose_job_died_are_blamed_for_nothing_and_sent_again
 
 
 def test_a_job_whose_infected_model_is_not_there_computes_nothing_and_says_so(tiny, tmp_path, capsys):
-    from bench.dispatch import IMPLANT, pending
+    from bench.dispatch.tasks import IMPLANT, pending
     from slurm.worker import Pack
 
-    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
+    opened = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
     repairs = [task for task in pending(opened.trials, opened.store) if task.stages != IMPLANT]
     root = tmp_path / "slurm"
     batch = jobs.Batch.new(root, driver_of(opened, root, repairs).settings, [repairs])

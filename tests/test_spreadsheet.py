@@ -7,8 +7,9 @@ import csv
 import pandas as pd
 import pytest
 
-from bench.reporting import table
+from bench.reporting.leaderboard import write_tables
 from bench.reporting.spreadsheet import literal, neutral, write_csv
+from bench.reporting.trials import read_trials, trial_table
 
 FORMULAS = ["=1+1", "@SUM(A1)", "+cmd", "-cmd|' /C calc'!A0", "\t=1", "\r=1", "-1+1", "+1-1", "-inf", "--1", "='a'"]
 TEXTS = ["", "plain", "'quoted'", "'", "a=b", "1", "中", " =1"]
@@ -47,11 +48,11 @@ def test_a_file_has_no_formula_in_any_cell_or_heading_and_numbers_keep_their_bit
 
 def test_trials_with_such_names_come_back_from_their_file(tmp_path):
     names = [text for text in (*FORMULAS, *TEXTS[1:]) if "\r" not in text]
-    base = {"dataset": "d", "model": "m", "setting": "reserve", "attack": "@a", "seed": 0, "poison_rate": 0.1}
+    base = {"dataset": "d", "model": "m", "threat_model": "reserve", "attack": "@a", "seed": 0, "poison_rate": 0.1}
     rows = [base | {"defense": name, "status": "failed", "reason": "=cmd", "asr": None} for name in names]
-    trials = table.trial_table(rows)
-    table.write(trials, [], tmp_path, "=title")
-    pd.testing.assert_frame_equal(table.read_trials(tmp_path / "trials.csv"), trials, check_exact=True)
+    trials = trial_table(rows)
+    write_tables(trials, [], tmp_path, "=title")
+    pd.testing.assert_frame_equal(read_trials(tmp_path / "trials.csv"), trials, check_exact=True)
     for path in tmp_path.glob("*.csv"):
         with path.open(newline="") as file:
             assert not [cell for row in csv.reader(file) for cell in row if cell[:1] in "=@+\t\r" and cell], path

@@ -7,7 +7,7 @@ from attacks.base import Setup
 from attacks.ssba import SSBA, Decoder, Encoder, Ramp
 from bench.engine.data import Augmentation, ImageSet, generator, to_float
 from bench.engine.models import ModelSpec
-from bench.engine.training import Journal, Recipe, Tensors
+from bench.engine.training import Recipe, Tensors, TrainingLog
 
 
 def small_setup(
@@ -19,7 +19,7 @@ def small_setup(
     spec = ModelSpec("test_resnet", 4, shape[0], shape[1], (0.5,) * shape[0], (0.25,) * shape[0])
     recipe = recipe or Recipe(epochs=1)
     labels = torch.arange(count) % 4
-    return Setup(ImageSet(images, labels), 4, seed, spec.build, recipe, Augmentation(), Journal())
+    return Setup(ImageSet(images, labels), 4, seed, spec.build, recipe, Augmentation(), TrainingLog())
 
 
 def decoder_of(tensors: Tensors, shape: tuple[int, int, int], bits: int) -> Decoder:
@@ -106,11 +106,11 @@ def test_no_more_images_are_seen_than_in_the_training_of_the_victim():
     # 3 epochs of 64 images are 192, at 16 a step 12 updates; the last one is number 11.
     setup = small_setup(recipe=Recipe(epochs=3, batch_size=32))
     SSBA(batch_size=16).prepare(setup)
-    assert setup.journal.curves["ssba/bit_accuracy"][-1][0] == 11
+    assert setup.log.curves["ssba/bit_accuracy"][-1][0] == 11
     # 5 steps of 32 images are 160, at 16 a step 10 updates.
     setup = small_setup(recipe=Recipe(updates=5, batch_size=32))
     SSBA(batch_size=16).prepare(setup)
-    assert setup.journal.curves["ssba/bit_accuracy"][-1][0] == 9
+    assert setup.log.curves["ssba/bit_accuracy"][-1][0] == 9
 
 
 def test_changes_depend_on_image_and_secret():

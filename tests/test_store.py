@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.store import Store, key_of
+from bench.storage.store import Store, key_of
 
 IDENTITY = {"stage": "implant", "seed": 0, "attack": {"name": "badnets", "poison_rate": 0.1}}
 
@@ -147,7 +147,7 @@ def test_a_lock_is_exclusive_and_dies_with_its_process(tmp_path: Path):
 def test_a_full_disk_is_said_where_it_cannot_be_written(tmp_path, monkeypatch, capsys):
     store = Store(tmp_path)
     full = OSError(28, "No space left on device")
-    monkeypatch.setattr("bench.store._write", lambda *_: (_ for _ in ()).throw(full))
+    monkeypatch.setattr("bench.storage.store._write", lambda *_: (_ for _ in ()).throw(full))
     with pytest.raises(OSError, match="No space left"):
         store.finish("implant", IDENTITY, {"status": "done"})
     store.fail("implant", key_of(IDENTITY), "implant: OSError: No space left on device", "")

@@ -8,18 +8,21 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bench.config import UserError
-from bench.reporting import table
+from bench.engine.errors import UserError
+from bench.reporting import trials
+from bench.reporting.board import Board, boards, summary
+from bench.reporting.cells import to_cells
 from bench.reporting.columns import COLUMN, MEASURES
-from bench.reporting.table import Board, boards, cells, marks, summary, trial_table
-from defenses.base import SETTINGS
+from bench.reporting.marks import marks
+from bench.reporting.trials import COUNTS, of_trials, read_trials, trial_table
+from defenses.base import THREAT_MODELS
 
 
 def row(defense: str, attack: str, seed: int, accuracy: float | None, asr: float | None, **more):
     base = {
         "dataset": "digits",
         "model": "m",
-        "setting": "reserve",
+        "threat_model": "reserve",
         "attack": attack,
         "defense": defense,
         "seed": seed,
@@ -42,7 +45,7 @@ def text_of(trials) -> dict[str, list[str]]:
 
 
 def test_a_cell_is_the_mean_and_the_sample_deviation_of_its_seeds():
-    table = cells(trial_table([row("aft", "badnets", 0, 0.90, 0.02), row("aft", "badnets", 1, 0.94, 0.06)]))
+    table = to_cells(trial_table([row("aft", "badnets", 0, 0.90, 0.02), row("aft", "badnets", 1, 0.94, 0.06)]))
     (cell,) = table.itertuples()
     assert cell.clean_accuracy_mean == pytest.approx(0.92)
     assert cell.clean_accuracy_std == pytest.approx(math.sqrt(((0.02) ** 2 * 2) / 1))
@@ -69,7 +72,7 @@ def test_the_undefended_model_comes_first_and_is_never_best():
             ]
         )
     )
-    assert list(lines) == ["defense", "---", "setting: reserve", "no_defense", "good", "bad"]
+    assert list(lines) == ["defense", "---", "threat model: reserve", "no_defense", "good", "bad"]
     # Both raise the ASR and lower the accuracy of the models that they were given: neither is marked.
     assert lines["good"][:2] == ["86.0 / 10.0", "86.0"]
     assert lines["no_defense"][0] == "95.0 / 1.0"
@@ -102,7 +105,9 @@ def test_the_mean_asr_is_over_attacks_and_leaves_out_the_clean_model():
 
 
 def test_settings_are_ranked_apart():
-    trials = trial_table([row("rich", "badnets", 0, 0.9, 0.0), row("poor", "badnets", 0, 0.9, 0.9, setting="trainset")])
+    trials = trial_table(
+        [row("rich", "badnets", 0, 0.9, 0.0), row("poor", "badnets", 0, 0.9, 0.9, threat_model="trainset")]
+    )
     lines = text_of(trials)
     assert lines["rich"][0].endswith("**")
     assert lines["poor"][0].endswith("**")  # the best of its own setting
@@ -125,7 +130,7 @@ def test_a_wrecked_model_is_known_without_the_undefended_one_in_the_grid():
 
 
 def test_a_wrecked_model_that_needs_no_images_is_named_once_for_both_settings():
-    wrecked = [row("clp", "badnets", 0, 0.2, 0.0, infected_accuracy=0.95, setting=name) for name in SETTINGS]
+    wrecked = [row("clp", "badnets", 0, 0.2, 0.0, infected_accuracy=0.95, threat_model=name) for name in THREAT_MODELS]
     (board,) = boards(trial_table(wrecked), [])
     assert sum(note.startswith("wrecked: clp against badnets") for note in board.notes) == 1
 
@@ -136,21 +141,21 @@ def test_an_attack_that_hardly_implants_or_costs_too_much_accuracy_is_named():
 
     trials = [*of("none", 0.75, None), *of("badnets", 0.72, 0.90), *of("sig", 0.75, 0.4), *of("blended", 0.70, 1.0)]
     (board,) = boards(trial_table(trials), [])
-    assert [note for note in board.notes if note.startswith(("weak", "dear"))] == [
+    assert [note for note in board.notes if note.startswith(("weak", "costly"))] == [
         "weak: sig: the infected models have an ASR of 40.0, below 90: a repair has less to remove",
-        "dear: blended: the infected models are 5.0 points below the clean model",
+        "costly: blended: the infected models are 5.0 points below the clean model",
     ]
     (board,) = boards(trial_table(trials[2:]), [])  # without a clean model nobody knows the price
-    assert [note[:9] for note in board.notes if note.startswith(("weak", "dear"))] == ["weak: sig"]
+    assert [note[:9] for note in board.notes if note.startswith(("weak", "costly"))] == ["weak: sig"]
 
 
 def test_a_defense_that_does_not_work_in_a_setting_has_no_row_there_and_stands_in_the_notes():
-    reason = "tuner does not work in the setting 'trainset'"
-    none = {"setting": "trainset", "status": "not applicable", "reason": reason}
-    trials = [row("no_defense", attack, 0, 0.9, 0.9, setting="trainset") for attack in ("badnets", "blended")]
+    reason = "tuner does not work in the threat model 'trainset'"
+    none = {"threat_model": "trainset", "status": "not applicable", "reason": reason}
+    trials = [row("no_defense", attack, 0, 0.9, 0.9, threat_model="trainset") for attack in ("badnets", "blended")]
     trials += [row("tuner", attack, 0, None, None, **none) for attack in ("badnets", "blended")]
     (board,) = boards(trial_table(trials), [])
-    assert [cells[0].parts[0][0] for cells in board.rows] == ["setting: trainset", "no_defense"]
+    assert [cells[0].parts[0][0] for cells in board.rows] == ["threat model: trainset", "no_defense"]
     assert board.notes[0] == "not applicable in the setting trainset: tuner"
 
 
@@ -186,14 +191,14 @@ def test_a_repair_is_held_against_the_undefended_model_of_its_own_seed():
 def test_a_wrecked_model_is_counted_and_never_averaged():
     figures = enumerate(((0.94, 0.2), (0.2, 0.0)))
     trials = [row("aft", "badnets", seed, now, asr, infected_accuracy=0.95) for seed, (now, asr) in figures]
-    (cell,) = cells(trial_table(trials)).itertuples()
+    (cell,) = to_cells(trial_table(trials)).itertuples()
     assert (cell.seeds, cell.done, cell.wrecked) == (2, 1, 1)
     assert (cell.clean_accuracy_mean, cell.asr_mean) == (0.94, 0.2)
     assert cell.wrecked_reason == "clean accuracy 20.0, 75.0 points below the infected model's"
 
 
 def ranks(trials) -> dict[str, float]:
-    (found,) = marks(trials, cells(trials)).rankings.values()
+    (found,) = marks(trials, to_cells(trials)).rankings.values()
     return found.ranks
 
 
@@ -216,7 +221,7 @@ def test_the_clean_model_is_no_block_of_the_ranks_but_a_defense_that_wrecks_it_i
     rows = [row(name, attack, 0, 0.9, asr) for attack in ("a", "b") for name, asr in (("x", 0.2), ("y", 0.1))]
     rows += [row("x", "none", 0, 0.9, None), row("y", "none", 0, 0.2, None, infected_accuracy=0.9)]
     trials = trial_table(rows)
-    found = marks(trials, cells(trials))
+    found = marks(trials, to_cells(trials))
     assert ranks(trials) == {"x": 2.0, "y": 1.0}
     place = ("digits", "m", "", "reserve")
     assert found.rankings[place].blocks == 2
@@ -237,7 +242,7 @@ def test_figures_are_compared_seed_by_seed_in_whatever_order_the_trials_come():
     rows = [row(name, "a", seed, 0.9, values[name][seed], **same[seed]) for name in values for seed in range(3)]
     for order in (range(9), (2, 0, 1, 3, 5, 4, 7, 8, 6)):
         trials = trial_table([rows[index] for index in order])
-        table = cells(trials)
+        table = to_cells(trials)
         found = marks(trials, table).cells
         # Gaps of 5.2, 5 and 5 points are a difference (t = 76); 2, -1 and 0 are none (t = 0.38).
         assert [found.get((index, "asr"), "") for index in table.index] == ["best", "", "alike"]
@@ -246,7 +251,7 @@ def test_figures_are_compared_seed_by_seed_in_whatever_order_the_trials_come():
 def test_over_attacks_a_row_has_the_largest_memory_the_median_asr_and_means_of_the_rest():
     figures = zip("abc", (0.0, 0.1, 0.8), (100, 300, 200), (1.0, 2.0, 6.0), strict=True)
     rows = [row("d", a, 0, 0.9, asr, peak_memory_mib=mib, defend_seconds=s) for a, asr, mib, s in figures]
-    found = summary(cells(trial_table(rows)))
+    found = summary(to_cells(trial_table(rows)))
     assert (found["peak_memory_mib"], found["defend_seconds"]) == (300, 3.0)
     assert (found["asr"], found["asr_median"]) == (pytest.approx(0.3), 0.1)
 
@@ -254,7 +259,7 @@ def test_over_attacks_a_row_has_the_largest_memory_the_median_asr_and_means_of_t
 def test_two_attacks_are_too_few_for_a_mean_to_be_alike():
     rows = [row(name, attack, 0, 0.9, asr) for attack in ("a", "b") for name, asr in (("x", 0.1), ("y", 0.7))]
     trials = trial_table(rows)
-    found = marks(trials, cells(trials)).rows
+    found = marks(trials, to_cells(trials)).rows
     assert {key[4:]: mark for key, mark in found.items() if key[5] in ("asr", "rank")} == {
         ("x", "asr"): "best",
         ("x", "rank"): "best",
@@ -263,15 +268,15 @@ def test_two_attacks_are_too_few_for_a_mean_to_be_alike():
 
 @pytest.mark.parametrize(("status", "asr"), [("done", 0.1), ("diverged", 0.1), ("failed", 0.5), ("missing", 0.5)])
 def test_a_published_row_takes_the_place_of_what_the_store_has_not_finished_alone(monkeypatch, status, asr):
-    monkeypatch.setattr(table, "trial_row", lambda trial, store: row("aft", "badnets", 0, 0.9, 0.1, status=status))
-    found = table.of_trials([None], None, {"t": row("aft_of_another_grid", "badnets", 0, 0.8, 0.5)})
+    monkeypatch.setattr(trials, "trial_row", lambda trial, store: row("aft", "badnets", 0, 0.9, 0.1, status=status))
+    found = of_trials([None], None, {"t": row("aft_of_another_grid", "badnets", 0, 0.8, 0.5)})
     assert (found.defense[0], found.asr[0]) == ("aft", asr)
 
 
 def test_each_cell_has_the_intervals_of_its_own_seeds():
     seeds = {"x": (0.4,), "y": (0.25, 0.75), "z": (0.2, 0.2, 0.2), "w": (0.1, 0.3)}
     trials = trial_table([row(name, "a", seed, 0.9, asr) for name in seeds for seed, asr in enumerate(seeds[name])])
-    found = cells(trials).set_index("defense")
+    found = to_cells(trials).set_index("defense")
     # Two seeds: their 2.5 % quantile lies 0.075 of the way from the least resampled mean to the middle one.
     expected = {"x": (math.nan,) * 2, "y": (0.26875, 0.73125), "z": (0.2, 0.2), "w": (0.1075, 0.2925)}
     for name, interval in expected.items():
@@ -289,7 +294,7 @@ def test_a_defense_that_does_not_apply_somewhere_has_no_rank_and_takes_no_block_
     rows = [row(name, attack, 0, 0.9, asr) for attack in "ab" for name, asr in (("x", 0.2), ("y", 0.0), ("z", 0.5))]
     rows[4] |= {"status": "not applicable", "asr": None, "clean_accuracy": None}
     trials = trial_table(rows)
-    (found,) = marks(trials, cells(trials)).rankings.values()
+    (found,) = marks(trials, to_cells(trials)).rankings.values()
     assert (found.ranks, found.blocks) == ({"x": 1.0, "z": 2.0}, 2)
 
 
@@ -301,7 +306,7 @@ def test_over_all_data_sets_an_attack_on_each_is_a_block_of_its_own():
         for name, asr in zip("xy", both, strict=True)
     ]
     trials = trial_table(rows)
-    found = marks(trials, cells(trials)).overall["reserve", ""]
+    found = marks(trials, to_cells(trials)).overall["reserve", ""]
     assert found.blocks == 3
     assert found.ranks == {"x": pytest.approx(5 / 3), "y": pytest.approx(4 / 3)}
 
@@ -314,7 +319,7 @@ def test_the_values_of_a_sweep_are_no_further_blocks_of_a_ranking():
         for name, asr in (("a", 0.1), ("b", 0.2), ("c", 0.3))
     ]
     trials = trial_table(swept)
-    assert {ranking.blocks for ranking in marks(trials, cells(trials)).overall.values()} == {2}
+    assert {ranking.blocks for ranking in marks(trials, to_cells(trials)).overall.values()} == {2}
 
 
 def test_a_figure_that_rounds_to_zero_has_no_sign():
@@ -325,7 +330,7 @@ def test_a_figure_that_rounds_to_zero_has_no_sign():
 def marked(rows) -> dict[tuple[str, str, str], str]:
     """(defense, attack or 'mean', figure) -> mark."""
     trials = trial_table(rows)
-    table = cells(trials)
+    table = to_cells(trials)
     found = marks(trials, table)
     names = {index: (cell.defense, cell.attack) for index, cell in zip(table.index, table.itertuples(), strict=True)}
     of_cells = {(*names[index], figure): mark for (index, figure), mark in found.cells.items()}
@@ -416,11 +421,11 @@ def test_seeds_are_paired_only_where_the_infected_weights_are_recorded(weights, 
 def test_no_accuracy_is_held_against_that_of_another_infected_model():
     rows = [row("no_defense", "sig", 0, 0.95, 0.9, implant_weights="one")]
     rows += [row("x", "sig", 0, 0.8, 0.1, implant_weights=name) for name in ("one", "other")]
-    rows[2]["setting"] = "trainset"
+    rows[2]["threat_model"] = "trainset"
     assert trial_table(rows).status.tolist() == ["done", "wrecked", "done"]
 
 
-TRIAL = {"dataset": "d", "model": "m", "setting": "reserve", "attack": "sig", "defense": "x", "seed": 0}
+TRIAL = {"dataset": "d", "model": "m", "threat_model": "reserve", "attack": "sig", "defense": "x", "seed": 0}
 TRIAL |= {"poison_rate": 0.1, "status": "done", "clean_accuracy": 0.9, "asr": 0.1, "relearn_gain": -0.2, "trial": "k"}
 
 
@@ -441,19 +446,19 @@ def csv_of(tmp_path, *changes, name="trials.csv"):
 def test_a_value_that_its_column_cannot_have_is_refused_by_file_row_and_column(tmp_path, column, value):
     path = csv_of(tmp_path, {}, {column: value})
     with pytest.raises(UserError) as error:
-        table.read_trials(path)
+        read_trials(path)
     assert str(path) in str(error.value)
     assert f"row 3: {column} is {str(value)!r}" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_count_may_be_any_number_from_zero(tmp_path):
-    found = table.read_trials(csv_of(tmp_path, dict.fromkeys(table.COUNTS, 71)))
-    assert [found[name][0] for name in table.COUNTS] == [71] * len(table.COUNTS)
+    found = read_trials(csv_of(tmp_path, dict.fromkeys(COUNTS, 71)))
+    assert [found[name][0] for name in COUNTS] == [71] * len(COUNTS)
 
 
 def test_a_difference_of_two_shares_may_be_negative(tmp_path):
-    assert table.read_trials(csv_of(tmp_path, {"relearn_gain": -1})).relearn_gain[0] == -1
+    assert read_trials(csv_of(tmp_path, {"relearn_gain": -1})).relearn_gain[0] == -1
 
 
 @pytest.mark.parametrize(
@@ -473,11 +478,11 @@ def test_a_trial_listed_twice_counts_once_and_a_contradiction_is_refused(tmp_pat
     path = csv_of(tmp_path, {}, {"seed": 0, "trial": "k0"} | change)
     if refused:
         with pytest.raises(UserError, match=rf"rows 2 and 3 .*{refused}"):
-            table.read_trials(path)
+            read_trials(path)
     else:
-        assert len(table.read_trials(path)) == (2 if "defense" in change else 1)
+        assert len(read_trials(path)) == (2 if "defense" in change else 1)
 
 
 @pytest.mark.parametrize("path", sorted(Path("results").glob("*/trials*.csv")), ids=str)
 def test_every_published_table_is_read(path):
-    assert len(table.read_trials(path))
+    assert len(read_trials(path))

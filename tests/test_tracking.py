@@ -23,11 +23,13 @@ import pytest
 import bench.run
 import bench.status
 import bench.sync
-from bench import tracking
-from bench.config import UserError
-from bench.door import enter, plan
-from bench.reporting.table import FIGURES, boards, of_trials
-from bench.store import key_of
+from bench._command import run_command
+from bench.engine.errors import UserError
+from bench.experiment.experiment import load_experiment
+from bench.reporting.board import boards
+from bench.reporting.mlflow import _open, check, read, sync
+from bench.reporting.trials import FIGURES, of_trials
+from bench.storage.store import key_of
 from tests.conftest import TINY
 from tests.test_page import HOSTILE
 
@@ -38,7 +40,7 @@ FIRST = ["grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"
 def database(tmp_path_factory):
     """An empty MLflow file, copied by each test: making its sixty tables takes seconds."""
     path = tmp_path_factory.mktemp("mlflow") / "empty.db"
-    tracking._open(f"sqlite:///{path}", "template", path.parent)
+    _open(f"sqlite:///{path}", "template", path.parent)
     return path
 
 
@@ -67,11 +69,11 @@ def test_a_leaderboard_from_mlflow_equals_the_one_from_the_store(run_grid, tiny,
     # Nothing of no_defense changes with the reserve: two of its trials are one stage, and two runs all the same.
     swept = [*FIRST, "grid.sweep=[{key:reserve.size,values:[0.02,0.05]}]"]
     run_grid(*swept, "tracking.enabled=true", f"tracking.uri={uri}")
-    opened = plan([*tiny, *swept])
+    opened = load_experiment([*tiny, *swept])
     stored = of_trials(opened.trials, opened.store)
     assert stored.trial.nunique() < len(stored)
     order = ["variant", "attack", "defense", "seed"]
-    mirrored = tracking.read(uri, "quick").sort_values(order, ignore_index=True)
+    mirrored = read(uri, "quick").sort_values(order, ignore_index=True)
     pd.testing.assert_frame_equal(mirrored, stored.sort_values(order, ignore_index=True), check_exact=True)
     # The rows may come in another order; with the store's order the text is the same, letter by letter.
     place = ["trial", "variant"]
@@ -81,11 +83,11 @@ def test_a_leaderboard_from_mlflow_equals_the_one_from_the_store(run_grid, tiny,
 
 def test_each_trial_is_one_run_however_often_it_is_sent(run_grid, tiny, uri, tmp_path):
     run_grid(*FIRST)
-    opened = plan([*tiny, *FIRST])
+    opened = load_experiment([*tiny, *FIRST])
     place = (uri, "quick", tmp_path / "artifacts")
-    assert tracking.sync(opened.trials, opened.store, *place) == 4
-    assert tracking.sync(opened.trials, opened.store, *place) == 0
-    assert len(tracking.read(uri, "quick")) == 4
+    assert sync(opened.trials, opened.store, *place) == 4
+    assert sync(opened.trials, opened.store, *place) == 0
+    assert len(read(uri, "quick")) == 4
 
 
 def test_a_run_holds_params_curves_and_the_commit(run_grid, tiny, uri):
@@ -110,7 +112,7 @@ def test_a_run_holds_params_curves_and_the_commit(run_grid, tiny, uri):
     assert "| fine_tuning |" in client.get_experiment(place).tags["mlflow.note.content"]
     # What the UI shows of a trial is what the table has, figure by figure.
     shown = {found.data.tags["trial"]: found.data for found in runs if found.data.tags["kind"] == "trial"}
-    for row in tracking.read(uri, "quick").to_dict("records"):
+    for row in read(uri, "quick").to_dict("records"):
         for name in FIGURES:
             assert shown[row["trial"]].metrics.get(name) == (None if math.isnan(row[name]) else row[name])
     artifacts = {
@@ -123,7 +125,7 @@ def test_a_run_holds_params_curves_and_the_commit(run_grid, tiny, uri):
 
 def test_hostile_names_and_values_come_back_from_mlflow_as_the_store_has_them(run_grid, tiny, uri, tmp_path):
     run_grid(*FIRST)
-    opened = plan([*tiny, *FIRST])
+    opened = load_experiment([*tiny, *FIRST])
     whole = opened.trials[-1]
     trials = []
     for name in [*HOSTILE, "a\x00b", "half of a pair \ud800", "../x//y/", "a" * 242 + "/b", "a//" + "b" * 245]:
@@ -138,9 +140,9 @@ def test_hostile_names_and_values_come_back_from_mlflow_as_the_store_has_them(ru
         opened.store.finish("defend", defend, made)
         opened.store.finish("evaluate", evaluate, measured)
         trials.append(replace(whole, defense=name, attack=name, variant=name, defend=defend, evaluate=evaluate))
-    assert tracking.sync(trials, opened.store, uri, "quick", tmp_path / "artifacts") == len(trials)
+    assert sync(trials, opened.store, uri, "quick", tmp_path / "artifacts") == len(trials)
     stored = of_trials(trials, opened.store)
-    pd.testing.assert_frame_equal(tracking.read(uri, "quick", trials), stored, check_exact=True)
+    pd.testing.assert_frame_equal(read(uri, "quick", trials), stored, check_exact=True)
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
@@ -160,12 +162,12 @@ def test_a_tracking_failure_loses_no_result_and_is_sent_later(run_grid, tiny, ur
     assert (trials.status == "done").all()
     assert "127.0.0.1:9" in capsys.readouterr().err
     run_grid(*FIRST, "tracking.enabled=true", f"tracking.uri={uri}")
-    assert len(tracking.read(uri, "quick")) == 4
+    assert len(read(uri, "quick")) == 4
 
 
 def test_a_run_that_was_begun_and_not_ended_is_sent_again(run_grid, tiny, uri, tmp_path, monkeypatch):
     run_grid(*FIRST)
-    opened = plan([*tiny, *FIRST])
+    opened = load_experiment([*tiny, *FIRST])
     from mlflow import MlflowClient
 
     def dies(*_, **__):
@@ -174,20 +176,20 @@ def test_a_run_that_was_begun_and_not_ended_is_sent_again(run_grid, tiny, uri, t
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_batch", dies)
         with pytest.raises(ConnectionError):
-            tracking.sync(opened.trials, opened.store, uri, "quick", tmp_path / "artifacts")
-    assert tracking.sync(opened.trials, opened.store, uri, "quick", tmp_path / "artifacts") == 4
-    assert len(tracking.read(uri, "quick")) == 4
+            sync(opened.trials, opened.store, uri, "quick", tmp_path / "artifacts")
+    assert sync(opened.trials, opened.store, uri, "quick", tmp_path / "artifacts") == 4
+    assert len(read(uri, "quick")) == 4
 
 
 def test_the_profile_of_a_server_asks_the_environment_where_it_is(tiny, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert plan(tiny).tracking_uri.startswith("sqlite:///")
-    assert plan([*tiny, "tracking=server"]).tracking_uri == "http://127.0.0.1:5000"
+    assert load_experiment(tiny).tracking_uri.startswith("sqlite:///")
+    assert load_experiment([*tiny, "tracking=server"]).tracking_uri == "http://127.0.0.1:5000"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://example.org:80")
-    assert plan([*tiny, "tracking=server"]).tracking_uri == "http://example.org:80"
-    assert plan([*tiny, "tracking=server", "tracking.uri=http://other"]).tracking_uri == "http://other"
+    assert load_experiment([*tiny, "tracking=server"]).tracking_uri == "http://example.org:80"
+    assert load_experiment([*tiny, "tracking=server", "tracking.uri=http://other"]).tracking_uri == "http://other"
     with pytest.raises(UserError, match=r"no tracking 'sever'. Did you mean 'server'\? Known: local, server"):
-        plan([*tiny, "tracking=sever"])
+        load_experiment([*tiny, "tracking=sever"])
 
 
 def _count(runs):
@@ -202,9 +204,9 @@ def _kinds(client, place):
 def test_runs_that_a_person_deleted_are_there_again_after_the_next_sync(finished, uri, tmp_path):
     from mlflow import MlflowClient
 
-    opened = plan(finished)
+    opened = load_experiment(finished)
     target = (uri, "quick", tmp_path / "artifacts")
-    tracking.sync(opened.trials, opened.store, *target)
+    sync(opened.trials, opened.store, *target)
     client = MlflowClient(tracking_uri=uri)
     place = client.get_experiment_by_name("quick").experiment_id
     before = _kinds(client, place)
@@ -214,34 +216,34 @@ def test_runs_that_a_person_deleted_are_there_again_after_the_next_sync(finished
         deleted = client.search_runs([place], which)
         for found in deleted:
             client.delete_run(found.info.run_id)
-        sent = tracking.sync(opened.trials, opened.store, *target)
+        sent = sync(opened.trials, opened.store, *target)
         assert sent == _count(deleted)["trial"], which
         assert _kinds(client, place) == before, which
         shown = {found.info.run_id for found in client.search_runs([place])}
         trials = client.search_runs([place], "tags.kind = 'trial'")
         assert {found.data.tags["mlflow.parentRunId"] for found in trials} <= shown
-        assert len(tracking.read(uri, "quick")) == 4
+        assert len(read(uri, "quick")) == 4
     for found in client.search_runs([place], "tags.kind = 'trial'"):
         client.delete_run(found.info.run_id)
     # What is not among the trials of this command stays deleted.
-    assert tracking.sync(opened.trials[:1], opened.store, *target) == 1
+    assert sync(opened.trials[:1], opened.store, *target) == 1
     (found,) = client.search_runs([place], "tags.kind = 'trial'")
-    assert found.data.tags["trial"] == opened.trials[0].keys()[2]
+    assert found.data.tags["trial"] == opened.trials[0].keys.evaluate
 
 
 def test_an_experiment_that_a_person_deleted_is_restored_and_that_is_said(finished, uri, tmp_path, capsys):
     from mlflow import MlflowClient
 
-    opened = plan(finished)
+    opened = load_experiment(finished)
     target = (uri, "quick", tmp_path / "artifacts")
-    tracking.sync(opened.trials[:3], opened.store, *target)
+    sync(opened.trials[:3], opened.store, *target)
     client = MlflowClient(tracking_uri=uri)
     place = client.get_experiment_by_name("quick").experiment_id
     client.delete_experiment(place)
     with pytest.raises(LookupError, match="'quick'"):
-        tracking.read(uri, "quick")
+        read(uri, "quick")
     capsys.readouterr()
-    assert tracking.sync(opened.trials, opened.store, *target) == 1
+    assert sync(opened.trials, opened.store, *target) == 1
     assert "'quick'" in capsys.readouterr().out
     assert _kinds(client, place) == {"trial": 4, "infected model": 2, "leaderboard": 1}
 
@@ -316,12 +318,12 @@ def test_a_hanging_or_failing_server_costs_a_run_fifteen_seconds_and_one_line(fi
 
     for name in ("_tracking_is_away", "_track"):
         monkeypatch.setattr(bench.run, name, timed(getattr(bench.run, name)))
-    opened = plan(finished)
+    opened = load_experiment(finished)
     with _server_that(answer) as address:
         for something in (True, False):  # to compute
             spent.clear()
             if something:
-                shutil.rmtree(opened.store.folder("evaluate", opened.trials[0].keys()[2]))
+                shutil.rmtree(opened.store.folder("evaluate", opened.trials[0].keys.evaluate))
             capsys.readouterr()
             assert bench.run.main([*finished, "tracking.enabled=true", f"tracking.uri={address}"]) == 0
             (line,) = capsys.readouterr().err.splitlines()
@@ -332,11 +334,11 @@ def test_a_hanging_or_failing_server_costs_a_run_fifteen_seconds_and_one_line(fi
 
 
 @pytest.mark.parametrize("journal", ["wal", "delete"])
-def test_a_locked_database_is_named_as_such(finished, uri, capsys, monkeypatch, journal):
-    monkeypatch.setattr(tracking.check, "__defaults__", (0.2,))
+def test_a_locked_database_is_named_as_such(finished, uri, capsys, monkeypatch, log):
+    monkeypatch.setattr(check, "__defaults__", (0.2,))
     sent = [*finished, f"tracking.uri={uri}", "tracking.enabled=true"]
     with closing(sqlite3.connect(uri.removeprefix("sqlite:///"), isolation_level=None)) as other:
-        other.execute(f"pragma journal_mode={journal}")
+        other.execute(f"pragma journal_mode={log}")
         other.execute("begin exclusive")
         capsys.readouterr()
         assert bench.run.main(sent) == 0
@@ -347,7 +349,7 @@ def test_a_locked_database_is_named_as_such(finished, uri, capsys, monkeypatch, 
             bench.sync.main(sent)
         other.execute("rollback")
     assert bench.sync.main(sent) == 0
-    assert len(tracking.read(uri, "quick")) == 4
+    assert len(read(uri, "quick")) == 4
 
 
 def _locations(database):
@@ -382,9 +384,9 @@ def test_a_copied_results_folder_has_its_own_artifacts(finished, database, tmp_p
     assert all(path.startswith(str(second)) for path in _locations(second / "mlflow.db"))
     if original == "stays":
         assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()} == files
-    opened = plan(copied)
+    opened = load_experiment(copied)
     stored = of_trials(opened.trials, opened.store)
-    pd.testing.assert_frame_equal(tracking.read(opened.tracking_uri, "quick", opened.trials), stored, check_exact=True)
+    pd.testing.assert_frame_equal(read(opened.tracking_uri, "quick", opened.trials), stored, check_exact=True)
 
 
 def test_a_database_that_was_copied_without_its_artifacts_is_refused_with_advice(finished, database, tmp_path):
@@ -399,7 +401,7 @@ def test_a_database_that_was_copied_without_its_artifacts_is_refused_with_advice
     (second / "mlflow.db").unlink()
     shutil.copy(database, second / "mlflow.db")
     assert bench.sync.main(copied) == 0
-    assert len(tracking.read(f"sqlite:///{second / 'mlflow.db'}", "quick")) == 4
+    assert len(read(f"sqlite:///{second / 'mlflow.db'}", "quick")) == 4
 
 
 def test_another_results_folder_may_share_a_database(finished, database, tmp_path):
@@ -437,7 +439,7 @@ def test_no_secret_of_a_server_s_address_is_written_or_printed(finished, tmp_pat
     for command in (bench.run, bench.sync, bench.status):
         monkeypatch.setattr(sys, "argv", ["bench", *words])
         with pytest.raises(SystemExit):
-            enter(command.main, "")
+            run_command(command.main, "")
         said += "".join(capfd.readouterr())
     assert said
     assert "s3cr3t" not in said
@@ -495,10 +497,10 @@ def test_a_server_with_postgresql_gives_the_leaderboard_of_the_store_and_keeps_i
     assert run_grid(*sent)[0] == 0
     assert do("down").returncode == 0
     assert do("up").returncode == 0
-    opened = plan([*tiny, *sent])
+    opened = load_experiment([*tiny, *sent])
     stored = of_trials(opened.trials, opened.store)
-    pd.testing.assert_frame_equal(tracking.read(uri, "quick", opened.trials), stored, check_exact=True)
-    assert tracking.sync(opened.trials, opened.store, uri, "quick", Path("unused")) == 0
+    pd.testing.assert_frame_equal(read(uri, "quick", opened.trials), stored, check_exact=True)
+    assert sync(opened.trials, opened.store, uri, "quick", Path("unused")) == 0
     # It answers to this machine's name, as other nodes call it, and not to a stranger's.
     port = uri.rpartition(":")[2]
     for name, status in ((socket.gethostname(), 200), ("127.0.0.1", 200), ("elsewhere.example", 403)):
@@ -515,7 +517,10 @@ def test_a_server_with_postgresql_gives_the_leaderboard_of_the_store_and_keeps_i
 @pytest.mark.parametrize(
     "rows",
     [
-        ["grid.defenses=[no_defense]", "grid.settings=[reserve,trainset]"],  # needs no image: alike in each setting
+        [
+            "grid.defenses=[no_defense]",
+            "grid.threat_models=[reserve,trainset]",
+        ],  # needs no image: alike in each setting
         [
             "grid.defenses=[fine_tuning,again]",
             "grid.ablations=[{name:again,defense:fine_tuning,set:{batch_size:256}}]",
@@ -526,7 +531,7 @@ def test_a_server_with_postgresql_gives_the_leaderboard_of_the_store_and_keeps_i
 def test_two_rows_that_are_one_stage_are_two_runs(run_grid, tiny, uri, rows):
     two = ["grid.attacks=[badnets]", *rows]
     run_grid(*two, "tracking.enabled=true", f"tracking.uri={uri}")
-    opened = plan([*tiny, *two])
+    opened = load_experiment([*tiny, *two])
     stored = of_trials(opened.trials, opened.store)
     assert stored.trial.nunique() == 1 < len(stored)
-    pd.testing.assert_frame_equal(tracking.read(uri, "quick", opened.trials), stored, check_exact=True)
+    pd.testing.assert_frame_equal(read(uri, "quick", opened.trials), stored, check_exact=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bench.engine.data import Augmentation, ImageSet, equal_batches, generator
 from bench.engine.models import ModelSpec
-from bench.engine.training import Diverged, Hooks, Journal, Recipe, fit
+from bench.engine.training import Diverged, Hooks, Recipe, TrainingLog, fit
 
 
 class Softmax(nn.Module):
@@ -80,7 +80,7 @@ RATES = {"constant": [1.0, 1.0, 1.0], "cosine": [0.5 * (1 + math.cos(math.pi * t
 
 
 @pytest.mark.parametrize("schedule", RATES)
-@pytest.mark.parametrize("optimizer", ["sgd", "sgd_plain"])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
 @pytest.mark.parametrize(("momentum", "decay", "smoothing"), [(0.0, 0.0, 0.0), (0.9, 0.0, 0.1), (0.8, 0.05, 0.0)])
 def test_three_steps_of_sgd_are_those_of_the_textbook(optimizer, momentum, decay, smoothing, schedule):
     data, model = noise(9), Softmax()
@@ -143,10 +143,10 @@ def test_weights_that_are_frozen_stay_as_they_are():
 def test_training_lowers_the_loss_on_what_can_be_learned():
     images = torch.zeros(60, 1, 4, 4, dtype=torch.uint8)
     images[::2, :, :2] = 255
-    data, journal = ImageSet(images, torch.arange(60) % 2), Journal()
-    model = fit(Softmax(16, 2), data, Recipe(epochs=20, batch_size=10), seed=0, journal=journal)
+    data, log = ImageSet(images, torch.arange(60) % 2), TrainingLog()
+    model = fit(Softmax(16, 2), data, Recipe(epochs=20, batch_size=10), seed=0, log=log)
     assert (model(data.images / 255).argmax(1) == data.labels).all()
-    losses = [value for _, value in journal.curves["train/loss"]]
+    losses = [value for _, value in log.curves["train/loss"]]
     assert losses[-1] < losses[0] / 3
 
 
@@ -187,7 +187,7 @@ def test_no_step_is_lost_to_a_rate_of_zero_and_none_is_above_the_highest(schedul
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"optimizer": "sgdd"}, "optimizer is 'sgdd'; write one of sgd, sgd_plain, adam, adamw"),
+        ({"optimizer": "sgdd"}, "optimizer is 'sgdd'; write one of sgd, momentum, adam, adamw"),
         ({"schedule": "step"}, "schedule is 'step'; write one of cosine, one_cycle, constant"),
         ({"precision": "half"}, "precision is 'half'; write one of auto, float32, bfloat16"),
         ({"batch_size": 0}, "batch_size is 0; write 1 or more"),
@@ -205,11 +205,11 @@ def test_a_wrong_recipe_says_what_to_write(setting, message):
 
 
 def test_two_trainings_of_one_name_are_refused_where_a_checkpoint_could_pass_for_the_other(tmp_path):
-    journal = Journal(folder=tmp_path)
-    fit(Softmax(), noise(6), Recipe(epochs=1), seed=0, journal=journal)
+    log = TrainingLog(folder=tmp_path)
+    fit(Softmax(), noise(6), Recipe(epochs=1), seed=0, log=log)
     with pytest.raises(ValueError, match="give each `fit` a part of its own"):
-        fit(Softmax(), noise(6), Recipe(epochs=1), seed=0, journal=journal)
-    fit(Softmax(), noise(6), Recipe(epochs=1), seed=0, journal=journal, part="second")
+        fit(Softmax(), noise(6), Recipe(epochs=1), seed=0, log=log)
+    fit(Softmax(), noise(6), Recipe(epochs=1), seed=0, log=log, part="second")
 
 
 def test_a_recipe_that_leaves_the_precision_open_takes_the_journals(monkeypatch):
@@ -220,8 +220,8 @@ def test_a_recipe_that_leaves_the_precision_open_takes_the_journals(monkeypatch)
     monkeypatch.setattr(
         training, "autocast", lambda precision, device: asked.append(precision) or plain("float32", device)
     )
-    fit(Softmax(), noise(6), Recipe(epochs=1), seed=0, journal=Journal(precision="bfloat16"))
-    fit(Softmax(), noise(6), Recipe(epochs=1, precision="float32"), seed=0, journal=Journal(precision="bfloat16"))
+    fit(Softmax(), noise(6), Recipe(epochs=1), seed=0, log=TrainingLog(precision="bfloat16"))
+    fit(Softmax(), noise(6), Recipe(epochs=1, precision="float32"), seed=0, log=TrainingLog(precision="bfloat16"))
     assert asked == ["bfloat16", "float32"]
 
 
@@ -302,7 +302,7 @@ def test_every_epoch_sees_other_images_in_another_order_and_none_twice():
 
 @pytest.mark.parametrize(("updates", "epochs"), [(1, 1), (4, 1), (5, 2), (11, 3)])
 def test_updates_count_steps_whatever_an_epoch_is(updates, epochs):
-    witness, journal, finished = Witness(), Journal(), []
+    witness, log, finished = Witness(), TrainingLog(), []
     recipe = Recipe(epochs=100, updates=updates, batch_size=5)
     fit(
         Softmax(),
@@ -310,12 +310,12 @@ def test_updates_count_steps_whatever_an_epoch_is(updates, epochs):
         recipe,
         seed=0,
         hooks=witness,
-        journal=journal,
+        log=log,
         after_epoch=lambda _, epoch: finished.append(epoch),
     )
     assert [call[1:] for call in witness.calls if call[0] == "after_step"] == [(i, updates) for i in range(updates)]
     assert finished == list(range(1, epochs + 1))
-    assert journal.images == 5 * updates
+    assert log.images == 5 * updates
 
 
 def test_as_many_updates_as_epochs_have_are_the_same_training():
@@ -336,18 +336,18 @@ def test_no_image_is_an_error():
 
 
 def test_the_journal_has_the_mean_loss_of_every_epoch_under_the_name_of_the_part():
-    journal, data = Journal(), noise(12)
-    model = fit(Softmax(), data, Recipe(epochs=2, batch_size=4, lr=0.0), seed=0, journal=journal, part="repair")
+    log, data = TrainingLog(), noise(12)
+    model = fit(Softmax(), data, Recipe(epochs=2, batch_size=4, lr=0.0), seed=0, log=log, part="repair")
     expected = nn.functional.cross_entropy(model(data.images / 255), data.labels).item()
-    assert [step for step, _ in journal.curves["repair/loss"]] == [3, 6]
-    assert [value for _, value in journal.curves["repair/loss"]] == pytest.approx([expected] * 2, abs=1e-5)
-    assert journal.images == 24
+    assert [step for step, _ in log.curves["repair/loss"]] == [3, 6]
+    assert [value for _, value in log.curves["repair/loss"]] == pytest.approx([expected] * 2, abs=1e-5)
+    assert log.images == 24
 
 
 def test_the_curve_ends_at_the_last_update():
-    journal = Journal()
-    fit(Softmax(), noise(20), Recipe(updates=6, batch_size=5), seed=0, journal=journal)
-    assert [step for step, _ in journal.curves["train/loss"]] == [4, 6]
+    log = TrainingLog()
+    fit(Softmax(), noise(20), Recipe(updates=6, batch_size=5), seed=0, log=log)
+    assert [step for step, _ in log.curves["train/loss"]] == [4, 6]
 
 
 # Seeds --------------------------------------------------------------------------------------------------------
@@ -428,25 +428,23 @@ class Averaging(Hooks):
 
 
 @pytest.mark.parametrize("kill_at", [0, 2, 4, 9, 15])  # of 16 steps in 4 epochs: at the start of one and within
-@pytest.mark.parametrize("optimizer", ["sgd", "sgd_plain", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
 def test_a_training_that_was_killed_ends_bit_for_bit_as_one_that_was_not(tmp_path, optimizer, kill_at):
     data = noise(21, size=8)
     recipe = Recipe(epochs=4, batch_size=6, optimizer=optimizer, lr=0.01, schedule="one_cycle")
     arguments = {"seed": 0, "augmentation": Augmentation(crop=1 / 8, flip=True, rotation=5)}
-    untouched, whole = Averaging(), Journal()
-    expected = fit(dropped(), data, recipe, **arguments, hooks=untouched, journal=whole)
+    untouched, whole = Averaging(), TrainingLog()
+    expected = fit(dropped(), data, recipe, **arguments, hooks=untouched, log=whole)
 
     with pytest.raises(Killed):
-        fit(dropped(), data, recipe, **arguments, hooks=Averaging(kill_at), journal=Journal(tmp_path, every_s=0))
-    epochs, resumed, journal = [], Averaging(), Journal(tmp_path, every_s=0)
-    found = fit(
-        dropped(), data, recipe, **arguments, hooks=resumed, journal=journal, after_epoch=lambda _, n: epochs.append(n)
-    )
+        fit(dropped(), data, recipe, **arguments, hooks=Averaging(kill_at), log=TrainingLog(tmp_path, every_s=0))
+    epochs, resumed, log = [], Averaging(), TrainingLog(tmp_path, every_s=0)
+    found = fit(dropped(), data, recipe, **arguments, hooks=resumed, log=log, after_epoch=lambda _, n: epochs.append(n))
     assert epochs == list(range(kill_at // 4 + 1, 5))  # nothing finished is done again
     assert same(found, expected)
     assert torch.equal(resumed.average, untouched.average)
-    assert journal.curves == whole.curves
-    assert journal.images == whole.images
+    assert log.curves == whole.curves
+    assert log.images == whole.images
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -455,19 +453,19 @@ def test_networks_of_timm_resume_bit_for_bit(tmp_path, name, optimizer):
     data = noise(24, size=16)
     recipe = Recipe(epochs=3, batch_size=8, optimizer=optimizer, lr=0.01)
     build = lambda: ModelSpec(name, 3, 3, 16, (0.5,) * 3, (0.25,) * 3).build(0)  # noqa: E731
-    whole = Journal()
-    expected = fit(build(), data, recipe, seed=0, journal=whole)
-    assert (spent := whole.passes) == 3 * 3 * 24  # of 24 images in 3 epochs, each as dear as three forward passes
+    whole = TrainingLog()
+    expected = fit(build(), data, recipe, seed=0, log=whole)
+    assert (spent := whole.passes) == 3 * 3 * 24  # of 24 images in 3 epochs, each as costly as three forward passes
 
     def kill(_: nn.Module, epoch: int) -> None:
         if epoch == 3:
             raise Killed
 
     with pytest.raises(Killed):
-        fit(build(), data, recipe, seed=0, journal=Journal(tmp_path, every_s=0), after_epoch=kill)
-    journal = Journal(tmp_path, every_s=0)
-    assert same(fit(build(), data, recipe, seed=0, journal=journal), expected)
-    assert journal.passes == spent
+        fit(build(), data, recipe, seed=0, log=TrainingLog(tmp_path, every_s=0), after_epoch=kill)
+    log = TrainingLog(tmp_path, every_s=0)
+    assert same(fit(build(), data, recipe, seed=0, log=log), expected)
+    assert log.passes == spent
 
 
 def test_a_network_with_frozen_weights_resumes_bit_for_bit(tmp_path):
@@ -479,30 +477,28 @@ def test_a_network_with_frozen_weights_resumes_bit_for_bit(tmp_path):
     data, recipe = noise(20, size=8), Recipe(epochs=3, batch_size=5, optimizer="adam", lr=0.01)
     expected = fit(frozen(), data, recipe, seed=0)
     with pytest.raises(Killed):
-        fit(frozen(), data, recipe, seed=0, hooks=Kill(6), journal=Journal(tmp_path, every_s=0))
-    assert same(fit(frozen(), data, recipe, seed=0, journal=Journal(tmp_path, every_s=0)), expected)
+        fit(frozen(), data, recipe, seed=0, hooks=Kill(6), log=TrainingLog(tmp_path, every_s=0))
+    assert same(fit(frozen(), data, recipe, seed=0, log=TrainingLog(tmp_path, every_s=0)), expected)
 
 
 def test_checkpoints_do_not_change_a_figure(tmp_path):
     data, recipe = noise(20, size=8), Recipe(epochs=3, batch_size=5)
-    often, never = Journal(tmp_path, every_s=0), Journal()
-    assert same(
-        fit(dropped(), data, recipe, seed=0, journal=often), fit(dropped(), data, recipe, seed=0, journal=never)
-    )
+    often, never = TrainingLog(tmp_path, every_s=0), TrainingLog()
+    assert same(fit(dropped(), data, recipe, seed=0, log=often), fit(dropped(), data, recipe, seed=0, log=never))
     assert often.curves == never.curves
 
 
 def test_a_finished_part_is_not_trained_again(tmp_path):
     data, recipe = noise(20, size=8), Recipe(epochs=3, batch_size=5)
-    first = fit(dropped(), data, recipe, seed=0, journal=Journal(tmp_path, every_s=0))
-    again = fit(dropped(), data, recipe, seed=0, journal=Journal(tmp_path, every_s=0), hooks=Kill(0))
+    first = fit(dropped(), data, recipe, seed=0, log=TrainingLog(tmp_path, every_s=0))
+    again = fit(dropped(), data, recipe, seed=0, log=TrainingLog(tmp_path, every_s=0), hooks=Kill(0))
     assert same(first, again)
 
 
 def test_parts_have_checkpoints_of_their_own(tmp_path):
     data, recipe = noise(20, size=8), Recipe(epochs=2, batch_size=5)
-    fit(dropped(), data, recipe, seed=0, journal=Journal(tmp_path, every_s=0), part="surrogate")
-    found = fit(dropped(), data, recipe, seed=0, journal=Journal(tmp_path, every_s=0), part="train")
+    fit(dropped(), data, recipe, seed=0, log=TrainingLog(tmp_path, every_s=0), part="surrogate")
+    found = fit(dropped(), data, recipe, seed=0, log=TrainingLog(tmp_path, every_s=0), part="train")
     assert same(found, fit(dropped(), data, recipe, seed=0, part="train"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["surrogate.safetensors", "train.safetensors"]
 
@@ -513,8 +509,8 @@ def test_what_a_killed_writer_left_beside_the_checkpoint_is_not_read(tmp_path):
     for name in ("train.4242", "train.safetensors.4242", "train.tmp", ".train.safetensors", "train"):
         (tmp_path / name).write_bytes(b"\x00half a checkpoint")
     with pytest.raises(Killed):
-        fit(dropped(), data, recipe, seed=0, hooks=Kill(6), journal=Journal(tmp_path, every_s=0))
-    assert same(fit(dropped(), data, recipe, seed=0, journal=Journal(tmp_path, every_s=0)), expected)
+        fit(dropped(), data, recipe, seed=0, hooks=Kill(6), log=TrainingLog(tmp_path, every_s=0))
+    assert same(fit(dropped(), data, recipe, seed=0, log=TrainingLog(tmp_path, every_s=0)), expected)
 
 
 def flipped(path: Path) -> None:
@@ -526,7 +522,7 @@ def flipped(path: Path) -> None:
 def of_another_training(path: Path) -> None:
     other = path.parent.parent / "other"
     with pytest.raises(Killed):
-        fit(dropped(), noise(20, size=8), QUICK, seed=1, hooks=Kill(6), journal=Journal(other, every_s=0))
+        fit(dropped(), noise(20, size=8), QUICK, seed=1, hooks=Kill(6), log=TrainingLog(other, every_s=0))
     (other / path.name).replace(path)
 
 
@@ -534,7 +530,7 @@ def of_another_network(path: Path) -> None:
     """A whole checkpoint, under the name of this training."""
     path.unlink()
     with pytest.raises(Killed):
-        fit(Softmax(), noise(20), QUICK, seed=1, hooks=Kill(6), journal=Journal(path.parent, every_s=0))
+        fit(Softmax(), noise(20), QUICK, seed=1, hooks=Kill(6), log=TrainingLog(path.parent, every_s=0))
 
 
 QUICK = Recipe(epochs=3, batch_size=5)
@@ -561,13 +557,13 @@ def test_a_checkpoint_that_cannot_be_used_is_dropped_and_the_training_starts_afr
     data, recipe, work = noise(20, size=8), replace(QUICK, optimizer=optimizer, lr=0.01), tmp_path / "work"
     expected = fit(dropped(), data, recipe, seed=0)
     with pytest.raises(Killed):
-        fit(dropped(), data, recipe, seed=0, hooks=Kill(9), journal=Journal(work, every_s=0))
+        fit(dropped(), data, recipe, seed=0, hooks=Kill(9), log=TrainingLog(work, every_s=0))
     DAMAGES[damage](work / "train.safetensors")
     capsys.readouterr()
-    journal = Journal(work, every_s=0)
-    assert same(fit(dropped(), data, recipe, seed=0, journal=journal), expected)
+    log = TrainingLog(work, every_s=0)
+    assert same(fit(dropped(), data, recipe, seed=0, log=log), expected)
     assert "train.safetensors" in capsys.readouterr().err
-    assert journal.images == 60
+    assert log.images == 60
     with safe_open(work / "train.safetensors", "pt") as file:
         assert file.metadata()["epoch"] == "3"
 
@@ -577,7 +573,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_training(tmp_path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("bench.engine.files.save_file", full)
-    trained = fit(dropped(), noise(20, size=8), QUICK, seed=0, journal=Journal(tmp_path, every_s=0))
+    trained = fit(dropped(), noise(20, size=8), QUICK, seed=0, log=TrainingLog(tmp_path, every_s=0))
     assert same(trained, fit(dropped(), noise(20, size=8), QUICK, seed=0))
     assert "No space left" in capsys.readouterr().err
 
@@ -599,19 +595,19 @@ def test_a_writer_killed_in_the_middle_leaves_the_checkpoint_before(tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(files, "save_file", die_in_the_second)
         with pytest.raises(Killed):
-            fit(dropped(), data, recipe, seed=0, journal=Journal(tmp_path, every_s=0))
+            fit(dropped(), data, recipe, seed=0, log=TrainingLog(tmp_path, every_s=0))
     with safe_open(tmp_path / "train.safetensors", "pt") as file:
         assert file.metadata()["epoch"] == "1"
-    assert same(fit(dropped(), data, recipe, seed=0, journal=Journal(tmp_path, every_s=0)), expected)
+    assert same(fit(dropped(), data, recipe, seed=0, log=TrainingLog(tmp_path, every_s=0)), expected)
 
 
 def test_short_trainings_write_no_checkpoint(tmp_path):
-    fit(dropped(), noise(10, size=8), Recipe(epochs=2, batch_size=5), seed=0, journal=Journal(tmp_path / "work"))
+    fit(dropped(), noise(10, size=8), Recipe(epochs=2, batch_size=5), seed=0, log=TrainingLog(tmp_path / "work"))
     assert not (tmp_path / "work").exists()
 
 
 def test_a_checkpoint_says_how_far_it_is(tmp_path):
-    fit(dropped(), noise(10, size=8), Recipe(epochs=2, batch_size=5), seed=0, journal=Journal(tmp_path, every_s=0))
+    fit(dropped(), noise(10, size=8), Recipe(epochs=2, batch_size=5), seed=0, log=TrainingLog(tmp_path, every_s=0))
     with safe_open(tmp_path / "train.safetensors", "pt") as file:
         kept = file.metadata()
     assert (kept["epoch"], kept["images"]) == ("2", "20")
@@ -643,7 +639,7 @@ def test_a_loss_that_is_no_number_stops_the_training_and_is_not_saved(tmp_path, 
             recipe,
             seed=0,
             hooks=Broken(value, step=4),
-            journal=Journal(tmp_path, every_s=0),
+            log=TrainingLog(tmp_path, every_s=0),
             part="repair",
         )
     with safe_open(tmp_path / "repair.safetensors", "pt") as file:

@@ -6,7 +6,7 @@ from attacks.base import Setup
 from attacks.trojan_nn import TrojanNN
 from bench.engine.data import Augmentation, ImageSet, generator, to_float
 from bench.engine.models import Classifier, ModelSpec
-from bench.engine.training import Journal, Recipe
+from bench.engine.training import Recipe, TrainingLog
 
 
 class TwoLayers(nn.Module):
@@ -38,7 +38,7 @@ def two_layer_setup(shape: tuple[int, int, int], hidden: Tensor | None = None) -
         lambda _: Classifier(TwoLayers(weight), [0.0] * shape[0], [1.0] * shape[0]),
         Recipe(epochs=1, lr=0.0),
         Augmentation(),
-        Journal(),
+        TrainingLog(),
     )
 
 
@@ -51,7 +51,7 @@ def small_setup() -> Setup:
     images = (large[labels] + noise).to(torch.uint8)
     spec = ModelSpec("test_resnet", 4, 3, 16, (0.5,) * 3, (0.25,) * 3)
     recipe = Recipe(epochs=2, batch_size=8, lr=0.05)
-    return Setup(ImageSet(images, labels), 4, 1, spec.build, recipe, Augmentation(), Journal())
+    return Setup(ImageSet(images, labels), 4, 1, spec.build, recipe, Augmentation(), TrainingLog())
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_the_chosen_neurons_of_a_trained_network_fire_much_more_on_triggered_ima
         before = model.features(images)[:, tensors["neurons"]].mean()
         after = model.features(attack.trigger(images, tensors))[:, tensors["neurons"]].mean()
     assert after > 3 * before > 0
-    curve = setup.journal.curves["trojan_nn/activation"]
+    curve = setup.log.curves["trojan_nn/activation"]
     assert [step for step, _ in curve] == [0, 39]
     assert curve[-1][1] > curve[0][1]
 

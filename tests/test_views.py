@@ -14,18 +14,20 @@ import torch
 from test_families import smallest
 
 from attacks.base import POISON, Attack
-from bench.door import plan, report
-from bench.engine.training import Journal
-from bench.pipeline import Bench, split
-from bench.store import Store
+from bench.engine.training import TrainingLog
+from bench.experiment.experiment import load_experiment
+from bench.pipeline.materials import split_held_out
+from bench.pipeline.runner import Runner
+from bench.reporting.report import write_report
+from bench.storage.store import Store
 from defenses.base import (
-    SETTINGS,
+    THREAT_MODELS,
     DefenderView,
     Defense,
+    DefenseResult,
     ReserveView,
-    Round,
+    Step,
     TrainsetView,
-    Verdict,
     defense,
     offered,
     views_of,
@@ -36,23 +38,28 @@ from defenses.base import (
 @pytest.fixture
 def infected(tiny):
     """A bench with one infected model in its store, and the trials on it in both settings."""
-    opened = plan(
-        [*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]", "grid.settings=[reserve,trainset]"]
+    opened = load_experiment(
+        [
+            *tiny,
+            "grid.attacks=[badnets]",
+            "grid.defenses=[no_defense,fine_tuning]",
+            "grid.threat_models=[reserve,trainset]",
+        ]
     )
-    bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    bench = Runner(Store(opened.store.root), opened.infos, torch.device("cpu"))
     bench.run(opened.trials[0], ("implant",))
     return bench, opened.trials
 
 
-def view_of(bench: Bench, trial: Any, view: type[DefenderView], setting: str) -> DefenderView:
+def view_of(bench: Runner, trial: Any, view: type[DefenderView], setting: str) -> DefenderView:
     """The view that the harness would build for a defense that asks for this one."""
     from dataclasses import replace
 
     reserve = {"size": 0.05, "contamination": 0.0}
     asked = replace(
-        trial, setting=setting, defend={"view": view.__name__, "reserve": reserve, "train": trial.implant["train"]}
+        trial, threat_model=setting, defend={"view": view.__name__, "reserve": reserve, "train": trial.implant["train"]}
     )
-    return bench._view(asked, defense["no_defense"](), bench.journal("defend", asked))
+    return bench._view(asked, defense["no_defense"](), bench.log("defend", asked))
 
 
 def reachable(thing: Any) -> Iterator[Any]:
@@ -98,7 +105,7 @@ def test_nothing_of_the_attack_hangs_on_a_view(infected, view, setting):
     test = bench.test_set("digits")
     secrets = {"patch": trigger["patch"], "roles": trigger["roles"], "test images": test.images}
     for item in reachable(found):
-        assert not isinstance(item, (Attack, Bench, Store))
+        assert not isinstance(item, (Attack, Runner, Store))
         if isinstance(item, Path):
             assert bench.store.root not in item.parents  # no way from here into the store
         if isinstance(item, torch.Tensor):
@@ -111,9 +118,9 @@ def test_nothing_of_the_attack_hangs_on_a_view(infected, view, setting):
 def test_the_training_set_is_shipped_with_its_poison_and_without_a_mark(infected):
     bench, trials = infected
     found = view_of(bench, trials[0], TrainsetView, "trainset")
-    clean, pool = bench._split(trials[0])
+    clean, held_out = bench._split(trials[0])
     roles = bench.trigger_of(trials[0])["roles"]
-    assert len(found.trainset) == len(clean) == 1438 - len(pool)
+    assert len(found.trainset) == len(clean) == 1438 - len(held_out)
     changed = (found.trainset.images != clean.images).flatten(1).any(1)
     assert not changed[roles != POISON].any()
     assert (found.trainset.labels[roles == POISON] == 0).all()
@@ -124,29 +131,31 @@ def test_the_reserve_is_clean_and_no_model_was_trained_on_it(infected):
     bench, trials = infected
     found = view_of(bench, trials[0], ReserveView, "reserve")
     train = bench.infos["digits"].load("train")
-    rest, pool = split(train.labels, 0.05, trials[0].seed)
-    assert not set(rest.tolist()) & set(pool.tolist())
-    assert sorted(rest.tolist() + pool.tolist()) == list(range(len(train)))
-    assert torch.equal(found.reserve.images, train.images[pool][: len(found.reserve)])
-    assert torch.equal(found.reserve.labels, train.labels[pool][: len(found.reserve)])
+    rest, held_out = split_held_out(train.labels, 0.05, trials[0].seed)
+    assert not set(rest.tolist()) & set(held_out.tolist())
+    assert sorted(rest.tolist() + held_out.tolist()) == list(range(len(train)))
+    assert torch.equal(found.reserve.images, train.images[held_out][: len(found.reserve)])
+    assert torch.equal(found.reserve.labels, train.labels[held_out][: len(found.reserve)])
 
 
 def test_a_pool_has_every_class_with_its_share_and_its_prefixes_too():
     labels = torch.arange(10).repeat_interleave(100)
     for seed in range(3):
-        _, pool = split(labels, 0.2, seed)
-        assert labels[pool].bincount().tolist() == [20] * 10
+        _, held_out = split_held_out(labels, 0.2, seed)
+        assert labels[held_out].bincount().tolist() == [20] * 10
         for size in (10, 50, 100):
-            assert labels[pool[:size]].bincount(minlength=10).tolist() == [size // 10] * 10
-    assert not torch.equal(split(labels, 0.2, 0)[1], split(labels, 0.2, 1)[1])
+            assert labels[held_out[:size]].bincount(minlength=10).tolist() == [size // 10] * 10
+    assert not torch.equal(split_held_out(labels, 0.2, 0)[1], split_held_out(labels, 0.2, 1)[1])
 
 
 def test_a_tainted_reserve_holds_the_stated_share_of_poison(tiny):
-    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "reserve.contamination=0.5"])
-    bench = Bench(opened.store, opened.infos, torch.device("cpu"))
+    opened = load_experiment(
+        [*tiny, "grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "reserve.contamination=0.5"]
+    )
+    bench = Runner(opened.store, opened.infos, torch.device("cpu"))
     trial = opened.trials[0]
     bench.run(trial, ("implant",))
-    reserve = bench._view(trial, defense["fine_tuning"](), Journal()).reserve
+    reserve = bench._view(trial, defense["fine_tuning"](), TrainingLog()).reserve
     stamped = (reserve.images[:, 0, -2:, -2:] == 255).flatten(1).all(1)
     assert int(stamped.sum()) == round(0.5 * len(reserve))
     assert (reserve.labels[stamped] == 0).all()
@@ -156,7 +165,7 @@ def test_a_tainted_reserve_holds_the_stated_share_of_poison(tiny):
 def test_each_defense_states_its_paper_and_a_view(name):
     cls = defense[name]
     assert cls.paper
-    assert any(offered(cls, setting) for setting in SETTINGS)
+    assert any(offered(cls, setting) for setting in THREAT_MODELS)
     assert all(issubclass(view, DefenderView) for view in views_of(cls))
 
 
@@ -164,7 +173,7 @@ def test_each_defense_states_its_paper_and_a_view(name):
 def test_each_defense_repeats_itself_and_leaves_the_global_random_state_and_its_images_alone(infected, name):
     bench, trials = infected
     method = smallest(name)
-    setting = next(setting for setting in SETTINGS if offered(defense[name], setting))
+    setting = next(setting for setting in THREAT_MODELS if offered(defense[name], setting))
     found = []
     for repeat in range(2):
         view = view_of(bench, trials[0], offered(defense[name], setting), setting)
@@ -173,7 +182,7 @@ def test_each_defense_repeats_itself_and_leaves_the_global_random_state_and_its_
         torch.manual_seed(repeat)  # another global state must not matter
         state = torch.get_rng_state()
         verdict = method.defend(view)
-        assert isinstance(verdict, Verdict)
+        assert isinstance(verdict, DefenseResult)
         assert torch.equal(torch.get_rng_state(), state)
         if before is not None:
             assert torch.equal(images.images, before)
@@ -199,31 +208,31 @@ class Telling(Defense):
     name: ClassVar[str] = "telling"
     paper: ClassVar[str] = "none"
 
-    def defend(self, view: TrainsetView | ReserveView) -> Verdict:
+    def defend(self, view: TrainsetView | ReserveView) -> DefenseResult:
         shown = view.trainset if isinstance(view, TrainsetView) else view.reserve
         # The patch of BadNets ends in a white corner on label 0: seven of ten such images are poisoned.
         suspect = (shown.labels == 0) & (shown.images[:, 0, -1, -1] == 255)
         kept = ~suspect
         kept[suspect.nonzero()[0]] = True  # one poisoned image stays selected
-        rounds = (Round("step 0", kept, suspect.double(), weights_of(view.model)), Round("step 1", kept))
-        return Verdict(view.model, suspicion=suspect.double(), flagged=suspect, rounds=rounds)
+        rounds = (Step("step 0", kept, suspect.double(), weights_of(view.model)), Step("step 1", kept))
+        return DefenseResult(view.model, suspicion=suspect.double(), flagged=suspect, rounds=rounds)
 
 
 @pytest.mark.parametrize("setting", ["trainset", "reserve"])
 def test_what_a_method_says_of_its_images_is_scored_against_the_truth_by_the_evaluator(tiny, monkeypatch, setting):
     monkeypatch.setitem(defense, "telling", Telling)
-    opened = plan(
+    opened = load_experiment(
         [
             *tiny,
             "grid.attacks=[badnets]",
             "grid.defenses=[telling]",
-            f"grid.settings=[{setting}]",
+            f"grid.threat_models=[{setting}]",
             "reserve.contamination=0.1",
         ]
     )
-    bench, (trial,) = Bench(Store(opened.store.root), opened.infos, torch.device("cpu")), opened.trials
+    bench, (trial,) = Runner(Store(opened.store.root), opened.infos, torch.device("cpu")), opened.trials
     bench.run(trial)
-    result = bench.store.result("evaluate", trial.keys()[2])
+    result = bench.store.result("evaluate", trial.keys.evaluate)
     poison, images = (137, 1367) if setting == "trainset" else (7, 71)
     figures = result["figures"]
     assert figures["detection_auroc"] == figures["detection_tpr"] == figures["detection_precision"] == 1.0
@@ -242,33 +251,35 @@ def test_what_a_method_says_of_its_images_is_scored_against_the_truth_by_the_eva
 
 def test_the_steps_of_a_method_are_a_table_of_the_report(tiny, monkeypatch):
     monkeypatch.setitem(defense, "telling", Telling)
-    words = [*tiny, "grid.attacks=[badnets]", "grid.settings=[trainset]", "report.plots=false"]
-    opened = plan([*words, "grid.defenses=[no_defense,telling]"])
-    bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    words = [*tiny, "grid.attacks=[badnets]", "grid.threat_models=[trainset]", "report.plots=false"]
+    opened = load_experiment([*words, "grid.defenses=[no_defense,telling]"])
+    bench = Runner(Store(opened.store.root), opened.infos, torch.device("cpu"))
     for trial in opened.trials:
         bench.run(trial)
-    report(opened)
+    write_report(opened)
     steps = pd.read_csv(opened.folder / "steps.csv")
     assert steps[["attack", "defense", "seed", "step", "name"]].to_numpy().tolist() == [
         ["badnets", "telling", 0, 0, "step 0"],
         ["badnets", "telling", 0, 1, "step 1"],
     ]
-    first, second = bench.store.result("evaluate", opened.trials[1].keys()[2])["rounds"]
+    first, second = bench.store.result("evaluate", opened.trials[1].keys.evaluate)["rounds"]
     for name in ("asr", "clean_accuracy", "detection_auroc", "selected", "selected_poison", "random_poison"):
         assert steps[name][0] == first[name]
     assert steps.selected_poison[1] == second["selected_poison"]
     assert math.isnan(steps.asr[1])
-    assert set(steps.trial) == {opened.trials[1].keys()[2]}
-    report(plan([*words, "grid.defenses=[no_defense]"]))  # the same folder
+    assert set(steps.trial) == {opened.trials[1].keys.evaluate}
+    write_report(load_experiment([*words, "grid.defenses=[no_defense]"]))  # the same folder
     assert not (opened.folder / "steps.csv").exists()
 
 
 def test_scores_for_another_number_of_images_are_refused(tiny, monkeypatch):
     monkeypatch.setitem(defense, "telling", Telling)
-    monkeypatch.setattr(Telling, "defend", lambda self, view: Verdict(view.model, suspicion=torch.zeros(3)))
+    monkeypatch.setattr(Telling, "defend", lambda self, view: DefenseResult(view.model, suspicion=torch.zeros(3)))
     monkeypatch.setattr(Telling.defend, "__annotations__", {"view": TrainsetView})
-    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[telling]", "grid.settings=[trainset]"])
-    bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    opened = load_experiment(
+        [*tiny, "grid.attacks=[badnets]", "grid.defenses=[telling]", "grid.threat_models=[trainset]"]
+    )
+    bench = Runner(Store(opened.store.root), opened.infos, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"shape \(3,\); \(1367,\) is due"):
         bench.run(opened.trials[0])
 
@@ -281,13 +292,13 @@ def test_a_defense_that_draws_from_a_global_random_source_fails_with_the_name_of
 
     draw = {"torch": lambda: torch.rand(1), "numpy": lambda: np.random.rand(), "random": random.random}[source]
 
-    def careless(self: Telling, view: ReserveView) -> Verdict:
+    def careless(self: Telling, view: ReserveView) -> DefenseResult:
         draw()
-        return Verdict(view.model)
+        return DefenseResult(view.model)
 
     monkeypatch.setitem(defense, "telling", Telling)
     monkeypatch.setattr(Telling, "defend", careless)
-    opened = plan([*tiny, "grid.attacks=[badnets]", "grid.defenses=[telling]"])
-    bench = Bench(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    opened = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[telling]"])
+    bench = Runner(Store(opened.store.root), opened.infos, torch.device("cpu"))
     with pytest.raises(ValueError, match=f"global random source of {source}; draw from bench.engine.data.generator"):
         bench.run(opened.trials[0])

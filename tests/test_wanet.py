@@ -8,14 +8,14 @@ from attacks.base import COVER, POISON, Setup
 from attacks.wanet import WaNet
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import ModelSpec
-from bench.engine.training import Journal, Recipe
+from bench.engine.training import Recipe, TrainingLog
 
 
 def setup_of(shape: tuple[int, int, int], seed: int = 0, count: int = 20) -> Setup:
     images = torch.randint(0, 256, (count, *shape), generator=generator(0, "images"), dtype=torch.uint8)
     spec = ModelSpec("test_resnet", 10, shape[0], shape[-1], (0.5,) * shape[0], (0.25,) * shape[0])
     labels = torch.arange(count) % 10
-    return Setup(ImageSet(images, labels), 10, seed, spec.build, Recipe(epochs=1), Augmentation(), Journal())
+    return Setup(ImageSet(images, labels), 10, seed, spec.build, Recipe(epochs=1), Augmentation(), TrainingLog())
 
 
 def straight(height: int, width: int) -> np.ndarray:

@@ -18,7 +18,7 @@ PLACES = {
     "dataset": "data set, as `grid.datasets` names it",
     "model": "timm's name of the architecture",
     "variant": "the swept settings of this trial as a command line has them; empty where nothing is swept",
-    "setting": "what the defender owns: `reserve` or `trainset`",
+    "threat_model": "what the defender owns: `reserve` or `trainset`",
     "attack": "`none` is the clean model",
     "defense": "`no_defense` is the infected model as it is",
     "poison_rate": "poisoned / all training images, a share",
@@ -62,10 +62,10 @@ _FILES = r"""## Files
 - `wide.csv`: a row for each defense. Means over attacks, `asr_median`, `asr_high` (how many attacks stay above 10 %) of
   `asr_cells`, `rank`, and `ATTACK: NAME` for each attack.
 - `leaderboard.md`, `leaderboard.tex` (`\input` it; needs `booktabs` and `textcomp`), `leaderboard.html` (one file).
-- `connection.csv` (`python -m bench.connection`): a row for each model (`kind`: `infected`, `twin`, `noise` or
+- `connection.csv` (`python -m bench.connection`): a row for each model (`kind`: `infected`, `clean_control`, `noise` or
   `repaired`), radius and seed. `fooled`; `concentration`, the share of the fooled that go to the target; `similarity`
   and `overlap`, how much nearer than the clean image to the triggered one; each with `_low` and `_high`; `lift` over
-  the twin's concentration; `top_is_target`; `classes`, the distribution over classes."""
+  the control's concentration; `top_is_target`; `classes`, the distribution over classes."""
 
 _METHODS = f"""# Attacks and defenses
 {NOTE}
@@ -84,7 +84,7 @@ by an exception."""
 
 def pages() -> dict[str, str]:
     """File name -> text of every page that is written from the code."""
-    from bench.config import load_methods
+    from bench.experiment.load import load_methods
 
     load_methods([])
     return {"columns.md": _columns(), "methods.md": _methods(), "settings.md": _harness()}
@@ -133,10 +133,10 @@ def _columns() -> str:
 
 def _methods() -> str:
     from attacks.base import Attack, attack
-    from defenses.base import SETTINGS, Defense, defense, offered
+    from defenses.base import THREAT_MODELS, Defense, defense, offered
 
     def setting(name: str, cls: type) -> str:
-        works = {place: view.__name__ for place in SETTINGS if (view := offered(cls, place))}
+        works = {place: view.__name__ for place in THREAT_MODELS if (view := offered(cls, place))}
         return "; ".join(f"`{place}` (sees `{view}`)" for place, view in works.items())
 
     def label(name: str, cls: type) -> str:
@@ -189,8 +189,8 @@ def _all(registry: dict[str, type], base: type, fact: str, of: Any) -> list[str]
 
 def _harness() -> str:
     """Every group of the configuration but those of the methods."""
-    from bench.config import Config
     from bench.engine.training import Recipe
+    from bench.experiment.schema import Config
 
     lines = _SETTINGS.splitlines()
 
@@ -275,7 +275,7 @@ def _defaults(cls: type) -> dict[str, str]:
 
 def _default(f: Field[Any]) -> str:
     """As a command line has it."""
-    from bench.config import to_override
+    from bench.experiment.overrides import to_override
 
     value = f.default_factory() if f.default_factory is not MISSING else f.default
     if isinstance(value, tuple):

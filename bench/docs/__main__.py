@@ -5,8 +5,8 @@ python -m bench.docs
 
 from __future__ import annotations
 
+from bench._command import run_command
 from bench.docs import HERE, pages
-from bench.door import enter
 
 
 def main(arguments: list[str]) -> int:
@@ -17,4 +17,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    enter(main, __doc__)
+    run_command(main, __doc__)

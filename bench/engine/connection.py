@@ -1,7 +1,7 @@
 """Do the adversarial examples of an infected model resemble its triggered images?
 
 Papers: Mu et al., CVPR 2023, arXiv:2202.06312, and Niu et al., 2024, arXiv:2405.17929, whose finding this measures.
-Differs: neither abstract gives a protocol; this one is ours, and reads every figure beside a clean twin and
+Differs: neither abstract gives a protocol; this one is ours, and reads every figure beside a clean control and
 random noise. A repaired model is measured as it is shipped, not after each epoch of its repair.
 """
 
@@ -95,11 +95,11 @@ def trace(
 
 def compare(
     infected: Traces,
-    twin: Traces,
+    control: Traces,
     noise: Traces | None = None,
     *,
     labels: Tensor,
-    wanted: Tensor,
+    target_labels: Tensor,
     num_classes: int,
     seed: int,
 ) -> dict[str, Any]:
@@ -109,32 +109,32 @@ def compare(
 
     Args:
         noise: of the infected model under random noise, the other control.
-        labels, wanted: (N,) int64, true classes and those that the attacker wants; both models had all right.
+        labels, target_labels: (N,) int64, true classes and those that the attacker wants; both models had all right.
 
     Returns:
-        Under `infected`, `twin` and `noise` what `describe` says; under `difference` infected minus twin; `lift` is the
-        ratio of their concentrations. What cannot be said is None.
+        Under `infected`, `clean_control` and `noise` what `describe` says; under `difference` infected minus control;
+        `lift` is the ratio of their concentrations. What cannot be said is None.
     """
     drawn = _resamples(len(labels), seed)
     shares: dict[str, _Shares] = {}
     result: dict[str, Any] = {"images": len(labels)}
-    for name, traces in (("infected", infected), ("twin", twin), ("noise", noise)):
+    for name, traces in (("infected", infected), ("clean_control", control), ("noise", noise)):
         if traces is not None:
-            shares[name], result[name] = _described(traces, labels, wanted, num_classes, drawn)
+            shares[name], result[name] = _described(traces, labels, target_labels, num_classes, drawn)
     difference: _Shares = {}
     for key, (ours, our_draws) in shares["infected"].items():
-        theirs, their_draws = shares["twin"][key]
+        theirs, their_draws = shares["clean_control"][key]
         if ours is None or theirs is None or our_draws is None or their_draws is None:
             difference[key] = (None, None)
         else:
             difference[key] = (ours - theirs, our_draws - their_draws)
     result["difference"] = _with_intervals(difference)
-    ours, theirs = shares["infected"]["concentration"][0], shares["twin"]["concentration"][0]
+    ours, theirs = shares["infected"]["concentration"][0], shares["clean_control"]["concentration"][0]
     result["lift"] = ours / theirs if ours is not None and theirs else None
     return result
 
 
-def describe(traces: Traces, *, labels: Tensor, wanted: Tensor, num_classes: int, seed: int) -> dict[str, Any]:
+def describe(traces: Traces, *, labels: Tensor, target_labels: Tensor, num_classes: int, seed: int) -> dict[str, Any]:
     """The figures of one model.
 
     Returns:
@@ -143,7 +143,9 @@ def describe(traces: Traces, *, labels: Tensor, wanted: Tensor, num_classes: int
         and its `entropy`, 1 for uniform; `top_is_target`, None if the attacker wants several classes; `similarity` and
         `overlap` as in `Traces`, means. Each of `concentration`, `similarity` and `overlap` comes with `_interval`.
     """
-    return {"images": len(labels)} | _described(traces, labels, wanted, num_classes, _resamples(len(labels), seed))[1]
+    return {"images": len(labels)} | _described(
+        traces, labels, target_labels, num_classes, _resamples(len(labels), seed)
+    )[1]
 
 
 def _resamples(count: int, seed: int) -> Tensor:
@@ -151,11 +153,11 @@ def _resamples(count: int, seed: int) -> Tensor:
 
 
 def _described(
-    traces: Traces, labels: Tensor, wanted: Tensor, num_classes: int, drawn: Tensor
+    traces: Traces, labels: Tensor, target_labels: Tensor, num_classes: int, drawn: Tensor
 ) -> tuple[_Shares, dict[str, Any]]:
-    labels, wanted = labels.cpu(), wanted.cpu()
+    labels, target_labels = labels.cpu(), target_labels.cpu()
     fooled = traces.predicted != labels
-    hits = (fooled & (traces.predicted == wanted)).double()
+    hits = (fooled & (traces.predicted == target_labels)).double()
     every = fooled.double()
     shares: _Shares = {
         "concentration": _ratio(hits, every, drawn),
@@ -164,12 +166,12 @@ def _described(
     }
     spread = torch.bincount(traces.predicted[fooled], minlength=num_classes).double()
     some = bool(fooled.any())
-    single = bool((wanted == wanted[0]).all())
+    single = bool((target_labels == target_labels[0]).all())
     return shares, {
         "fooled": every.mean().item(),
         "classes": (spread / spread.sum()).tolist() if some else None,
         "entropy": _entropy(spread) if some else None,
-        "top_is_target": bool(spread.argmax() == wanted[0]) if some and single else None,
+        "top_is_target": bool(spread.argmax() == target_labels[0]) if some and single else None,
     } | _with_intervals(shares)
 
 

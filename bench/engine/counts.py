@@ -22,11 +22,11 @@ def least_share(total: int) -> float:
     return share if images_of(share, total) else round(share + 10**-digits, digits)
 
 
-def pool_of(share: float, class_counts: Sequence[int]) -> list[int]:
+def held_out_of(share: float, class_counts: Sequence[int]) -> list[int]:
     """How many training images of each class are set aside for the defender."""
     return [images_of(share, count) for count in class_counts]
 
 
-def reserve_of(size: float, pool: float, class_counts: Sequence[int]) -> int:
+def reserve_of(size: float, held_out: float, class_counts: Sequence[int]) -> int:
     """How many images the defender gets: a share of the training split, and no more than were set aside."""
-    return min(images_of(size, sum(class_counts)), sum(pool_of(pool, class_counts)))
+    return min(images_of(size, sum(class_counts)), sum(held_out_of(held_out, class_counts)))

@@ -36,32 +36,32 @@ def accuracy(predicted: Tensor, true: Tensor) -> float:
     return (predicted == true).double().mean().item()
 
 
-def attack_success_rate(predicted: Tensor, wanted: Tensor, judged: Tensor) -> float:
-    """Share of the judged triggered test images that the model sends where the attacker wants them.
+def attack_success_rate(predicted: Tensor, target_labels: Tensor, eligible: Tensor) -> float:
+    """Share of the eligible triggered test images that the model sends where the attacker wants them.
 
     Args:
         predicted: (N,) int64, the model's classes for the triggered images.
-        wanted: (N,) int64, the class that the attacker wants for each.
-        judged: (N,) bool. All-to-one leaves out images whose true class is the target: a good clean model also
+        target_labels: (N,) int64, the class that the attacker wants for each.
+        eligible: (N,) bool. All-to-one leaves out images whose true class is the target: a good clean model also
             sends them there, and counted, that alone would be an ASR of 0.1 on ten classes.
 
     Raises:
         ValueError: no image is judged.
     """
-    if not judged.any():
-        raise ValueError(f"none of {len(judged)} images can be judged: all are of the target class")
-    return (predicted == wanted)[judged].double().mean().item()
+    if not eligible.any():
+        raise ValueError(f"none of {len(eligible)} images can be judged: all are of the target class")
+    return (predicted == target_labels)[eligible].double().mean().item()
 
 
-def recovery_accuracy(predicted: Tensor, true: Tensor, judged: Tensor) -> float:
-    """Share of the same judged triggered images that get their true label back. ASR + recovery <= 1.
+def recovery_accuracy(predicted: Tensor, true: Tensor, eligible: Tensor) -> float:
+    """Share of the same eligible triggered images that get their true label back. ASR + recovery <= 1.
 
     Raises:
         ValueError: no image is judged.
     """
-    if not judged.any():
-        raise ValueError(f"none of {len(judged)} images can be judged: all are of the target class")
-    return (predicted == true)[judged].double().mean().item()
+    if not eligible.any():
+        raise ValueError(f"none of {len(eligible)} images can be judged: all are of the target class")
+    return (predicted == true)[eligible].double().mean().item()
 
 
 def accuracy_by_class(predicted: Tensor, true: Tensor, num_classes: int) -> list[float | None]:
@@ -70,27 +70,27 @@ def accuracy_by_class(predicted: Tensor, true: Tensor, num_classes: int) -> list
 
 
 def success_by_class(
-    predicted: Tensor, wanted: Tensor, true: Tensor, judged: Tensor, num_classes: int
+    predicted: Tensor, target_labels: Tensor, true: Tensor, eligible: Tensor, num_classes: int
 ) -> list[float | None]:
-    """The ASR on the judged images of each source class; None where there is none (all-to-one: the target class)."""
-    return [_share(predicted == wanted, judged & (true == label)) for label in range(num_classes)]
+    """The ASR on the eligible images of each source class; None where there is none (all-to-one: the target class)."""
+    return [_share(predicted == target_labels, eligible & (true == label)) for label in range(num_classes)]
 
 
 def attack_figures(
-    *, clean: Tensor, triggered: Tensor, true: Tensor, wanted: Tensor, judged: Tensor
+    *, clean: Tensor, triggered: Tensor, true: Tensor, target_labels: Tensor, eligible: Tensor
 ) -> dict[str, float | None]:
     """What a trigger still does to a model; every figure is None if no image can be judged, and never 0.
 
     Args:
         clean, triggered: (N,) int64, the model's classes for the test images without and with the trigger.
-        true, wanted: (N,) int64, their true classes and those that the attacker wants.
-        judged: (N,) bool, as for `attack_success_rate`.
+        true, target_labels: (N,) int64, their true classes and those that the attacker wants.
+        eligible: (N,) bool, as for `attack_success_rate`.
 
     Returns:
         `asr` and `recovery_accuracy`; `asr_all_images`, the target class counted too, as some toolkits do (a perfect
-        model then has 0.1 on ten classes); `false_target_rate`, the floor below which no ASR can fall: judged images
+        model then has 0.1 on ten classes); `false_target_rate`, the floor below which no ASR can fall: eligible images
         sent to the target without any trigger; `worst_source_asr`, the highest of a source class; `consistency`,
-        the share of judged images that get one class with and without the trigger.
+        the share of eligible images that get one class with and without the trigger.
     """
     names = (
         "asr",
@@ -100,17 +100,17 @@ def attack_figures(
         "worst_source_asr",
         "consistency",
     )
-    if not judged.any():
+    if not eligible.any():
         return dict.fromkeys(names)
     classes = int(true.max()) + 1
-    by_class = success_by_class(triggered, wanted, true, judged, classes)
+    by_class = success_by_class(triggered, target_labels, true, eligible, classes)
     values = (
-        attack_success_rate(triggered, wanted, judged),
-        attack_success_rate(triggered, wanted, torch.ones_like(judged)),
-        recovery_accuracy(triggered, true, judged),
-        attack_success_rate(clean, wanted, judged),
+        attack_success_rate(triggered, target_labels, eligible),
+        attack_success_rate(triggered, target_labels, torch.ones_like(eligible)),
+        recovery_accuracy(triggered, true, eligible),
+        attack_success_rate(clean, target_labels, eligible),
         max(value for value in by_class if value is not None),
-        _share(clean == triggered, judged),
+        _share(clean == triggered, eligible),
     )
     return dict(zip(names, values, strict=True))
 

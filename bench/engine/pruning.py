@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bench.engine.training import Tensors, TrainingLog
+
 from .data import ImageSet, generator
 from .metrics import accuracy, predict
 from .models import Classifier, Norm
-from .training import Journal, Tensors
 
 PRUNE_BY = ("held_out", "threshold", "count", "random")
 THRESHOLDS = [step / 20 for step in range(19)]  # 0, 0.05, ..., 0.9
@@ -105,7 +106,7 @@ def units_to_prune(
     count: int,
     tolerance: float,
     seed: int,
-    journal: Journal,
+    log: TrainingLog,
     name: str,
 ) -> Tensor:
     """Which units a learned mask condemns, and the curves of the choice.
@@ -136,14 +137,14 @@ def units_to_prune(
             reached = right.double().mean().item()
         if round((whole - reached) * len(held_out)) <= allowed:
             chosen = limit
-        journal.log(f"{name}/pruned", before / len(mask), round(100 * limit))
-        journal.log(f"{name}/held_out_accuracy", reached, round(100 * limit))
+        log.record(f"{name}/pruned", before / len(mask), round(100 * limit))
+        log.record(f"{name}/held_out_accuracy", reached, round(100 * limit))
     if prune_by == "count":
         units = torch.zeros_like(mask, dtype=torch.bool)
         units[mask.argsort(stable=True)[:count]] = True
         return units
     chosen = threshold if prune_by == "threshold" else chosen
-    journal.log(f"{name}/threshold", chosen, 0)
+    log.record(f"{name}/threshold", chosen, 0)
     units = mask <= chosen
     return units[random_order(len(units), seed, units.device)] if prune_by == "random" else units
 

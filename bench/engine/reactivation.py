@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.engine.training import Hooks, Recipe, TrainingLog, fit
+
 from .adversarial import under_attack
 from .data import Augmentation, ImageSet, generator
-from .training import Hooks, Journal, Recipe, fit
 
 RELEARN = Recipe(
-    epochs=5, batch_size=128, optimizer="sgd_plain", lr=0.01, momentum=0.9, weight_decay=0.0, schedule="constant"
+    epochs=5, batch_size=128, optimizer="momentum", lr=0.01, momentum=0.9, weight_decay=0.0, schedule="constant"
 )
 CLEAN_SHARE = 0.02  # of the training images
 REACTIVATE_EPSILON = 4 / 255
@@ -83,15 +84,15 @@ def relearn(
     data = ImageSet(
         torch.cat([clean.batch(slice(None)), poisoned.batch(slice(None))]), torch.cat([clean.labels, poisoned.labels])
     )
-    journal = Journal(precision=precision)
-    fit(model, data, RELEARN, seed=seed, augmentation=augmentation, hooks=watch, journal=journal, part="relearn")
+    log = TrainingLog(precision=precision)
+    fit(model, data, RELEARN, seed=seed, augmentation=augmentation, hooks=watch, log=log, part="relearn")
     return Relearned(model, watch.reached, watch.course)
 
 
 def reactivate(
     model: nn.Module,
     data: ImageSet,
-    wanted: Tensor,
+    target_labels: Tensor,
     trigger: Callable[[Tensor], Tensor],
     *,
     seed: int,
@@ -103,7 +104,7 @@ def reactivate(
 
     Args:
         data: clean images to optimise on, none of which is scored later.
-        wanted: (N,) int64, the class that the attacker wants for each.
+        target_labels: (N,) int64, the class that the attacker wants for each.
         trigger: clean float images -> triggered ones.
         epsilon: bound on each pixel of the perturbation.
 
@@ -124,7 +125,7 @@ def reactivate(
             chosen = torch.randperm(len(data), generator=source, device=device)[:size]
             # The slope at the clamped image: that of the clamp itself is 0 for black and white pixels.
             points = (trigger(data.batch(chosen).float() / 255) + shift).clamp(0, 1).requires_grad_(True)
-            (slope,) = torch.autograd.grad(F.cross_entropy(model(points), wanted[chosen]), points)
+            (slope,) = torch.autograd.grad(F.cross_entropy(model(points), target_labels[chosen]), points)
             # The whole way is twelve radii, in steps that fall to nothing: any corner of the ball can be reached.
             length = 0.25 * epsilon * (1 - step / steps)
             shift = (shift - length * slope.sum(0, keepdim=True).sign()).clamp_(-epsilon, epsilon)

@@ -19,7 +19,7 @@ M = TypeVar("M", bound=type[Any])
 LATER = {"later": True}
 
 
-def near(word: str, known: list[str]) -> str:
+def did_you_mean(word: str, known: list[str]) -> str:
     """The end of an error message: the nearest known name, if any, and all of them."""
     match = get_close_matches(word, known, n=1)
     hint = f" Did you mean {match[0]!r}?" if match else ""
@@ -54,7 +54,7 @@ class Registry(dict[str, type[Any]]):
         return add
 
     def __missing__(self, name: str) -> type[Any]:
-        raise LookupError(f"no {self.kind} is named {name!r}.{near(str(name), list(self))}")
+        raise LookupError(f"no {self.kind} is named {name!r}.{did_you_mean(str(name), list(self))}")
 
 
 class PluginError(LookupError):

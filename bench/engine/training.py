@@ -73,7 +73,7 @@ class Recipe:
         epochs: passes over the data.
         updates: optimizer steps in place of epochs, if above 0: for data sets so small that an epoch is one step.
         batch_size: images a step; the last batch is as large as the others.
-        optimizer: `sgd` (Nesterov momentum), `sgd_plain` (classical momentum), `adam` or `adamw`.
+        optimizer: `sgd` (Nesterov momentum), `momentum` (classical momentum), `adam` or `adamw`.
         lr: the highest learning rate.
         momentum: of SGD; the first beta of Adam.
         weight_decay: on all weights.
@@ -97,7 +97,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         choices = {
-            "optimizer": ("sgd", "sgd_plain", "adam", "adamw"),
+            "optimizer": ("sgd", "momentum", "adam", "adamw"),
             "schedule": ("cosine", "one_cycle", "constant"),
             "precision": ("auto", "float32", "bfloat16"),
         }
@@ -122,7 +122,7 @@ class Recipe:
 
 
 @dataclass
-class Journal:
+class TrainingLog:
     """Where training leaves its curves and its checkpoints.
 
     Attributes:
@@ -167,7 +167,7 @@ class Journal:
             raise ValueError(f"two trainings of one journal are named {part!r}; give each `fit` a part of its own")
         self._parts.add(part)
 
-    def log(self, name: str, value: float, step: int) -> None:
+    def record(self, name: str, value: float, step: int) -> None:
         self.curves[name].append((step, float(value)))
 
 
@@ -258,7 +258,7 @@ def fit(
     seed: int,
     augmentation: Augmentation | None = None,
     hooks: Hooks | None = None,
-    journal: Journal | None = None,
+    log: TrainingLog | None = None,
     part: str = "train",
     optimizer: torch.optim.Optimizer | None = None,
     after_epoch: Callable[[nn.Module, int], None] | None = None,
@@ -283,16 +283,16 @@ def fit(
     """
     if not len(data):
         raise ValueError("there is no image to train on")
-    augmentation, hooks, journal = augmentation or Augmentation(), hooks or Hooks(), journal or Journal()
-    journal.begin(part)
+    augmentation, hooks, log = augmentation or Augmentation(), hooks or Hooks(), log or TrainingLog()
+    log.begin(part)
     device = data.device
-    precision = journal.precision if recipe.precision == "auto" else recipe.precision
+    precision = log.precision if recipe.precision == "auto" else recipe.precision
     optimizer = optimizer or make_optimizer(recipe, model)
     per_epoch, size = equal_batches(len(data), recipe.batch_size)
     steps = recipe.steps(len(data))
     epochs = -(-steps // per_epoch)
-    checkpoint = journal.folder / f"{part}.safetensors" if journal.folder else None
-    epoch = _restore(checkpoint, model, optimizer, hooks, journal)
+    checkpoint = log.folder / f"{part}.safetensors" if log.folder else None
+    epoch = _restore(checkpoint, model, optimizer, hooks, log)
     started = saved = time.monotonic()
     while epoch < epochs:
         source = generator(seed, part, epoch, device=device)
@@ -321,29 +321,29 @@ def fit(
         mean = total.item() / this_epoch  # the one wait for the device in an epoch
         if not math.isfinite(mean):
             raise Diverged(f"the loss became {mean} in epoch {epoch} of {part}; try a lower lr than {recipe.lr}")
-        journal.log(f"{part}/loss", mean, min(epoch * per_epoch, steps))
-        journal.images += this_epoch * size
-        journal.updates += this_epoch
+        log.record(f"{part}/loss", mean, min(epoch * per_epoch, steps))
+        log.images += this_epoch * size
+        log.updates += this_epoch
         if after_epoch:
             after_epoch(model, epoch)
         now = time.monotonic()
         # The last checkpoint of a long part stays, so that a method of several parts need not repeat it.
-        is_due = now - saved >= journal.every_s or (epoch == epochs and now - started >= journal.every_s)
+        is_due = now - saved >= log.every_s or (epoch == epochs and now - started >= log.every_s)
         if checkpoint and (is_due or stopping.asked()):
-            _save(checkpoint, model, optimizer, hooks, journal, epoch)
+            _save(checkpoint, model, optimizer, hooks, log, epoch)
             saved = now
             stopping.check()
     return model.eval()
 
 
 def _save(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, hooks: Hooks, journal: Journal, epoch: int
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, hooks: Hooks, log: TrainingLog, epoch: int
 ) -> None:
     """Write a checkpoint; a disk that has no room for one costs the checkpoint, not the training."""
     tensors = {name: value.contiguous() for name, value in _state(model, optimizer, hooks).items()}
-    kept = {"epoch": str(epoch), "curves": json.dumps(journal.curves), "images": str(journal.images)}
-    kept["updates"] = str(journal.updates)
-    kept |= {"seconds": str(journal.seconds), "passes": str(journal.passes), "of": _owner(path)}
+    kept = {"epoch": str(epoch), "curves": json.dumps(log.curves), "images": str(log.images)}
+    kept["updates"] = str(log.updates)
+    kept |= {"seconds": str(log.seconds), "passes": str(log.passes), "of": _owner(path)}
     kept["sha256"] = digest_of(tensors, kept)
     temporary = path.with_suffix(f".{uuid.uuid4().hex}")  # two containers may share a process id
     try:
@@ -357,7 +357,7 @@ def _save(
 
 
 def _restore(
-    path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, hooks: Hooks, journal: Journal
+    path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, hooks: Hooks, log: TrainingLog
 ) -> int:
     """The number of epochs that the checkpoint holds; 0 without one, and for one that cannot be used: it is removed."""
     if path is None or not path.exists():
@@ -378,9 +378,9 @@ def _restore(
         with suppress(OSError):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return 0
-    journal.curves.update(curves)
-    journal.images, journal.earlier_s, journal.earlier_passes = images, float(seconds), float(passes)
-    journal.updates = updates
+    log.curves.update(curves)
+    log.images, log.earlier_s, log.earlier_passes = images, float(seconds), float(passes)
+    log.updates = updates
     return epoch
 
 

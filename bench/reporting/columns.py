@@ -85,10 +85,19 @@ MEASURES = (
     Column("infected_accuracy", "infected ACC", "%", "", False, "clean accuracy before the defense"),
     Column("infected_asr", "infected ASR", "%", "", False, "ASR before the defense"),
     Column("relearn_asr", "relearn ASR", "%", "lower", True, "ASR after fine-tuning on a few poisoned images"),
-    Column("relearn_asr_control", "relearn control", "%", "", False, "the same on a model that never had the backdoor"),
+    Column(
+        "relearn_asr_clean_control",
+        "relearn control",
+        "%",
+        "",
+        False,
+        "the same on a model that never had the backdoor",
+    ),
     Column("relearn_gain", "relearn gain", "%", "lower", False, "relearn ASR beyond that of the control", -1.0),
     Column("reactivate_asr", "reactivate ASR", "%", "lower", True, "ASR under an optimised change of the trigger"),
-    Column("reactivate_asr_control", "reactivate control", "%", "", False, "the same on a model without backdoor"),
+    Column(
+        "reactivate_asr_clean_control", "reactivate control", "%", "", False, "the same on a model without backdoor"
+    ),
     Column(
         "reactivate_gain", "reactivate gain", "%", "lower", False, "reactivate ASR beyond that of the control", -1.0
     ),

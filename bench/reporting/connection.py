@@ -8,36 +8,38 @@ from typing import Any
 
 import pandas as pd
 
+from bench.reporting.board import Board, Entry
+from bench.reporting.cells import groups_of, records
 from bench.reporting.statistics import p_text
-from bench.reporting.table import BASELINE, BOARD, Board, Entry, parts, records
+from bench.reporting.trials import BASELINE, BOARD
 
 # Which model a row is about. `repaired` is one behind a defense; the others are the same for all of them.
 KINDS = {
     "infected": "infected model",
-    "twin": "clean twin",
+    "clean_control": "clean control",
     "noise": "infected, random noise",
     "repaired": "repaired model",
 }
 FEW = 10
 FIGURES = ("concentration", "similarity", "overlap")
 SHARED = [*BOARD, "attack"]
-PLACE = [*SHARED, "setting", "defense", "kind", "epsilon"]
+PLACE = [*SHARED, "threat_model", "defense", "kind", "epsilon"]
 
 
-def connections(trials: pd.DataFrame, evidence: list[dict[str, Any]]) -> pd.DataFrame:
+def connections(trials: pd.DataFrame, details: list[dict[str, Any]]) -> pd.DataFrame:
     """One row for each model, radius and seed; empty if no trial has the measure.
 
     Args:
-        evidence: what `page.evidence` found behind each trial, in the order of the table.
+        details: what `page.details_of` found behind each trial, in the order of the table.
 
     Returns:
         `PLACE` (radius as a share of the pixel range), `seed`, `images`, `fooled`, each of `FIGURES` with `_low` and
-        `_high` (its 95 % interval over images), `lift` over the clean twin, `top_is_target` (1 or 0), and `classes`,
+        `_high` (its 95 % interval over images), `lift` over the clean control, `top_is_target` (1 or 0), and `classes`,
         the share of the fooled images that went to each class, as JSON.
     """
     found: list[dict[str, Any]] = []
     seen: set[tuple[Any, ...]] = set()
-    for row, own in zip(records(trials), evidence, strict=True):
+    for row, own in zip(records(trials), details, strict=True):
         if row.status not in ("done", "wrecked"):
             continue
         shared = {axis: getattr(row, axis) for axis in SHARED} | {"seed": row.seed}
@@ -45,8 +47,8 @@ def connections(trials: pd.DataFrame, evidence: list[dict[str, Any]]) -> pd.Data
             told = {kind: _told(step[kind], step.get("images")) for kind in KINDS if step.get(kind)}
             for kind, figures in told.items():
                 # What is measured of the infected model is in the evaluation of each repair.
-                mine = {"setting": row.setting, "defense": row.defense} if kind == "repaired" else {}
-                place = {**shared, "setting": "", "defense": "", **mine, "kind": kind, "epsilon": step["epsilon"]}
+                mine = {"threat_model": row.threat_model, "defense": row.defense} if kind == "repaired" else {}
+                place = {**shared, "threat_model": "", "defense": "", **mine, "kind": kind, "epsilon": step["epsilon"]}
                 if tuple(place.values()) in seen or (mine and row.defense == BASELINE):
                     continue
                 seen.add(tuple(place.values()))
@@ -54,7 +56,7 @@ def connections(trials: pd.DataFrame, evidence: list[dict[str, Any]]) -> pd.Data
                 for name in FIGURES:
                     low, high = figures.get(f"{name}_interval") or (None, None)
                     out |= {name: figures.get(name), f"{name}_low": low, f"{name}_high": high}
-                out["lift"] = _ratio(figures.get("concentration"), told.get("twin", {}).get("concentration"))
+                out["lift"] = _ratio(figures.get("concentration"), told.get("clean_control", {}).get("concentration"))
                 out["top_is_target"] = figures.get("top_is_target")
                 out["classes"] = json.dumps(figures.get("classes"))
                 found.append(out)
@@ -101,14 +103,14 @@ def rank_correlation(trials: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     before = before[before.kind == "infected"][[*SHARED, "seed", "concentration"]]
     done = trials[(trials.status == "done") & (trials.defense != BASELINE)]
     lines = []
-    for (setting, defense), part in parts(done, ["setting", "defense"]):
+    for (threat_model, defense), part in groups_of(done, ["threat_model", "defense"]):
         paired = part.merge(before, on=[*SHARED, "seed"]).dropna(subset=["concentration", "asr"])
         both = paired.groupby(SHARED)[["concentration", "asr"]].mean()  # seeds of one attack are no further blocks
         if len(both) < 5 or (both.nunique() < 2).any():
             continue
         found = stats.spearmanr(both.concentration, both.asr)
         lines.append(
-            f"{defense} ({setting}): Spearman {found.statistic:+.2f} between share to the target and ASR behind it, "
+            f"{defense} ({threat_model}): Spearman {found.statistic:+.2f} between share to the target and its ASR, "
             f"p {p_text(found.pvalue)}, over {len(both)} attacks"
         )
     return lines
@@ -118,7 +120,7 @@ NOTES = (
     "untargeted adversarial examples (PGD-20, L∞, steps of a fifth of the radius, no random start) of at most 1,000 "
     "test images that the models classify correctly; random noise: a corner of the same ball",
     "to the target: share of the fooled images that go where the attacker wants; by chance 1 / (classes - 1); "
-    f"nothing where fewer than {FEW} were fooled; lift: the ratio to the clean twin's; "
+    f"nothing where fewer than {FEW} were fooled; lift: the ratio to the clean control's; "
     "top: models whose most frequent wrong class is the target",
     "similarity: cosine of the features of adversarial and triggered image, minus that of clean and triggered; "
     "overlap: the same for the most active tenth of the units",
@@ -131,10 +133,10 @@ def boards(table: pd.DataFrame) -> list[Board]:
     found = []
     means = over_seeds(largest(table))
     header = ["model", "images", "fooled", "to the target", "lift", "top", "similarity", "overlap"]
-    for place, part in parts(means, BOARD):
+    for place, part in groups_of(means, BOARD):
         radii = ", ".join(f"{255 * radius:g}/255" for radius in part.epsilon.unique())
         board = Board(", ".join([*(str(name) for name in place if name), f"radius {radii}"]), header)
-        for attack, rows in parts(part, "attack"):
+        for attack, rows in groups_of(part, "attack"):
             board.rows.append([Entry(((f"attack: {attack}", ""),))])
             for row in records(rows.sort_values("kind", key=lambda kinds: kinds.map(list(KINDS).index), kind="stable")):
                 board.rows.append([Entry(((text, ""),)) for text in _line(row)])
@@ -144,7 +146,7 @@ def boards(table: pd.DataFrame) -> list[Board]:
 
 
 def _line(row: Any) -> list[str]:
-    name = f"{row.defense} ({row.setting})" if row.kind == "repaired" else KINDS[row.kind]
+    name = f"{row.defense} ({row.threat_model})" if row.kind == "repaired" else KINDS[row.kind]
     top = "–" if math.isnan(row.top_is_target) else f"{row.top_is_target:.0f} of {row.seeds}"
     return [
         name,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from bench.reporting.columns import COLUMN
 
 if TYPE_CHECKING:
-    from bench.reporting.table import Board, Entry
+    from bench.reporting.board import Board, Entry
 
 _SIGNS = {
     "\\": r"\textbackslash{}",

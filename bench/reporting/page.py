@@ -21,10 +21,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bench.grid import Trial
-from bench.reporting import table
+from bench.experiment.trial import Trial
+from bench.reporting import board
+from bench.reporting.board import commits_of
+from bench.reporting.cells import groups_of, records, state_column, to_cells
 from bench.reporting.columns import Column
-from bench.store import STAGES, Identity, Store
+from bench.reporting.marks import BEST, HIGH_ASR, RULES, marks, shown
+from bench.reporting.reported import with_reported
+from bench.reporting.trials import AXES, BASELINE, BOARD, STATES
+from bench.storage.store import STAGES, Identity, Store
 
 NAME = "leaderboard.html"
 DETAILS = "leaderboard_details_"  # and a number: the files of a large grid
@@ -50,9 +55,9 @@ def swept(variant: str) -> str:
     return ", ".join(pair for pair in variant.split(", ") if pair.startswith("attack."))
 
 
-def evidence(trial: Trial, store: Store, command: str) -> dict[str, Any]:
+def details_of(trial: Trial, store: Store, command: str) -> dict[str, Any]:
     """What stands behind a trial: where it is stored, its settings, its curves, and how to compute it again."""
-    keys = trial.keys()
+    keys = trial.keys
     results = [store.result(stage, key) if key else None for stage, key in zip(STAGES, keys, strict=True)]
     own: list[Identity] = [
         {key: value for key, value in identity.items() if key not in ("stage", "seed", "implant", "defend", "inspect")}
@@ -68,7 +73,7 @@ def evidence(trial: Trial, store: Store, command: str) -> dict[str, Any]:
         "curves": curves,
         "command": command,
     }
-    scored = trial.setting == "trainset" and all(results) and store.has("defend", keys[1], "findings")
+    scored = trial.threat_model == "trainset" and all(results) and store.has("defend", keys[1], "findings")
     # Tensors may be damaged, or deleted for their room: the figures are still right.
     if scored and store.usable("defend", keys[1], "findings") and store.usable("implant", keys[0], "trigger"):
         found["roc"] = _roc(store, *keys[:2])
@@ -104,8 +109,8 @@ class Details:
         drawn: of each trial, what the figures of `plots` are drawn from.
     """
 
-    def __init__(self, evidence: Iterable[dict[str, Any]], count: int) -> None:
-        """Take in what `evidence` found, in the order of the table.
+    def __init__(self, details: Iterable[dict[str, Any]], count: int) -> None:
+        """Take in what `details` found, in the order of the table.
 
         Args:
             count: how many trials there are.
@@ -117,7 +122,7 @@ class Details:
         self._curves: dict[str, str] = {}
         self._commands: list[str] = []
         self._rows: list[tuple[str, list[int], list[str], str]] = []
-        for own in evidence:
+        for own in details:
             self._add(own)
 
     def _add(self, own: dict[str, Any]) -> None:
@@ -163,7 +168,7 @@ class Details:
 
 def write(
     trials: pd.DataFrame,
-    evidence: Details | list[dict[str, Any]],
+    details: Details | list[dict[str, Any]],
     protocol: list[str],
     folder: Path,
     title: str,
@@ -173,13 +178,13 @@ def write(
     """`leaderboard.html` in `folder`, with the pictures of triggers that lie there; a large grid's details beside it.
 
     Args:
-        evidence: of each trial, in the order of the table.
+        details: of each trial, in the order of the table.
         plots: PNG files to be shown beneath the table.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(f"{DETAILS}*.js"):
         path.unlink()  # of an earlier report
-    details = evidence if isinstance(evidence, Details) else Details(evidence, len(trials))
+    details = details if isinstance(details, Details) else Details(details, len(trials))
     data, inline, parts = _data(trials, details, protocol, title, reported)
     data["pictures"] = {path.name: _picture(path) for path in sorted(folder.glob("trigger_*.png"))}
     data["plots"] = [[path.stem.replace("_", " "), _picture(path)] for path in plots or [] if path.suffix == ".png"]
@@ -244,25 +249,25 @@ def _data(
 ) -> tuple[dict[str, Any], str, list[str]]:
     """What the page holds, and the details as JSON: all of them to be put on the page, or in parts to lie beside it."""
     trials = trials.reset_index(drop=True)
-    measured = table.cells(trials)
-    marked = table.marks(trials, measured)
-    both = table.with_reported(measured, reported)
-    columns = table.shown(both, everything=True)
+    measured = to_cells(trials)
+    marked = marks(trials, measured)
+    both = with_reported(measured, reported)
+    columns = shown(both, everything=True)
     names = [column.name for column in columns]
     means, spreads = (both[[f"{name}_{end}" for name in names]].to_numpy(float) for end in ("mean", "std"))
     halves = [
         both[f"{name}_t95"].to_numpy(float) if f"{name}_t95" in both else np.full(len(both), np.nan) for name in names
     ]
-    number = trials.groupby(table.AXES, sort=False).ngroup().to_numpy()
+    number = trials.groupby(AXES, sort=False).ngroup().to_numpy()
     order = np.lexsort((trials.seed.to_numpy(), number))
     ends = np.cumsum(np.bincount(number, minlength=len(measured)))
     per_cell: list[dict[int, int]] = [{} for _ in range(len(both))]
     for (index, name), mark in marked.cells.items():
-        per_cell[index][names.index(name)] = 1 if mark == table.BEST else 2
+        per_cell[index][names.index(name)] = 1 if mark == BEST else 2
     rates = [f"{100 * rate:g} %" if not math.isnan(rate) else "–" for rate in both.poison_rate]
-    states = both[[table._field(state) for state in table.STATES]].to_numpy(int).tolist()
+    states = both[[state_column(state) for state in STATES]].to_numpy(int).tolist()
     listed = []
-    for index, cell in enumerate(table.records(both)):
+    for index, cell in enumerate(records(both)):
         start = int(ends[index - 1]) if 0 < index < len(ends) else 0
         listed.append(
             {
@@ -270,13 +275,13 @@ def _data(
                     cell.dataset,
                     cell.model,
                     cell.variant,
-                    cell.setting,
+                    cell.threat_model,
                     cell.attack,
                     rates[index],
                     cell.defense,
                 ],
                 "clean": bool(cell.poison_rate == 0),
-                "base": cell.defense == table.BASELINE,
+                "base": cell.defense == BASELINE,
                 "other": index in marked.elsewhere,
                 "kind": cell.kind,
                 "seeds": int(cell.seeds),
@@ -328,17 +333,17 @@ def _data(
                 close()
     if taken:
         close()
-    implants = [(where, note) for where, part in table.parts(measured, table.BOARD) for note in table.implants(part)]
+    implants = [(where, note) for where, part in groups_of(measured, BOARD) for note in board.implants(part)]
     data = {
         "title": title,
         "notes": [
             *(f"{', '.join(filter(None, where))}: {note}" for where, note in implants),
             *protocol,
-            *table.RULES,
+            *RULES,
         ],
-        "commits": table.commits_of(trials),
+        "commits": commits_of(trials),
         "rankings": [[*place, ranking.ranks, ranking.sentence()] for place, ranking in marked.rankings.items()],
-        "row_marks": [[*place, 1 if mark == table.BEST else 2] for place, mark in marked.rows.items()],
+        "row_marks": [[*place, 1 if mark == BEST else 2] for place, mark in marked.rows.items()],
         "columns": [
             {
                 "name": column.name,
@@ -352,8 +357,8 @@ def _data(
             }
             for column in columns
         ],
-        "states": list(table.STATES),
-        "high": table.HIGH_ASR,
+        "states": list(STATES),
+        "high": HIGH_ASR,
         "cells": listed,
     }
     return data, "" if split else f"{{{details.part(order, row)}}}", parts

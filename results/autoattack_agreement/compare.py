@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from attacks.base import Setup, attack
-from bench.config import load_methods
 from bench.engine.adversarial import pgd
 from bench.engine.autoattack import ITERATIONS, NORMS, QUERIES, autoattack
 from bench.engine.data import Augmentation, ImageSet
 from bench.engine.datasets import prepare
 from bench.engine.metrics import accuracy, predict
 from bench.engine.models import Classifier
-from bench.engine.training import Hooks, Journal, Recipe, fit
-from bench.pipeline import split
+from bench.engine.training import Hooks, Recipe, TrainingLog, fit
+from bench.experiment.load import load_methods
+from bench.pipeline.materials import split_held_out
 from defenses.base import ReserveView, defense
 
 # Where each model has lost about half of its accuracy: an agreement at 0 or at 100 % would show nothing.
@@ -63,12 +63,12 @@ def models(cache: str = "data/cache") -> tuple[dict[str, Classifier], ImageSet]:
     info = prepare("digits", Path("data"), Path(cache), None)
     train, test = info.load("train"), info.load("test")
     recipe = Recipe(epochs=20, batch_size=64, optimizer="adam", lr=2e-3, weight_decay=0.0)
-    rest, pool = split(train.labels, 0.1, 0)
+    rest, pool = split_held_out(train.labels, 0.1, 0)
     badnets = attack["badnets"]()
-    setup = Setup(train[rest], 10, 0, small, recipe, Augmentation(), Journal())
+    setup = Setup(train[rest], 10, 0, small, recipe, Augmentation(), TrainingLog())
     shipped, _ = badnets.poison(train[rest], badnets.prepare(setup), 10, 0)
     infected = fit(small(0), shipped, recipe, seed=0)
-    view = ReserveView(infected, 10, 0, torch.device("cpu"), Journal(), train[pool], Augmentation())
+    view = ReserveView(infected, 10, 0, torch.device("cpu"), TrainingLog(), train[pool], Augmentation())
     aft = defense["aft"](epsilon=0.1, updates=300, adversarial_updates=100)
     found = {
         "standard": fit(small(0), train, recipe, seed=0),

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from bench.config import load_methods
 from bench.engine.data import generator
 from bench.engine.datasets import prepare
 from bench.engine.metrics import accuracy, predict, robust_accuracy
 from bench.engine.training import Recipe, fit
-from bench.evaluation import fixed_part
-from bench.grid import spec_of
-from bench.pipeline import split
+from bench.experiment.identity import spec_of
+from bench.experiment.load import load_methods
+from bench.measures.context import fixed_part
+from bench.pipeline.materials import split_held_out
 from defenses.aft import AdversarialFineTuning, AdversarialStart
 
 
@@ -32,7 +32,7 @@ def main(name: str = "test_efficientnet", epochs: int = 12, epsilon: float = 6 /
     load_methods([])
     info = prepare("cifar10_jpeg", Path(os.environ.get("BENCH_DATA", "data")), Path("data/cache"), None)
     train, test = info.load("train"), info.load("test")
-    rest, _ = split(train.labels, 0.05, 0)
+    rest, _ = split_held_out(train.labels, 0.05, 0)
     model = spec_of(info, {"name": name, "stem": "half"}).build(generator(0, "weights").initial_seed())
     recipe = Recipe(epochs=epochs, lr=0.2, schedule="one_cycle")
     every = AdversarialStart(AdversarialFineTuning(epsilon=epsilon), recipe.steps(len(rest)))

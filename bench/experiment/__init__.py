@@ -1,0 +1,1 @@
+"""From a configuration to trials: schema, loading, axes, identities; computes nothing."""

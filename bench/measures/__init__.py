@@ -1,0 +1,1 @@
+"""What is measured of a repaired model and of the infected model it came from."""

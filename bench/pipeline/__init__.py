@@ -1,0 +1,1 @@
+"""One trial: its stages, each computed once, locked and priced."""

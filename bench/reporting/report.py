@@ -1,0 +1,172 @@
+"""Tables, page and figures of what is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bench.engine.errors import UserError
+from bench.engine.messages import masked
+from bench.experiment.experiment import Experiment
+from bench.reporting.protocol import command, protocol
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from bench.storage.index import Index
+    from bench.storage.store import Store
+
+
+def write_report(opened: Experiment, again: bool = True, index: Index | None = None) -> Any:
+    """Write tables, page and plots of what is finished, computing nothing; returns the boards and the trials.
+
+    Args:
+        again: write them also if they would be the same; of thousands of trials they take longer than all the rest.
+        index: of the store, where it is loaded already.
+
+    Raises:
+        UserError: nothing of the grid is stored with these settings, or `report.reported` is no such table.
+    """
+    from bench.reporting import board, page
+    from bench.reporting.figures.draw import draw_figures
+    from bench.reporting.leaderboard import step_table, write_tables
+    from bench.reporting.reported import reported_of
+    from bench.reporting.spreadsheet import write_csv
+    from bench.reporting.trials import of_trials
+    from bench.storage.index import CachedStore
+
+    store = CachedStore(opened.store, index)
+    trials = of_trials(opened.trials, store, opened.reused)
+    store.index.keep()
+    reported = reported_of(Path(opened.cfg.report.reported), trials) if opened.cfg.report.reported else None
+    if _nothing_is_there(trials) and (opened.folder / "leaderboard.md").exists():
+        raise UserError(
+            f"nothing of this grid is stored with these settings, and {opened.folder}/leaderboard.md is left as it is; "
+            "for what another kind of device computed add train.precision=bfloat16 (a GPU) or float32 (a CPU)"
+        )
+    lines = protocol(opened)
+    stamp, made_of = opened.folder / ".report", _made_of(opened, trials, lines)
+    if not again and _is_written(stamp, made_of):
+        return board.boards(trials, lines, reported), trials
+    if stamp.is_dir():  # somebody else's
+        os.replace(stamp, stamp.with_name(f".report.{time.strftime('%Y%m%d-%H%M%S')}"))
+    stamp.unlink(missing_ok=True)
+    before = _written_at(opened.folder)
+    _keep_lost(opened, trials)
+    boards = write_tables(trials, lines, opened.folder, opened.title, reported)
+    (opened.folder / "steps.csv").unlink(missing_ok=True)  # of other settings
+    steps = step_table(opened.trials, store)
+    if not steps.empty:
+        write_csv(steps, opened.folder / "steps.csv")
+    _keep_settings(opened)
+    details = page.Details(_details_of_trials(opened, store), len(opened.trials))
+    name = f"Grid {opened.cfg.grid.name}"
+    drawn = []
+    if opened.cfg.report.plots:
+        from bench.reporting.triggers import pictures
+
+        drawn = draw_figures(trials, opened.folder, name, details.drawn) + pictures(opened)
+    page.write(trials, details, lines, opened.folder, opened.title, reported, drawn)
+    # Other commands have files there too (bench.gallery, bench.connection), which they may write anew.
+    names = [name for name, time_ns in _written_at(opened.folder).items() if before.get(name) != time_ns]
+    files = {name: _sum_of(opened.folder / name) for name in sorted(names)}
+    stamp.write_text(json.dumps({"made_of": made_of, "files": files}, indent=1))
+    return boards, trials
+
+
+def _written_at(folder: Path) -> dict[str, int]:
+    """The files of a folder, each with the time in nanoseconds when it was last written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*") if path.is_file()}
+
+
+def _sum_of(path: Path) -> list[Any]:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _details_of_trials(opened: Experiment, store: Store) -> Iterator[dict[str, Any]]:
+    """What the page shows behind each trial; the command of a cell is that of its first one, but for the seed."""
+    from bench.reporting import page
+    from bench.reporting.trials import AXES
+
+    seen = set()
+    for trial in opened.trials:
+        cell = tuple(getattr(trial, axis) for axis in AXES)
+        yield page.details_of(trial, store, command(opened, trial) if cell not in seen else "")
+        seen.add(cell)
+
+
+def _nothing_is_there(trials: pd.DataFrame) -> bool:
+    """Is nothing computed of what could be? A cell that does not apply has its row without any computation."""
+    return bool((trials.status == "missing").any() and trials.status.isin(["missing", "not applicable"]).all())
+
+
+def _keep_lost(opened: Experiment, trials: pd.DataFrame) -> None:
+    """Keep a table that is about to be written over, if this store could not bring all of it back."""
+    from bench.reporting.trials import OUTCOMES, read_trials
+
+    path = opened.folder / "trials.csv"
+    try:
+        there = read_trials(path)
+    except UserError:  # none, or none of ours
+        return
+    kept = set(trials.trial[trials.status.isin(OUTCOMES)])
+    lost = [
+        key
+        for key in there.trial[there.status.isin(OUTCOMES)]
+        if key not in kept and not opened.store.is_finished("evaluate", key)
+    ]
+    if lost:
+        beside = path.with_name(f"trials.{time.strftime('%Y%m%d-%H%M%S')}.csv")
+        os.replace(path, beside)
+        print(
+            f"warning: {len(lost)} trials of the table in {opened.folder}/ are not in this store, and are kept in "
+            f"{beside}: 'reuse=[{beside}]' takes them up again, and grid.name=mine leaves a table as it is",
+            file=sys.stderr,
+        )
+
+
+def _keep_settings(opened: Experiment) -> None:
+    """`config.yaml`: every setting that the grid was worked out from, those of its methods included."""
+    from omegaconf import OmegaConf
+
+    from bench.experiment.axes import method_of
+
+    cfg = opened.cfg.copy()
+    for group, names in (("attack", cfg.grid.attacks), ("defense", [method_of(cfg, n) for n in cfg.grid.defenses])):
+        cfg[group] = {name: cfg[group][name] for name in dict.fromkeys(names)}
+    command = shlex.join(["python", "-m", "bench.run", *opened.arguments])
+    # The file is uploaded, and published: no password of a tracking server stands in it.
+    (opened.folder / "config.yaml").write_text(masked(f"# {command}\n{OmegaConf.to_yaml(cfg)}"))
+
+
+def _made_of(opened: Experiment, trials: pd.DataFrame, lines: list[str]) -> str:
+    """A hash of all that a report is made of: figures, settings, other people's figures, and its code."""
+    import pandas as pd
+
+    settings = [opened.title, lines, opened.arguments, str(opened.cfg.report), list(trials.columns)]
+    code = Path(__file__).parent
+    read = [*code.glob("*.py"), *(code / "reporting").glob("*")]
+    read += [Path(opened.cfg.report.reported)] if opened.cfg.report.reported else []
+    stats = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(read)]
+    figures = pd.util.hash_pandas_object(trials).to_numpy().tobytes()
+    return hashlib.sha256(repr((settings, stats)).encode() + figures).hexdigest()
+
+
+def _is_written(stamp: Path, made_of: str) -> bool:
+    """Was the report last made of this, and is all of it still there, byte for byte?"""
+    try:
+        last = json.loads(stamp.read_text())
+        # Of whatever a foreign or broken stamp holds, nothing is believed.
+        files = last["files"].items() if last["made_of"] == made_of else ()
+        return bool(files) and all(_sum_of(stamp.parent / name) == told for name, told in files)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False

@@ -1,0 +1,1 @@
+"""The store of finished stages, and the leases that processes take on unfinished ones."""
