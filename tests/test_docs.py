@@ -18,6 +18,7 @@ from defenses.base import defense
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(docs.HERE.glob("*.md"))
+LINKED = sorted([*ROOT.glob("*.md"), *PAGES, *ROOT.glob("results/*.md"), *ROOT.glob("results/*/README.md")])
 METHODS = [cls for cls in (*attack.values(), *defense.values()) if cls.__module__.partition(".")[0] in docs.OURS]
 
 
@@ -42,13 +43,26 @@ def test_a_default_of_levels_is_written_as_levels():
     assert rows["`lr`, `batch_size`, `momentum`, `weight_decay`"] == "`0.01`, `128`, `0.9`, `0.0005`"
 
 
-def test_every_link_of_the_documentation_leads_somewhere():
-    links = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)#]+)\)", page.read_text())]
-    assert links
-    assert [(page.name, link) for page, link in links if not (page.parent / link).exists()] == []
-    assert {page.name for page in PAGES} - {"README.md"} == {
-        link for page, link in links if page.name == "README.md" and "/" not in link
-    }
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        file, _, anchor = link.partition("#")
+        if file.startswith("https:"):
+            continue
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_table_of_the_documentation_has_every_page():
+    links = re.findall(r"\]\((\w+\.md)\)", (docs.HERE / "README.md").read_text())
+    assert {page.name for page in PAGES} - {"README.md"} == set(links)
 
 
 def texts() -> list[str]:

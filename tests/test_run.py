@@ -257,9 +257,23 @@ def test_a_defense_in_a_file_outside_joins_the_leaderboard(run_grid, plugin, tmp
     assert "| shrink_head |" in (tmp_path / "results" / "quick" / "leaderboard.md").read_text()
 
 
+def readme_block(containing: str) -> str:
+    """The Python block of the README that contains this text."""
+    blocks = (Path(__file__).parents[1] / "README.md").read_text().split("```python\n")[1:]
+    return next(block for block in (text.split("```")[0] for text in blocks) if containing in block)
+
+
+def test_the_python_example_of_the_readme_prints_what_a_run_measured(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = [setting for setting in tiny if not setting.startswith("results=")]
+    more = [*settings, "grid.name=quick", f"results={tmp_path / 'results'}"]
+    code = readme_block("read_csv").replace("main(grid)", "main([*grid, *more])")
+    exec(code, {"more": [*more, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"]})
+    assert len(capsys.readouterr().out.rpartition("recovery_accuracy")[2].split("no_defense")) == 2
+
+
 def test_the_defense_in_the_readme_is_ranked_as_it_stands_there(run_grid, tmp_path, monkeypatch):
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    (tmp_path / "my_defense.py").write_text(text.split("```python\n")[1].split("```")[0])
+    (tmp_path / "my_defense.py").write_text(readme_block("@defense("))
     monkeypatch.syspath_prepend(tmp_path)
     from defenses.base import defense
 
