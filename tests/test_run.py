@@ -265,7 +265,7 @@ def readme_block(containing: str) -> str:
 
 def test_the_python_example_of_the_readme_runs_as_a_script_and_prints_what_was_measured(tiny, tmp_path):
     settings = [setting for setting in tiny if not setting.startswith(("results=", "dispatch.workers="))]
-    more = [*settings, "grid.name=quick", "grid.attacks=[badnets]", "grid.defenses=[no_defense]"]
+    more = [*settings, "grid.name=small", "grid.attacks=[badnets]", "grid.defenses=[no_defense]"]
     script = tmp_path / "example.py"
     script.write_text(readme_block("read_csv").replace("main([*grid, ", f"main([*grid, *{more}, "))
     root = str(Path(__file__).parents[1])
@@ -273,7 +273,7 @@ def test_the_python_example_of_the_readme_runs_as_a_script_and_prints_what_was_m
         [sys.executable, script], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    assert pd.read_csv(tmp_path / "results" / "quick" / "trials.csv").status.tolist() == ["done"]
+    assert pd.read_csv(tmp_path / "results" / "small" / "trials.csv").status.tolist() == ["done"]
     assert run.stdout.rpartition("recovery_accuracy")[2].count("no_defense") == 1
 
 
