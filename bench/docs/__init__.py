@@ -13,73 +13,73 @@ HERE = Path(__file__).parent
 NOTE = "<!-- Written by `python -m bench.docs` from the code; change it there. -->"
 
 OURS = ("attacks", "baselines", "defenses")  # a plug-in has a documentation of its own
-# Columns of the files that are no figures: what `bench.reporting.table` puts beside them.
+# Columns of `trials.csv` that are not figures.
 PLACES = {
     "dataset": "data set, as `grid.datasets` names it",
     "model": "timm's name of the architecture",
     "variant": "the swept settings of this trial as a command line has them; empty where nothing is swept",
     "threat_model": "what the defender owns: `reserve` or `trainset`",
     "attack": "`none` is the clean model",
-    "defense": "`no_defense` is the infected model as it is",
+    "defense": "`no_defense` is the infected model, unchanged",
     "poison_rate": "poisoned / all training images, a share",
-    "view_images": "images that the defender was shown: of its reserve, or of the poisoned training set",
-    "view_poisoned": "the poisoned ones among them",
-    "robust_images": "test images that robust accuracy is measured on",
+    "view_images": "number of images that the defender was given: of its reserve, or of the poisoned training set",
+    "view_poisoned": "the number of poisoned images among them",
+    "robust_images": "number of test images that robust accuracy is measured on",
     "implant_weights": "a digest of the infected model's weights; empty where an earlier version computed it",
-    "seed": "of data split, weights, poison and defense",
+    "seed": "the seed of data split, weights, poison and defense",
     "status": "`done`, `not applicable`, `wrecked`, `diverged`, `failed` or `missing`",
-    "reason": "why it is not `done`, in one line",
-    "warnings": "what the evaluator found suspicious, e.g. signs of masked gradients",
-    "commit": "every commit that had a hand in the figures",
-    "clean": "was the tree of these commits unchanged?",
-    "machine": "what its stages were computed on: device and versions",
+    "reason": "why the status is not `done`, in one line",
+    "warnings": "suspicious observations of the evaluator, e.g. signs of masked gradients",
+    "commit": "every commit that computed a stage of this trial",
+    "clean": "whether the working trees of these commits were unchanged",
+    "machine": "device and versions that its stages were computed with",
     "trial": "the key of the evaluation: its folder is `results/store/evaluate/<first two digits>/<key>/`",
 }
 STATES = {
     "done": "measured; counts",
-    "not applicable": "the method has no meaning in this setting or for this network; the reason says why",
+    "not applicable": "the method has no meaning under this threat model or for this network; the reason says why",
     "wrecked": "measured, but more than 10 points of clean accuracy are lost; never averaged, worst rank",
     "diverged": "ended in NaN, or no better than naming the most common class; never averaged, worst rank",
-    "failed": "an error, kept with its reason; the next run tries it again; worst rank",
+    "failed": "an error, kept with its reason; the next run retries it; worst rank",
     "missing": "not computed yet; the defense is not ranked",
 }
 
 _COLUMNS = f"""# Columns
 {NOTE}
 
-Shares run from 0 to 1 in files and in MLflow, and are printed in percent. *Shown*: printed by default where the grid
-has it; the others stand in the files, and on the page when switched on."""
+Shares are in [0, 1] in files and in MLflow, and are printed in percent. Columns marked *shown* are printed by default
+where the grid has them. The others are in the files, and on the page when switched on."""
 
 _FILES = r"""## Files
 
-- `trials.csv`: a row for each trial, figures to the last bit.
-- `steps.csv`, where a method is progressive: a row for each step of each trial. `name`; `selected`, how many images it
-  trusted, `selected_poison`, the poisoned share of these, and `random_poison`, of a random pick; the figures of the
-  model behind it; `detection_` figures of the scores that it gave.
+- `trials.csv`: a row for each trial, with figures in full precision.
+- `steps.csv`, where a method is progressive: a row for each step of each trial. `name`; `selected`, the number of
+  images that the step trusted, `selected_poison`, their poisoned share, and `random_poison`, that of a random pick; the
+  figures of the model after the step; `detection_` figures of its scores.
 - `leaderboard.csv`: a row for each cell. `NAME_mean` and `NAME_std` (sample standard deviation) over the seeds that are
-  done, `NAME_t95` half of the 95 % t-interval (the one to print), `NAME_low` and `NAME_high` the bootstrap's, one count
-  for each state, and the first reason of each. `kind` is `measured` or `reported`.
-- `wide.csv`: a row for each defense. Means over attacks, `asr_median`, `asr_high` (how many attacks stay above 10 %) of
+  done, `NAME_t95` half of the 95 % t-interval (the one to print), `NAME_low` and `NAME_high` those of the bootstrap, a
+  count for each state, and the first reason of each. `kind` is `measured` or `reported`.
+- `wide.csv`: a row for each defense. Means over attacks, `asr_median`, `asr_high` (the number of attacks above 10 %) of
   `asr_cells`, `rank`, and `ATTACK: NAME` for each attack.
 - `leaderboard.md`, `leaderboard.tex` (`\input` it; needs `booktabs` and `textcomp`), `leaderboard.html` (one file).
 - `connection.csv` (`python -m bench.connection`): a row for each model (`kind`: `infected`, `clean_control`, `noise` or
-  `repaired`), radius and seed. `fooled`; `concentration`, the share of the fooled that go to the target; `similarity`
-  and `overlap`, how much nearer than the clean image to the triggered one; each with `_low` and `_high`; `lift` over
-  the control's concentration; `top_is_target`; `classes`, the distribution over classes."""
+  `repaired`), radius and seed. `fooled`; `concentration`, the share of the fooled images that go to the target;
+  `similarity` and `overlap`, how much closer than the clean image they are to the triggered one; each with `_low` and
+  `_high`; `lift` over the concentration of the control; `top_is_target`; `classes`, the distribution over classes."""
 
 _METHODS = f"""# Attacks and defenses
 {NOTE}
 
-Any setting is `attack.NAME.SETTING=VALUE` or `defense.NAME.SETTING=VALUE` on the command line, or one more axis with
+Set a value with `attack.NAME.SETTING=VALUE` or `defense.NAME.SETTING=VALUE` on the command line, or sweep it with
 `grid.sweep`. Defaults are the paper's unless *Differs* says otherwise."""
 
 
-_SETTINGS = f"""# Settings that are no method's
+_SETTINGS = f"""# Harness settings
 {NOTE}
 
-Any of them is `NAME=VALUE` on the command line, or stands in a grid's YAML. Those of attacks and defenses are in
-[methods.md](methods.md). Of these only `train`, `reserve` and `measure` may differ from cell to cell: be swept, or set
-by an exception."""
+Set a value with `NAME=VALUE` on the command line, or in the YAML file of a grid. The settings of attacks and defenses
+are in [methods.md](methods.md). Of the groups below only `train`, `reserve` and `measure` may differ from cell to cell,
+by a sweep or an exception."""
 
 
 def pages() -> dict[str, str]:
@@ -111,11 +111,11 @@ def _columns() -> str:
         "",
         *table(MEASURES),
         "",
-        "## Price",
+        "## Cost",
         "",
         *table(COSTS),
         "",
-        "## Beside the figures, in `trials.csv`",
+        "## Other columns of `trials.csv`",
         "",
         *_table(["column", "meaning"], [[f"`{name}`", text] for name, text in PLACES.items()]),
         "",
@@ -204,7 +204,7 @@ def _harness() -> str:
             if f.name not in inner and f.name not in ("attack", "defense")
         ]
         first = _plain((cls.__doc__ or "").partition("Attributes:")[0])
-        lines.extend(["", f"## {place.rstrip('.') or 'All else'}", "", *([first, ""] if place else [])])
+        lines.extend(["", f"## {place.rstrip('.') or 'General'}", "", *([first, ""] if place else [])])
         lines.extend(_table(["setting", "default", "meaning"], rows))
         for name, own in inner.items():
             group(f"{place}{name}.", own)  # type: ignore[arg-type]
@@ -214,7 +214,7 @@ def _harness() -> str:
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """Setting -> the comment behind it, or in the lines above it."""
+    """Setting -> the comment after it, or in the lines above it."""
     found: dict[str, str] = {}
     above: list[str] = []
     for line in inspect.getsource(cls).splitlines():
@@ -230,7 +230,7 @@ def _comments(cls: type) -> dict[str, str]:
 
 
 def _place(named: tuple[str, type]) -> tuple[Any, ...]:
-    """This project's own methods first, and behind each its presets."""
+    """This project's own methods first, each followed by its presets."""
     name, cls = named
     return _file(cls).startswith("baselines"), _file(cls), name != _stem(cls), name
 
