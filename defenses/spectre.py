@@ -23,7 +23,6 @@ from statistics import median
 from typing import Any, ClassVar
 
 import torch
-from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from bench.engine.data import generator
@@ -322,6 +321,8 @@ def widest_form(white: Tensor, *, tolerance: float = 1e-10) -> tuple[float, Tens
     Returns:
         The eigenvalue, and V (k, k), symmetric.
     """
+    from scipy.linalg import eigh_tridiagonal
+
     count, k = white.shape
     eye = torch.eye(k, dtype=white.dtype, device=white.device)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from bench.experiment.experiment import Experiment, load_experiment
+from bench.reporting.board import boards
+from bench.reporting.protocol import protocol
 from bench.reporting.report import _is_written, write_report
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -77,6 +79,23 @@ def test_a_report_is_written_again_where_it_is_damaged_and_only_there(whole: tup
     DAMAGES["a folder"](stamp)
     write_report(opened, again=False)
     assert stamp.is_file()
+
+
+def test_a_run_that_changes_nothing_prints_the_boards_that_were_written(
+    whole: tuple[list[str], Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, opened = whole
+    compared, trials = write_report(opened)
+    assert compared == boards(trials, protocol(opened))
+    with monkeypatch.context() as patch:
+        patch.setattr("bench.reporting.marks.compare", lambda _: pytest.fail("compared again"))
+        kept, _ = write_report(opened, again=False)
+    assert kept == compared
+    for kind in DAMAGES:
+        DAMAGES[kind](opened.folder / ".boards.json")
+        if kind == "a folder":
+            (opened.folder / ".boards.json").rmdir()
+        assert write_report(opened, again=False)[0] == compared, kind
 
 
 def test_a_table_that_was_cut_is_never_sent(

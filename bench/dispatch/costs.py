@@ -292,6 +292,7 @@ class _Measured:
         self.devices: Counter[str] = Counter()
         self.unsized: Counter[str] = Counter()
         self.infos, self.cache = opened.infos, Path(opened.cfg.dataset.cache)
+        self.architectures = {trial.model for trial in opened.trials}
 
     def add(self, place: Place, kinds: Sequence[Kind], work: Work, cells: int = 1) -> None:
         """Note one finished stage, unless enough of its kind are noted; the first `cells` kinds are of its own cell."""
@@ -308,8 +309,6 @@ class _Measured:
 
     def add_others(self, known: set[Place]) -> None:
         """Note what other grids left in the store."""
-        import timm
-
         implants: dict[str, Identity] = {}
         defends: dict[str, Identity] = {}
         for stage in ("implant", "defend", "inspect", "evaluate"):
@@ -329,13 +328,21 @@ class _Measured:
                         continue
                     data, model, attack = (implant[part]["name"] for part in ("dataset", "model", "attack"))
                     size = self._size(implant["dataset"])
-                    if size is None or not timm.is_model(model):
+                    if size is None or not self._is_architecture(model):
                         self.unsized[data if size is None else model] += 1
                         continue
                     kinds = _kinds(stage, data, model, attack, defense, _costly(identity))
                     self.add((stage, key), kinds, _work(stage, identity, implant, size), cells=0)
                 except KeyError:  # what it belongs to was removed
                     continue
+
+    def _is_architecture(self, model: str) -> bool:
+        """Does timm know this architecture? It does know those of this grid, and importing it takes seconds."""
+        if model in self.architectures:
+            return True
+        import timm
+
+        return bool(timm.is_model(model))
 
     def _size(self, dataset: Identity) -> Size | None:
         """The size of the data set of a stored stage: this grid's, one in the cache, or the published one."""

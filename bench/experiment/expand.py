@@ -30,7 +30,7 @@ from bench.experiment.axes import (
 from bench.experiment.counts import Counts, counts_of
 from bench.experiment.identity import adaptation_notes, attack_of, defense_of, identity_of, model_identity
 from bench.experiment.overrides import to_override
-from bench.experiment.trial import Trial
+from bench.experiment.trial import Keys, Trial
 from bench.measures.context import NEEDS_CONTROL, RELEARN_TABLE
 from bench.storage.store import Identity, key_of
 from defenses.base import ReserveView, TrainsetView, offered
@@ -179,7 +179,7 @@ def _trials(
             clean_control=control if theirs else {},
         )
         # Known here, and asked for again and again.
-        trial.__dict__["_keys"] = (implant_key, defend_key, key_of(last) if last else "")
+        trial.__dict__["keys"] = Keys(implant_key, defend_key, key_of(last) if last else "")
         yield trial
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bench.reporting.cells import groups_of, records, state_column, to_cells
+from bench.reporting.cells import groups_of, records, state_column
 from bench.reporting.columns import COLUMN, COSTS, MEASURES, Column
-from bench.reporting.marks import ALIKE, BEST, COSTLY, HIGH_ASR, RULES, STRONG, Marks, attacks_of, marks, shown
+from bench.reporting.marks import ALIKE, BEST, COSTLY, HIGH_ASR, RULES, STRONG, Marks, attacks_of, compare, shown
 from bench.reporting.reported import with_reported
 from bench.reporting.trials import BASELINE, BOARD, STATES, elsewhere
 
@@ -102,8 +102,8 @@ def boards(trials: pd.DataFrame, protocol: list[str], reported: pd.DataFrame | N
     Rows are grouped by what the defender owns: one with clean data is not the rival of one without. In each group the
     undefended model comes first, then defenses by their mean ASR; those with a cell that is not done come last.
     """
-    measured = to_cells(trials)
-    return build_boards(trials, with_reported(measured, reported), marks(trials, measured), protocol)
+    cells, marked = compare(trials)
+    return build_boards(trials, with_reported(cells, reported), marked, protocol)
 
 
 def build_boards(trials: pd.DataFrame, table: pd.DataFrame, marked: Marks, protocol: list[str]) -> list[Board]:

@@ -11,8 +11,8 @@ import pandas as pd
 
 from bench.experiment.trial import Trial
 from bench.reporting.board import Board, build_boards, escape_markdown, summary
-from bench.reporting.cells import groups_of, to_cells
-from bench.reporting.marks import Marks, marks, shown
+from bench.reporting.cells import groups_of
+from bench.reporting.marks import Comparison, Marks, compare, shown
 from bench.reporting.reported import with_reported
 from bench.reporting.spreadsheet import write_csv
 from bench.reporting.trials import AXES, BOARD
@@ -63,18 +63,25 @@ def step_table(trials: Sequence[Trial], store: Store) -> pd.DataFrame:
 
 
 def write_tables(
-    trials: pd.DataFrame, protocol: list[str], folder: Path, title: str, reported: pd.DataFrame | None = None
+    trials: pd.DataFrame,
+    protocol: list[str],
+    folder: Path,
+    title: str,
+    reported: pd.DataFrame | None = None,
+    comparison: Comparison | None = None,
 ) -> list[Board]:
     """Tables of a grid in `folder`.
 
     `leaderboard.md`; `leaderboard.tex` for a paper; `leaderboard.csv` (a row for each cell), `wide.csv` (a row for each
     defense) and `trials.csv` (a row for each trial).
+
+    Args:
+        comparison: of these trials, where it is computed already.
     """
     from bench.reporting.latex import latex
 
     folder.mkdir(parents=True, exist_ok=True)
-    measured = to_cells(trials)
-    marked = marks(trials, measured)
+    measured, marked = comparison or compare(trials)
     table = with_reported(measured, reported)
     found = build_boards(trials, table, marked, protocol)
     text = f"# {escape_markdown(title)}\n\n" + "\n".join(board.markdown() for board in found)

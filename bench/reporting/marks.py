@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from bench.reporting import statistics
-from bench.reporting.cells import groups_of, state_column
+from bench.reporting.cells import groups_of, state_column, to_cells
 from bench.reporting.columns import COLUMN, COSTS, MEASURES, Column
 from bench.reporting.trials import AXES, BASELINE, BOARD, LOST, OUTCOMES, WRECKED, elsewhere
 
@@ -63,6 +63,24 @@ class Marks:
     rankings: dict[tuple[str, ...], statistics.Ranking] = field(default_factory=dict)
     overall: dict[tuple[str, str], statistics.Ranking] = field(default_factory=dict)
     elsewhere: frozenset[int] = frozenset()
+
+
+class Comparison(NamedTuple):
+    """What every table of a report is made of; computed once, as it takes seconds for thousands of trials.
+
+    Attributes:
+        cells: the table of cells.
+        marks: of its rows.
+    """
+
+    cells: pd.DataFrame
+    marks: Marks
+
+
+def compare(trials: pd.DataFrame) -> Comparison:
+    """The cells of these trials, and who is best among them."""
+    cells = to_cells(trials)
+    return Comparison(cells, marks(trials, cells))
 
 
 def shown(table: pd.DataFrame, everything: bool = False) -> list[Column]:

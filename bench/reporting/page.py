@@ -24,9 +24,9 @@ import pandas as pd
 from bench.experiment.trial import Trial
 from bench.reporting import board
 from bench.reporting.board import commits_of
-from bench.reporting.cells import groups_of, records, state_column, to_cells
+from bench.reporting.cells import groups_of, records, state_column
 from bench.reporting.columns import Column
-from bench.reporting.marks import BEST, HIGH_ASR, RULES, marks, shown
+from bench.reporting.marks import BEST, HIGH_ASR, RULES, Comparison, compare, shown
 from bench.reporting.reported import with_reported
 from bench.reporting.trials import AXES, BASELINE, BOARD, STATES
 from bench.storage.store import STAGES, Identity, Store
@@ -174,18 +174,20 @@ def write(
     title: str,
     reported: pd.DataFrame | None = None,
     plots: list[Path] | None = None,
+    comparison: Comparison | None = None,
 ) -> Path:
     """`leaderboard.html` in `folder`, with the pictures of triggers that lie there; a large grid's details beside it.
 
     Args:
         details: of each trial, in the order of the table.
         plots: PNG files to be shown beneath the table.
+        comparison: of these trials, where it is computed already.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob(f"{DETAILS}*.js"):
         path.unlink()  # of an earlier report
     details = details if isinstance(details, Details) else Details(details, len(trials))
-    data, inline, parts = _data(trials, details, protocol, title, reported)
+    data, inline, parts = _data(trials, comparison or compare(trials), details, protocol, title, reported)
     data["pictures"] = {path.name: _picture(path) for path in sorted(folder.glob("trigger_*.png"))}
     data["plots"] = [[path.stem.replace("_", " "), _picture(path)] for path in plots or [] if path.suffix == ".png"]
     data["parts"] = [f"{DETAILS}{number}.js" for number in range(len(parts))]
@@ -242,6 +244,7 @@ def _numbers(values: Any) -> list[float | str | None]:
 
 def _data(
     trials: pd.DataFrame,
+    comparison: Comparison,
     details: Details,
     protocol: list[str],
     title: str,
@@ -249,8 +252,7 @@ def _data(
 ) -> tuple[dict[str, Any], str, list[str]]:
     """What the page holds, and the details as JSON: all of them to be put on the page, or in parts to lie beside it."""
     trials = trials.reset_index(drop=True)
-    measured = to_cells(trials)
-    marked = marks(trials, measured)
+    measured, marked = comparison
     both = with_reported(measured, reported)
     columns = shown(both, everything=True)
     names = [column.name for column in columns]

@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,11 @@ from bench.reporting.protocol import command, protocol
 if TYPE_CHECKING:
     import pandas as pd
 
+    from bench.reporting.board import Board
     from bench.storage.index import Index
     from bench.storage.store import Store
+
+BOARDS = ".boards.json"  # the leaderboards as `bench.run` prints them
 
 
 def write_report(opened: Experiment, again: bool = True, index: Index | None = None) -> Any:
@@ -34,9 +38,9 @@ def write_report(opened: Experiment, again: bool = True, index: Index | None = N
     Raises:
         UserError: nothing of the grid is stored with these settings, or `report.reported` is no such table.
     """
-    from bench.reporting import board, page
-    from bench.reporting.figures.draw import draw_figures
+    from bench.reporting import page
     from bench.reporting.leaderboard import step_table, write_tables
+    from bench.reporting.marks import compare
     from bench.reporting.reported import reported_of
     from bench.reporting.spreadsheet import write_csv
     from bench.reporting.trials import of_trials
@@ -53,14 +57,16 @@ def write_report(opened: Experiment, again: bool = True, index: Index | None = N
         )
     lines = protocol(opened)
     stamp, made_of = opened.folder / ".report", _made_of(opened, trials, lines)
-    if not again and _is_written(stamp, made_of):
-        return board.boards(trials, lines, reported), trials
+    if not again and _is_written(stamp, made_of) and (printed := _kept_boards(opened.folder)):
+        return printed, trials
     if stamp.is_dir():  # somebody else's
         os.replace(stamp, stamp.with_name(f".report.{time.strftime('%Y%m%d-%H%M%S')}"))
     stamp.unlink(missing_ok=True)
     before = _written_at(opened.folder)
     _keep_lost(opened, trials)
-    boards = write_tables(trials, lines, opened.folder, opened.title, reported)
+    comparison = compare(trials)
+    boards = write_tables(trials, lines, opened.folder, opened.title, reported, comparison)
+    (opened.folder / BOARDS).write_text(json.dumps([asdict(board) for board in boards]))
     (opened.folder / "steps.csv").unlink(missing_ok=True)  # of other settings
     steps = step_table(opened.trials, store)
     if not steps.empty:
@@ -70,15 +76,38 @@ def write_report(opened: Experiment, again: bool = True, index: Index | None = N
     name = f"Grid {opened.cfg.grid.name}"
     drawn = []
     if opened.cfg.report.plots:
+        from bench.reporting.figures.draw import draw_figures
         from bench.reporting.triggers import pictures
 
         drawn = draw_figures(trials, opened.folder, name, details.drawn) + pictures(opened)
-    page.write(trials, details, lines, opened.folder, opened.title, reported, drawn)
+    page.write(trials, details, lines, opened.folder, opened.title, reported, drawn, comparison)
     # Other commands have files there too (bench.gallery, bench.connection), which they may write anew.
     names = [name for name, time_ns in _written_at(opened.folder).items() if before.get(name) != time_ns]
     files = {name: _sum_of(opened.folder / name) for name in sorted(names)}
     stamp.write_text(json.dumps({"made_of": made_of, "files": files}, indent=1))
     return boards, trials
+
+
+def _kept_boards(folder: Path) -> list[Board]:
+    """The printed leaderboards of the last report, so that a run with nothing to compute does not compare again."""
+    from bench.reporting.board import Board, Entry
+
+    try:
+        kept = json.loads((folder / BOARDS).read_text())
+    except FileNotFoundError:
+        return []
+    return [
+        Board(
+            board["title"],
+            board["header"],
+            [
+                [Entry(tuple((text, mark) for text, mark in e["parts"]), e["note"]) for e in row]
+                for row in board["rows"]
+            ],
+            board["notes"],
+        )
+        for board in kept
+    ]
 
 
 def _written_at(folder: Path) -> dict[str, int]:
@@ -154,7 +183,7 @@ def _made_of(opened: Experiment, trials: pd.DataFrame, lines: list[str]) -> str:
 
     settings = [opened.title, lines, opened.arguments, str(opened.cfg.report), list(trials.columns)]
     code = Path(__file__).parent
-    read = [*code.glob("*.py"), *(code / "reporting").glob("*")]
+    read = [path for path in code.rglob("*") if path.suffix in (".py", ".css", ".html", ".js")]
     read += [Path(opened.cfg.report.reported)] if opened.cfg.report.reported else []
     stats = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(read)]
     figures = pd.util.hash_pandas_object(trials).to_numpy().tobytes()

@@ -2,6 +2,8 @@
 
 Seeds of one cell are no independent blocks: figures are averaged over seeds first, and a block is one attack on one
 data set and architecture (Demsar, JMLR 7, 2006).
+
+The functions that need scipy.stats import it, as `bench.status` needs this module but none of them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 Numbers = NDArray[np.float64]
 LEVEL = 0.95
@@ -29,6 +30,8 @@ def t_halfwidth(std: ArrayLike, n: ArrayLike) -> Numbers:
         std: sample standard deviations (n - 1).
         n: numbers of values.
     """
+    from scipy import stats
+
     n = np.asarray(n, dtype=float)
     free = np.where(n > 1, n - 1, np.nan)
     return np.asarray(stats.t.ppf((1 + LEVEL) / 2, free) * np.asarray(std, dtype=float) / np.sqrt(np.maximum(n, 1)))
@@ -72,6 +75,8 @@ def average_ranks(values: ArrayLike) -> Numbers:
     Args:
         values: (blocks, methods), lower is better; infinity is worse than every figure (failed, diverged, wrecked).
     """
+    from scipy import stats
+
     return np.asarray(stats.rankdata(np.asarray(values, dtype=float), axis=1).mean(axis=0))
 
 
@@ -81,6 +86,8 @@ def friedman(values: ArrayLike) -> tuple[float, float]:
     Args:
         values: (blocks, methods), as `average_ranks`.
     """
+    from scipy import stats
+
     ranks = stats.rankdata(np.asarray(values, dtype=float), axis=1)
     blocks, methods = ranks.shape
     if methods < 3 or blocks < 2 or np.ptp(ranks) == 0:
@@ -92,6 +99,8 @@ def friedman(values: ArrayLike) -> tuple[float, float]:
 @functools.cache
 def critical_difference(methods: int, blocks: int, alpha: float = ALPHA) -> float:
     """Nemenyi's critical difference: average ranks that differ by less cannot be told apart."""
+    from scipy import stats
+
     q = stats.studentized_range.ppf(1 - alpha, methods, np.inf) / np.sqrt(2)
     return float(q * np.sqrt(methods * (methods + 1) / (6 * blocks)))
 
@@ -127,6 +136,8 @@ def paired_t(one: ArrayLike, other: ArrayLike) -> float:
     Where all differences are equal, t is infinite however few they are. The exact test that turns their signs takes
     its place: p is 2 / 2**n, so that two equal differences give 0.5, and not 0.
     """
+    from scipy import stats
+
     difference = np.asarray(one, dtype=float) - np.asarray(other, dtype=float)
     if len(difference) < 2 or not np.isfinite(difference).all():
         return float("nan")
@@ -142,6 +153,8 @@ def signed_ranks(one: ArrayLike, other: ArrayLike) -> float:
 
     Blocks in which both are equal are left out, as Wilcoxon did; 1 if nothing is left.
     """
+    from scipy import stats
+
     difference = np.asarray(one, dtype=float) - np.asarray(other, dtype=float)
     difference = difference[difference != 0]
     if not len(difference):
