@@ -254,10 +254,10 @@ def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: li
     # A published table names no setting of ours, and often no poison rate: what is not said fits every cell.
     named = [axis for axis in AXES if axis not in ("threat_model", *ignored)]
     both = a.merge(b, on=named, suffixes=("", "_other"))
-    fits = (both.threat_model == both.setting_other) | (both.threat_model == "") | (both.setting_other == "")
+    fits = (both.threat_model == both.threat_model_other) | (both.threat_model == "") | (both.threat_model_other == "")
     rates = both[["poison_rate", "poison_rate_other"]]
     fits &= rates.isna().any(axis=1) | np.isclose(rates.iloc[:, 0], rates.iloc[:, 1])
-    both = both[fits].assign(threat_model=both.threat_model.where(both.threat_model != "", both.setting_other))
+    both = both[fits].assign(threat_model=both.threat_model.where(both.threat_model != "", both.threat_model_other))
     known = [f"{name}_mean" for name in figures if {f"{name}_mean", f"{name}_mean_other"} <= set(both)]
     shared = [both[name].notna() & both[f"{name}_other"].notna() for name in known]
     both = both[np.any(shared, axis=0)] if shared else both[:0]

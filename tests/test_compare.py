@@ -293,6 +293,6 @@ def test_one_seed_beside_three_is_compared_with_its_own(saved, capsys):
 
 
 @pytest.mark.parametrize("setting", ["ignore=model", "rename=a:b"])
-def test_a_setting_for_reported_figures_is_refused_between_two_measured_tables(saved, threat_model):
-    with pytest.raises(UserError, match=f"{threat_model.partition('=')[0]} is for reported figures"):
-        compare.main([saved("one", OLD), saved("two", OLD), threat_model])
+def test_a_setting_for_reported_figures_is_refused_between_two_measured_tables(saved, setting):
+    with pytest.raises(UserError, match=f"{setting.partition('=')[0]} is for reported figures"):
+        compare.main([saved("one", OLD), saved("two", OLD), setting])

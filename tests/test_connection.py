@@ -142,7 +142,7 @@ def test_the_door_reads_what_the_run_measured_and_refuses_a_grid_without_it(
     with pytest.raises(UserError, match=r"run it with measure\.connection=true first"):
         door.main([*tiny, *axes])
     history = (folder.parent / "store" / "history.log").read_text()
-    monkeypatch.setattr(draw, "write_connection", lambda *_: [])  # drawing takes seconds
+    monkeypatch.setattr(draw, "draw_connection", lambda *_: [])  # drawing takes seconds
     assert door.main([*tiny, *axes, "measure.connection=true"]) == 0
     assert (folder.parent / "store" / "history.log").read_text() == history
     assert "fine_tuning (reserve)" in capsys.readouterr().out

@@ -88,7 +88,7 @@ def view_for(cls: type[Defense], family: str, channels: int) -> DefenderView:
         "num_classes": 4,
         "seed": 0,
         "device": torch.device("cpu"),
-        "progress": TrainingLog(),
+        "log": TrainingLog(),
     }
     kind = next(found for setting in THREAT_MODELS if (found := offered(cls, setting)) is not None)
     if kind is DefenderView:

@@ -175,7 +175,7 @@ def test_a_killed_and_repeated_run_gives_the_same_bits(tmp_path, kill_in):
         run(tmp_path, kill_in)
     again, trigger_again = run(tmp_path)
     for one, other in ((whole.state_dict(), again.state_dict()), (trigger, trigger_again)):
-        assert one.keys() == other.keys
+        assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -377,7 +377,7 @@ def _python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 def test_the_package_lists_its_commands_without_any_other_package():
     done = _python("-S", "-m", "bench")
     assert done.returncode == 0
-    files = {path.stem for path in (ROOT / "bench").glob("*.py") if "\n    enter(main" in path.read_text()} - {
+    files = {path.stem for path in (ROOT / "bench").glob("*.py") if "\n    run_command(main" in path.read_text()} - {
         "__main__"
     }
     listed = [line.split()[2].removeprefix("bench.") for line in done.stdout.splitlines() if " -m bench." in line]

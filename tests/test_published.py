@@ -11,7 +11,7 @@ import pytest
 
 from bench.dispatch.tasks import pending
 from bench.engine.errors import UserError
-from bench.experiment.experiment import load_experiment
+from bench._command import open_experiment
 from bench.reporting.columns import MEASURES
 from bench.reporting.report import write_report
 from bench.run import main
@@ -33,7 +33,7 @@ def test_only_the_new_method_is_computed_and_the_table_is_that_of_the_whole(
     tiny: list[str], published: Path, tmp_path: Path
 ) -> None:
     mine = [*tiny, *MORE, f"reuse=[{published}]"]
-    opened = load_experiment(mine)
+    opened = open_experiment(mine)
     repairs = [task.trial.defense for task in pending(opened.own, opened.store) if task.stages[-1] == "evaluate"]
     assert repairs == ["fine_pruning", "fine_pruning"]
     assert main(mine) == 0
@@ -50,25 +50,25 @@ def test_only_the_new_method_is_computed_and_the_table_is_that_of_the_whole(
 
 
 def test_a_row_of_other_settings_never_passes_for_a_trial_of_this_grid(tiny: list[str], published: Path) -> None:
-    other = load_experiment([*tiny, *FIRST, "attack.badnets.patch_size=4", f"reuse=[{published}]"])
+    other = open_experiment([*tiny, *FIRST, "attack.badnets.patch_size=4", f"reuse=[{published}]"])
     assert {trial.attack for trial in other.own} == {"badnets"}
     with pytest.raises(UserError, match="no trial of this grid with these settings"):
-        load_experiment([*tiny, *FIRST, "train.epochs=2", f"reuse=[{published}]"])
+        open_experiment([*tiny, *FIRST, "train.epochs=2", f"reuse=[{published}]"])
 
 
 def test_a_trial_without_an_outcome_is_computed(tiny: list[str], published: Path) -> None:
     table = pd.read_csv(published)
     table.loc[table.attack == "badnets", "status"] = "failed"
     table.to_csv(published, index=False)
-    assert {trial.attack for trial in load_experiment([*tiny, *FIRST, f"reuse=[{published}]"]).own} == {"badnets"}
+    assert {trial.attack for trial in open_experiment([*tiny, *FIRST, f"reuse=[{published}]"]).own} == {"badnets"}
 
 
 def test_a_file_that_is_no_table_is_refused(tiny: list[str], tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match=r"is no trials\.csv"):
-        load_experiment([*tiny, *FIRST, f"reuse=[{tmp_path / 'other.csv'}]"])
+        open_experiment([*tiny, *FIRST, f"reuse=[{tmp_path / 'other.csv'}]"])
     with pytest.raises(UserError, match=r"nowhere\.csv is no trials\.csv"):
-        load_experiment([*tiny, *FIRST, f"reuse=[{tmp_path / 'nowhere.csv'}]"])
+        open_experiment([*tiny, *FIRST, f"reuse=[{tmp_path / 'nowhere.csv'}]"])
 
 
 def test_a_report_of_nothing_leaves_a_table_as_it_is_also_where_some_cells_do_not_apply(
@@ -79,7 +79,7 @@ def test_a_report_of_nothing_leaves_a_table_as_it_is_also_where_some_cells_do_no
     table = tmp_path / "results" / "quick" / "leaderboard.md"
     before = table.read_text()
     with pytest.raises(UserError, match="is left as it is"):
-        write_report(load_experiment([*tiny, *FIRST, both, "train.epochs=2"]))
+        write_report(open_experiment([*tiny, *FIRST, both, "train.epochs=2"]))
     assert table.read_text() == before
 
 
@@ -115,16 +115,16 @@ def test_a_repair_that_is_stored_and_not_evaluated_has_no_evidence_and_breaks_no
     there = tmp_path / "results" / "quick" / "trials.csv"
     there.rename(tmp_path / "pbe.csv")
     shutil.rmtree(tmp_path / "results" / "store" / "evaluate")
-    write_report(load_experiment([*tiny, *first, f"reuse=[{tmp_path / 'pbe.csv'}]"]))
+    write_report(open_experiment([*tiny, *first, f"reuse=[{tmp_path / 'pbe.csv'}]"]))
     assert list(pd.read_csv(there).status) == ["done", "done"]
 
 
 def test_a_published_table_is_never_written_over_by_a_smaller_one(tiny: list[str], published: Path) -> None:
     there = [*tiny, f"results={published.parent.parent}", f"reuse=[{published}]"]
     with pytest.raises(UserError, match="2 of whose trials are not in it; give it a name of its own"):
-        load_experiment([*there, "grid.attacks=[badnets]", FIRST[1]])
-    assert load_experiment([*there, *MORE]).own  # a larger one goes on in its place
-    assert load_experiment([*there, "grid.attacks=[badnets]", FIRST[1], "grid.name=mine"]).own == []
+        open_experiment([*there, "grid.attacks=[badnets]", FIRST[1]])
+    assert open_experiment([*there, *MORE]).own  # a larger one goes on in its place
+    assert open_experiment([*there, "grid.attacks=[badnets]", FIRST[1], "grid.name=mine"]).own == []
 
 
 def test_rows_of_two_files_that_contradict_each_other_are_refused_and_equal_ones_count_once(
@@ -133,11 +133,11 @@ def test_rows_of_two_files_that_contradict_each_other_are_refused_and_equal_ones
     table = pd.read_csv(published)
     table.to_csv(tmp_path / "again.csv", index=False)
     both = f"reuse=[{published},{tmp_path / 'again.csv'}]"
-    assert load_experiment([*tiny, *FIRST, both]).own == []
+    assert open_experiment([*tiny, *FIRST, both]).own == []
     table.loc[3, "clean_accuracy"] = 0.123
     table.to_csv(tmp_path / "again.csv", index=False)
     with pytest.raises(UserError, match=r"again\.csv .*clean_accuracy is .* and 0\.123"):
-        load_experiment([*tiny, *FIRST, both])
+        open_experiment([*tiny, *FIRST, both])
     # One digest for all that was done to an infected model, another for each model.
     assert table.groupby("attack").implant_weights.nunique().tolist() == [1, 1]
     assert table.implant_weights.nunique() == 2

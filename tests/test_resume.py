@@ -134,6 +134,6 @@ def test_two_processes_with_one_process_id_write_no_common_file(tmp_path, monkey
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for _ in range(2):
-        training._save(tmp_path / "part.safetensors", model, optimizer, training.Hooks(), training.Journal(), 1)
+        training._save(tmp_path / "part.safetensors", model, optimizer, training.Hooks(), training.TrainingLog(), 1)
     assert len(set(written)) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["part.safetensors"]

@@ -30,7 +30,7 @@ PLUGIN = '''
 from dataclasses import dataclass
 from typing import ClassVar
 import torch
-from defenses.base import Defense, DefenderView, NotApplicable, ReserveView, Verdict, defense
+from defenses.base import Defense, DefenderView, NotApplicable, ReserveView, DefenseResult, defense
 
 
 @defense("shrink_head")
@@ -40,10 +40,10 @@ class ShrinkHead(Defense):
     paper: ClassVar[str] = "none"
     factor: float = 0.5
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         with torch.no_grad():
             view.model.head.weight.mul_(self.factor)
-        return Verdict(view.model)
+        return DefenseResult(view.model)
 
 
 @defense("broken")
@@ -52,10 +52,10 @@ class Broken(Defense):
     """Raises until it is mended."""
     paper: ClassVar[str] = "none"
 
-    def defend(self, view: DefenderView) -> Verdict:
+    def defend(self, view: DefenderView) -> DefenseResult:
         import os
         if "MENDED" in os.environ:
-            return Verdict(view.model)
+            return DefenseResult(view.model)
         raise RuntimeError("no | table <b>breaks</b>")
 
 
@@ -65,7 +65,7 @@ class Suicide(Defense):
     """Kills its process, as the kernel does when memory is short."""
     paper: ClassVar[str] = "none"
 
-    def defend(self, view: DefenderView) -> Verdict:
+    def defend(self, view: DefenderView) -> DefenseResult:
         import os, signal
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -76,7 +76,7 @@ class Never(Defense):
     """Has no meaning for any model."""
     paper: ClassVar[str] = "none"
 
-    def defend(self, view: DefenderView) -> Verdict:
+    def defend(self, view: DefenderView) -> DefenseResult:
         raise NotApplicable("the model has no crystal ball")
 
 
@@ -86,9 +86,9 @@ class Hooked(Defense):
     """Repairs by a hook, which no file of weights holds."""
     paper: ClassVar[str] = "none"
 
-    def defend(self, view: DefenderView) -> Verdict:
+    def defend(self, view: DefenderView) -> DefenseResult:
         view.model.register_forward_hook(lambda module, inputs, output: output * 0)
-        return Verdict(view.model)
+        return DefenseResult(view.model)
 
 
 @defense("chatty")
@@ -97,10 +97,10 @@ class Chatty(Defense):
     """Logs a value that is no number, under a name that MLflow refuses."""
     paper: ClassVar[str] = "none"
 
-    def defend(self, view: DefenderView) -> Verdict:
+    def defend(self, view: DefenderView) -> DefenseResult:
         view.log.record("odd@name=1", float("nan"), 0)
         view.log.record("odd@name=1", 2.0, 1)
-        return Verdict(view.model)
+        return DefenseResult(view.model)
 
 
 @defense("zero")
@@ -109,10 +109,10 @@ class Zero(Defense):
     """Ends at chance."""
     paper: ClassVar[str] = "none"
 
-    def defend(self, view: DefenderView) -> Verdict:
+    def defend(self, view: DefenderView) -> DefenseResult:
         with torch.no_grad():
             view.model.head.weight.zero_()
-        return Verdict(view.model)
+        return DefenseResult(view.model)
 
 
 @defense("half_blind")
@@ -121,10 +121,10 @@ class HalfBlind(Defense):
     """Never names five of the ten classes."""
     paper: ClassVar[str] = "none"
 
-    def defend(self, view: DefenderView) -> Verdict:
+    def defend(self, view: DefenderView) -> DefenseResult:
         with torch.no_grad():
             view.model.head.bias[5:] = -1e4
-        return Verdict(view.model)
+        return DefenseResult(view.model)
 '''
 
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from bench.experiment.experiment import load_experiment
+from bench._command import open_experiment
 from slurm import jobs
 from tests.conftest import TINY
 
@@ -35,7 +35,7 @@ from typing import ClassVar
 import torch
 
 from bench.engine.training import Recipe, fit
-from defenses.base import Defense, ReserveView, Verdict, defense
+from defenses.base import Defense, ReserveView, DefenseResult, defense
 
 
 def steady(view, epochs, pause):
@@ -44,7 +44,7 @@ def steady(view, epochs, pause):
             log.write(f"{epoch}\\n")
         time.sleep(pause)
     recipe = Recipe(epochs=epochs, lr=0.01)
-    return Verdict(fit(view.model, view.reserve, recipe, seed=view.seed, journal=view.log, after_epoch=note))
+    return DefenseResult(fit(view.model, view.reserve, recipe, seed=view.seed, log=view.log, after_epoch=note))
 
 
 @defense("steady")
@@ -55,7 +55,7 @@ class Steady(Defense):
     epochs: int = 8
     pause: float = 1.0
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         return steady(view, self.epochs, self.pause)
 
 
@@ -65,7 +65,7 @@ class Broken(Defense):
     """Raise."""
     paper: ClassVar[str] = "none"
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         raise ValueError("this cell is poisoned")
 
 
@@ -76,10 +76,10 @@ class Greedy(Defense):
     paper: ClassVar[str] = "none"
     gib: int = 3
 
-    def defend(self, view: ReserveView) -> Verdict:
+    def defend(self, view: ReserveView) -> DefenseResult:
         taken = [torch.ones(2**28) for _ in range(self.gib)]
         time.sleep(30)
-        return Verdict(view.model) if taken else None
+        return DefenseResult(view.model) if taken else None
 
 
 for name, factor in (("halved", 0.5), ("doubled", 2.0)):
@@ -90,10 +90,10 @@ for name, factor in (("halved", 0.5), ("doubled", 2.0)):
         paper: ClassVar[str] = "none"
         factor: float = factor
 
-        def defend(self, view: ReserveView) -> Verdict:
+        def defend(self, view: ReserveView) -> DefenseResult:
             with torch.no_grad():
                 view.model.head.weight.mul_(self.factor)
-            return Verdict(view.model)
+            return DefenseResult(view.model)
 '''
 
 
@@ -471,7 +471,7 @@ def test_a_wrong_parameter_is_refused_with_the_right_ones(fake_slurm, tiny, sett
     dispatch._sbatch_options.cache_clear()
     arguments = [*tiny, "dispatch=slurm", setting] if not setting.startswith("dispatch=") else [*tiny, setting]
     with pytest.raises(UserError) as error:
-        load_experiment(arguments)
+        open_experiment(arguments)
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
@@ -514,7 +514,7 @@ def test_an_option_that_the_dispatcher_sets_is_refused_before_anything_is_submit
 
     monkeypatch.setattr(dispatch, "_sbatch_options", list)  # a cluster whose help cannot be read
     with pytest.raises(UserError, match=key) as error:
-        load_experiment([*tiny, "dispatch=slurm", f"dispatch.slurm.additional.{key}=3"], dry=dry)
+        open_experiment([*tiny, "dispatch=slurm", f"dispatch.slurm.additional.{key}=3"], dry=dry)
     assert OWNED[key] in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -528,7 +528,7 @@ def test_and_so_is_a_parameter_of_submitit_by_either_of_its_names(fake_slurm, ti
 
     monkeypatch.setattr(dispatch, "_sbatch_options", list)
     with pytest.raises(UserError, match=f"submitit.{key}"):
-        load_experiment([*tiny, "dispatch=slurm", f"dispatch.slurm.submitit.{key}=3"])
+        open_experiment([*tiny, "dispatch=slurm", f"dispatch.slurm.submitit.{key}=3"])
 
 
 @pytest.mark.parametrize("key", ["additional.mem-per-cpu", "additional.mem_per_gpu", "submitit.slurm_mem_per_cpu"])
@@ -539,8 +539,8 @@ def test_memory_is_asked_for_in_one_way(fake_slurm, tiny, monkeypatch, key):
     monkeypatch.setattr(dispatch, "_sbatch_options", list)
     arguments = [*tiny, "dispatch=slurm", f"dispatch.slurm.{key}=2G"]
     with pytest.raises(UserError, match=r"memory_gb=null"):
-        load_experiment(arguments)
-    opened = load_experiment([*arguments, "dispatch.slurm.memory_gb=null"])
+        open_experiment(arguments)
+    opened = open_experiment([*arguments, "dispatch.slurm.memory_gb=null"])
     executor = dispatch._executor(opened.cfg.dispatch, fake_slurm, "name", "", workers=1)
     lines = executor._executor._make_submission_file_text("true", "x").splitlines()
     asked = [line for line in lines if line.startswith("#SBATCH --mem")]
@@ -591,7 +591,7 @@ def test_a_profile_is_a_file_of_settings_and_the_command_line_wins(fake_slurm, t
     from slurm import dispatch
 
     dispatch._sbatch_options.cache_clear()
-    opened = load_experiment(
+    opened = open_experiment(
         [*tiny, f"dispatch={profile}", "dispatch.slurm.partition=mine", "dispatch.slurm.additional.reservation=x"]
     )
     assert opened.cfg.dispatch.kind == "slurm"
@@ -608,14 +608,14 @@ def test_where_there_is_no_slurm_it_says_so(tiny, monkeypatch, tmp_path):
 
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"needs sbatch.*dispatch=local"):
-        load_experiment([*tiny, "dispatch=slurm"])
+        open_experiment([*tiny, "dispatch=slurm"])
 
 
 def test_a_batch_comes_back_from_its_file_as_it_was(tiny, tmp_path):
 
     from bench.dispatch.tasks import pending
 
-    opened = load_experiment(tiny)
+    opened = open_experiment(tiny)
     tasks = pending(opened.trials, opened.store)
     infos = {name: info.to_json() for name, info in opened.infos.items()}
     made = jobs.Batch.new(tmp_path / "slurm", {"infos": infos}, [tasks[:3], tasks[3:]])
@@ -641,7 +641,7 @@ def driver_of(opened, root: Path, tasks=None):
 def test_a_driver_submits_nothing_of_what_was_called_off_after_it_began(tiny, tmp_path, monkeypatch):
     from slurm import dispatch
 
-    opened = load_experiment([*tiny, "grid.attacks=[none,badnets]"])
+    opened = open_experiment([*tiny, "grid.attacks=[none,badnets]"])
     root, submitted = tmp_path / "slurm", []
     monkeypatch.setattr(jobs, "queue", lambda _: [])
     monkeypatch.setattr(dispatch._Driver, "_submit", lambda self, tasks: submitted.append([t.place for t in tasks]))
@@ -662,7 +662,7 @@ def test_a_driver_submits_nothing_of_what_was_called_off_after_it_began(tiny, tm
 def test_what_failed_too_often_is_left_alone_and_with_an_infected_model_all_that_needs_it(tiny):
     from bench.dispatch.tasks import IMPLANT, pending
 
-    opened = load_experiment([*tiny, "grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"])
+    opened = open_experiment([*tiny, "grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"])
     first = opened.trials[0].keys
     last = opened.trials[-1].keys
     for _ in range(2):
@@ -718,7 +718,7 @@ def test_arrays_stay_within_the_cluster_s_limit_and_each_repair_waits_for_its_ow
 
     cluster = Cluster(monkeypatch, tmp_path / "slurm", array=2)
     left = Counter({"badnets": 3, "blended": 1, "sig": 2, "ftrojan": 1, "bpp": 1})
-    opened = load_experiment([*tiny, f"grid.attacks=[{','.join(left)}]", "grid.defenses=[no_defense,fine_tuning,aft]"])
+    opened = open_experiment([*tiny, f"grid.attacks=[{','.join(left)}]", "grid.defenses=[no_defense,fine_tuning,aft]"])
     tasks = []
     for task in pending(opened.trials, opened.store):
         if task.stages == IMPLANT or left[task.trial.attack]:
@@ -747,7 +747,7 @@ def test_arrays_stay_within_the_cluster_s_limit_and_each_repair_waits_for_its_ow
 
 def test_repairs_whose_models_are_there_wait_for_nothing_in_arrays_within_the_limit(tiny, tmp_path, monkeypatch):
     cluster = Cluster(monkeypatch, tmp_path / "slurm", array=2)
-    opened = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning,aft]"])
+    opened = open_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning,aft]"])
     finished = {opened.trials[0].keys.implant}
     monkeypatch.setattr(type(opened.store), "is_finished", lambda self, stage, key: key in finished)
     driver = cluster.driver(opened)
@@ -759,7 +759,7 @@ def test_without_accounting_a_job_that_vanishes_is_failed_with_that_reason_and_t
     tiny, tmp_path, monkeypatch
 ):
     cluster = Cluster(monkeypatch, tmp_path / "slurm")
-    opened = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
+    opened = open_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
     implant = opened.trials[0].keys.implant
     for tries in (1, 2):
         driver = cluster.driver(opened)
@@ -778,7 +778,7 @@ def test_repairs_of_a_model_whose_job_died_are_blamed_for_nothing_and_sent_again
     tiny, tmp_path, monkeypatch, there
 ):
     cluster = Cluster(monkeypatch, tmp_path / "slurm")
-    opened = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"])
+    opened = open_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"])
     driver = cluster.driver(opened)
     driver._look()
     (model,) = (job for after, made in cluster.arrays for job in made if not after)
@@ -808,7 +808,7 @@ def test_a_job_whose_infected_model_is_not_there_computes_nothing_and_says_so(ti
     from bench.dispatch.tasks import IMPLANT, pending
     from slurm.worker import Pack
 
-    opened = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
+    opened = open_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
     repairs = [task for task in pending(opened.trials, opened.store) if task.stages != IMPLANT]
     root = tmp_path / "slurm"
     batch = jobs.Batch.new(root, driver_of(opened, root, repairs).settings, [repairs])

@@ -334,11 +334,11 @@ def test_a_hanging_or_failing_server_costs_a_run_fifteen_seconds_and_one_line(fi
 
 
 @pytest.mark.parametrize("journal", ["wal", "delete"])
-def test_a_locked_database_is_named_as_such(finished, uri, capsys, monkeypatch, log):
+def test_a_locked_database_is_named_as_such(finished, uri, capsys, monkeypatch, journal):
     monkeypatch.setattr(check, "__defaults__", (0.2,))
     sent = [*finished, f"tracking.uri={uri}", "tracking.enabled=true"]
     with closing(sqlite3.connect(uri.removeprefix("sqlite:///"), isolation_level=None)) as other:
-        other.execute(f"pragma journal_mode={log}")
+        other.execute(f"pragma journal_mode={journal}")
         other.execute("begin exclusive")
         capsys.readouterr()
         assert bench.run.main(sent) == 0

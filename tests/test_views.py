@@ -83,7 +83,7 @@ def reachable(thing: Any) -> Iterator[Any]:
 
 
 def test_the_fields_of_the_views_are_these_and_no_others():
-    own = {"model", "num_classes", "seed", "device", "progress"}
+    own = {"model", "num_classes", "seed", "device", "log"}
     assert {field.name for field in fields(DefenderView)} == own
     assert {field.name for field in fields(ReserveView)} == own | {"reserve", "augmentation"}
     assert {field.name for field in fields(TrainsetView)} == own | {
