@@ -130,12 +130,12 @@ def test_the_door_reads_what_the_run_measured_and_refuses_a_grid_without_it(
     run_grid, tiny, tmp_path, monkeypatch, capsys
 ):
     from bench.engine import connection
-    from bench.measures import context
+    from bench.measures import evaluation
 
     monkeypatch.setattr(connection, "STEPS", 1)
     monkeypatch.setattr(connection, "EPSILONS", (8 / 255,))
     monkeypatch.setattr(connection, "RESAMPLES", 10)
-    monkeypatch.setattr(context, "PROBE_IMAGES", 20)
+    monkeypatch.setattr(evaluation, "PROBE_IMAGES", 20)
     axes = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"]
     run_grid(*axes, "measure.connection=true")
     folder = tmp_path / "results" / "quick"

@@ -22,7 +22,7 @@ from bench.engine.metrics import detection, predict
 from bench.engine.reactivation import Relearned
 from bench.engine.training import Diverged
 from bench.experiment.experiment import load_experiment
-from bench.measures import context, evaluation
+from bench.measures import evaluation
 from bench.measures.context import EvaluationContext, fixed_part
 from bench.measures.evaluation import (
     _right,
@@ -394,7 +394,7 @@ def test_relearning_poisons_other_images_than_its_clean_ones_and_begins_each_tim
 
     monkeypatch.setattr(reactivation, "relearn", relearn)
     monkeypatch.setattr(reactivation, "CLEAN_SHARE", 0.5)
-    monkeypatch.setattr(context, "PROBE_IMAGES", 1)
+    monkeypatch.setattr(evaluation, "PROBE_IMAGES", 1)
     model, case = Reader(target=1), case_of(Corner(label_mode=label_mode), Reader())
     rows = relearned(model, case, [1, 20])
     assert model.weight.item() == 0
@@ -420,7 +420,7 @@ def test_the_asr_after_relearning_is_that_of_the_test_set_and_not_of_the_probe(m
             return nn.functional.one_hot(torch.where(read == 0, 1, read), CLASSES).float()
 
     monkeypatch.setattr(reactivation, "relearn", lambda model, *_, **__: Relearned(model, None, []))
-    monkeypatch.setattr(context, "PROBE_IMAGES", 1)
+    monkeypatch.setattr(evaluation, "PROBE_IMAGES", 1)
     (row,) = relearned(Half(), case_of(Corner(), Reader()), [5])
     assert (row["asr"], row["clean_accuracy"]) == (pytest.approx(1 / 3), 0.75)
 

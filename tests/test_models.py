@@ -1,4 +1,5 @@
 import functools
+import itertools
 import sys
 
 import numpy as np
@@ -565,8 +566,9 @@ def smallest_of_each_module() -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", ["small", "half", "stock"])
-@pytest.mark.parametrize("name", smallest_of_each_module())
+@pytest.mark.parametrize(
+    ("name", "stem"), list(zip(smallest_of_each_module(), itertools.cycle(["small", "half", "stock"]), strict=False))
+)
 def test_an_architecture_of_timm_works_or_is_refused_in_one_line(name, stem):
     refused = ""
     try:

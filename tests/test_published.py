@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from bench._command import open_experiment
 from bench.dispatch.tasks import pending
 from bench.engine.errors import UserError
-from bench._command import open_experiment
 from bench.reporting.columns import MEASURES
 from bench.reporting.report import write_report
 from bench.run import main

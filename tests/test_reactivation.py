@@ -14,7 +14,7 @@ from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.models import ModelSpec
 from bench.engine.reactivation import CLEAN_SHARE, RELEARN, reactivate, relearn
 from bench.experiment.experiment import load_experiment
-from bench.measures import context
+from bench.measures import evaluation
 from bench.pipeline.runner import Runner
 from bench.storage.store import Store, key_of
 
@@ -270,7 +270,7 @@ def test_each_repair_is_read_beside_a_clean_control_that_is_made_once(tiny, monk
     monkeypatch.setattr(connection, "STEPS", 1)
     monkeypatch.setattr(connection, "EPSILONS", (2 / 255, 8 / 255))
     monkeypatch.setattr(connection, "RESAMPLES", 10)
-    monkeypatch.setattr(context, "PROBE_IMAGES", 20)
+    monkeypatch.setattr(evaluation, "PROBE_IMAGES", 20)
     opened = load_experiment(
         [
             *tiny,

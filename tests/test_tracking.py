@@ -133,7 +133,7 @@ def test_hostile_names_and_values_come_back_from_mlflow_as_the_store_has_them(ru
         evaluate = {**whole.evaluate, "defend": key_of(defend)}
         made, measured = (
             {**opened.store.result(stage, key), "curves": {name: [(0, 0.5), (1, None)]}}
-            for stage, key in zip(("defend", "evaluate"), whole.keys()[1:], strict=True)
+            for stage, key in zip(("defend", "evaluate"), whole.keys[1:], strict=True)
         )
         measured |= {"status": "diverged", "reason": name, "warnings": [name]}
         measured["figures"] = measured["figures"] | {"asr": None}

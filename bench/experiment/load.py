@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from difflib import get_close_matches
@@ -16,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from attacks.base import attack
 from bench.engine.errors import UserError
-from bench.engine.registry import PluginError, Registry, load_folders, load_plugins
+from bench.engine.registry import PluginError, load_folders, load_plugins
 from bench.experiment.overrides import FREE, GROUPS, leaves, numbers, one_line_each, options, parsed, separated
 from bench.experiment.schema import Config
 from defenses.base import defense
@@ -68,14 +69,7 @@ def load(arguments: list[str]) -> DictConfig:
     """
     arguments = separated(arguments)
     load_methods(plugins_in(arguments))
-    schema = _writable(OmegaConf.structured(Config))
-    for registry, group in ((attack, "attack"), (defense, "defense")):
-        schema[group] = _settings(registry)
-    # Hydra composes values without types: a text may still become a number when it is resolved.
-    untyped = OmegaConf.create(OmegaConf.to_container(schema, structured_config_mode=SCMode.DICT))
-    OmegaConf.set_struct(untyped, True)
-    for free in FREE:
-        OmegaConf.set_struct(OmegaConf.select(untyped, free.rstrip(".")), False)
+    schema, untyped = _schema(tuple(attack.items()), tuple(defense.items()))
     ConfigStore.instance().store(name="schema", node=untyped)
     # These two hold whatever submitit and sbatch know: a key of them is new by nature.
     overrides = [f"++{argument}" if argument.startswith(FREE) else argument for argument in arguments]
@@ -112,9 +106,18 @@ def _flat_exceptions(values: Any) -> Any:
     return values
 
 
-def _settings(registry: Registry) -> DictConfig:
-    """Each registered class as a typed node: attack.badnets.patch_size and so on."""
-    return OmegaConf.create({name: _writable(OmegaConf.structured(cls)) for name, cls in registry.items()})
+@functools.lru_cache(maxsize=1)  # building it takes as long as composing; a plug-in makes it another
+def _schema(*methods: tuple[tuple[str, type], ...]) -> tuple[DictConfig, DictConfig]:
+    """The configuration with its types, and without them as Hydra composes it; neither is written to."""
+    schema = _writable(OmegaConf.structured(Config))
+    for group, classes in zip(("attack", "defense"), methods, strict=True):
+        schema[group] = OmegaConf.create({name: _writable(OmegaConf.structured(cls)) for name, cls in classes})
+    # Hydra composes values without types: a text may still become a number when it is resolved.
+    untyped = OmegaConf.create(OmegaConf.to_container(schema, structured_config_mode=SCMode.DICT))
+    OmegaConf.set_struct(untyped, True)
+    for free in FREE:
+        OmegaConf.set_struct(OmegaConf.select(untyped, free.rstrip(".")), False)
+    return schema, untyped
 
 
 def _writable(node: Any) -> DictConfig:
