@@ -9,7 +9,7 @@ from bench.engine.errors import UserError
 from bench.experiment.axes import seeds_of
 from bench.experiment.experiment import load_experiment
 from bench.experiment.identity import attack_of, defense_of
-from bench.experiment.load import grids, load
+from bench.experiment.load import load
 from defenses.base import defense
 
 
@@ -170,16 +170,6 @@ def test_a_mistake_is_refused_in_one_line_that_helps(argument, words, cache, tmp
     line = refusal(*argument.split(" "), f"dataset.cache={cache}", f"dataset.root={tmp_path}")
     for word in words:
         assert word in line
-
-
-def test_every_grid_that_ships_composes_and_every_name_in_it_resolves():
-    from bench.experiment.axes import check
-
-    for name in grids():
-        cfg = load([f"grid={name}"])
-        check(cfg)
-        assert cfg.grid.name == name
-        assert cfg.grid.purpose
 
 
 def test_a_grid_in_a_folder_of_the_users_is_found(tmp_path, cache):

@@ -253,6 +253,7 @@ print(int(peak) * 1024)
 """
 
 
+@pytest.mark.slow
 def test_a_set_is_trained_on_from_its_file(tmp_path):
     count = 700_000  # 2.2 GB, of which the file system keeps nothing: they are all black
     np.lib.format.open_memmap(tmp_path / "train_images.npy", "w+", np.uint8, (count, 3, 32, 32))

@@ -73,6 +73,7 @@ def test_no_two_places_share_a_picture_and_its_name_is_fit_for_a_file():
     assert all(name.isascii() and len(name) < 200 and not set(name) & set("/\\%?#: ") for name in pictures_)
 
 
+@pytest.mark.slow
 def test_a_trigger_that_a_sweep_does_not_change_is_shown_once(run_grid, tiny, monkeypatch):
     settings = ["grid.attacks=[badnets,blended]", "grid.defenses=[no_defense]"]
     swept = "grid.sweep=[{key:attack.poison_rate,values:[0.05,0.1]},{key:attack.target_label,values:[0]}]"
@@ -116,6 +117,7 @@ def test_a_gallery_is_drawn_from_what_is_stored(run_grid, tiny, tmp_path, capsys
     assert float(rows[0]["l0"]) == pytest.approx(4 / 256, abs=1e-3)  # the 2x2 patch on 16x16, at most
 
 
+@pytest.mark.slow
 def test_the_trigger_that_an_attack_finds_on_its_network_is_shown_behind_the_cells_of_that_network(run_grid, tiny):
     from bench.reporting.page import picture_of
 
@@ -127,6 +129,7 @@ def test_the_trigger_that_an_attack_finds_on_its_network_is_shown_behind_the_cel
     assert first.read_bytes() != second.read_bytes()
 
 
+@pytest.mark.slow
 def test_an_infected_model_is_shown_the_trigger_of_another_seed(run_grid, tiny, monkeypatch):
     settings = ["grid.attacks=[badnets,blended]", "grid.defenses=[no_defense]", "grid.seeds=2", "train.epochs=4"]
     _, trials = run_grid(*settings)

@@ -178,6 +178,7 @@ def test_a_store_that_cannot_be_written_to_does_without(store, monkeypatch):
     known.index.keep()
 
 
+@pytest.mark.slow
 def test_tables_are_the_same_with_and_without_an_index_and_read_what_is_new_only(run_grid, tiny, reads, capsys):
     first = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"]
     run_grid(*first)

@@ -676,6 +676,7 @@ def test_the_clean_model_that_others_report_stands_beside_ours(tmp_path):
     assert len(reported_of(source, trials_of(["none", "badnets"], ["ours"]))) == 1
 
 
+@pytest.mark.slow
 def test_a_report_outlives_tensors_that_were_deleted_for_their_room(run_grid, tiny, tmp_path):
     from bench.report import main
 

@@ -177,6 +177,7 @@ def listening():
 TRAINING = ["grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "train.epochs=4"]
 
 
+@pytest.mark.slow
 def test_a_training_that_is_told_to_stop_leaves_a_checkpoint_and_goes_on_to_the_same_bits(
     tiny, tmp_path, monkeypatch, listening
 ):
@@ -396,6 +397,7 @@ def test_without_the_virtual_environment_a_command_says_what_to_do(command):
     assert "make setup" in done.stderr or ".venv/bin/activate" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_waits_says_for_whom(tiny, tmp_path, monkeypatch, capsys):
     from bench.storage import lease
 

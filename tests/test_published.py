@@ -71,6 +71,7 @@ def test_a_file_that_is_no_table_is_refused(tiny: list[str], tmp_path: Path) -> 
         open_experiment([*tiny, *FIRST, f"reuse=[{tmp_path / 'nowhere.csv'}]"])
 
 
+@pytest.mark.slow
 def test_a_report_of_nothing_leaves_a_table_as_it_is_also_where_some_cells_do_not_apply(
     tiny: list[str], run_grid: RunGrid, tmp_path: Path
 ) -> None:
@@ -83,6 +84,7 @@ def test_a_report_of_nothing_leaves_a_table_as_it_is_also_where_some_cells_do_no
     assert table.read_text() == before
 
 
+@pytest.mark.slow
 def test_a_table_that_this_store_cannot_bring_back_is_kept_and_one_that_it_can_is_not(
     tiny: list[str], published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +103,7 @@ def test_a_table_that_this_store_cannot_bring_back_is_kept_and_one_that_it_can_i
     assert len(pd.read_csv(folder / "trials.csv")) == 4
 
 
+@pytest.mark.slow
 def test_a_repair_that_is_stored_and_not_evaluated_has_no_evidence_and_breaks_no_report(
     tiny: list[str], run_grid: RunGrid, tmp_path: Path
 ) -> None:
@@ -127,6 +130,7 @@ def test_a_published_table_is_never_written_over_by_a_smaller_one(tiny: list[str
     assert open_experiment([*there, "grid.attacks=[badnets]", FIRST[1], "grid.name=mine"]).own == []
 
 
+@pytest.mark.slow
 def test_rows_of_two_files_that_contradict_each_other_are_refused_and_equal_ones_count_once(
     tiny: list[str], published: Path, tmp_path: Path
 ) -> None:

@@ -63,6 +63,7 @@ def texts(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*") if path.name[:8] not in (".report", "trials.2")}
 
 
+@pytest.mark.slow
 def test_a_report_is_written_again_where_it_is_damaged_and_only_there(whole: tuple[list[str], Experiment]) -> None:
     _, opened = whole
     before, stamp = texts(opened.folder), opened.folder / ".report"

@@ -188,6 +188,7 @@ def test_the_command_that_reproduces_a_cell_names_what_changes_a_figure_and_noth
     assert load_experiment(words[3:]).trials[0].keys == cell.keys
 
 
+@pytest.mark.slow
 def test_a_report_is_written_again_only_if_it_would_be_another(run_grid, tmp_path, tiny):
     page = tmp_path / "results" / "quick" / "leaderboard.html"
 
@@ -336,6 +337,7 @@ def test_a_curve_with_a_gap_and_an_odd_name_costs_nothing(run_grid, plugin):
     assert list(trials.status) == ["done"]
 
 
+@pytest.mark.slow
 def test_a_stage_that_cannot_be_written_is_a_failure_with_a_reason(run_grid, monkeypatch, tmp_path):
     from bench.engine import files
 
@@ -352,6 +354,7 @@ def test_a_stage_that_cannot_be_written_is_a_failure_with_a_reason(run_grid, mon
     assert run_grid(*FIRST)[0] == 0
 
 
+@pytest.mark.slow
 def test_a_machine_without_git_still_computes_and_says_so(run_grid, monkeypatch):
     from bench.pipeline.provenance import provenance
 
@@ -386,7 +389,10 @@ def test_a_failed_cell_is_tried_again_by_the_next_run(run_grid, plugin, monkeypa
     assert list(trials.status) == ["done"]
 
 
-@pytest.mark.parametrize("stage", ["implant", "defend", "evaluate"])
+@pytest.mark.parametrize(
+    "stage",
+    ["implant", pytest.param("defend", marks=pytest.mark.slow), pytest.param("evaluate", marks=pytest.mark.slow)],
+)
 def test_a_stage_whose_folder_was_deleted_is_computed_again_and_its_neighbours_are_not(run_grid, tmp_path, tiny, stage):
     words = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"]
     _, before = run_grid(*words)
@@ -436,6 +442,7 @@ def test_attacks_that_optimise_on_a_clean_network_share_one_of_their_seed(run_gr
     assert "surrogate" not in {line.split()[0] for line in history(tmp_path / "alone")}
 
 
+@pytest.mark.slow
 def test_a_surrogate_that_diverges_or_fails_is_the_reason_of_its_attacks(run_grid, tmp_path, monkeypatch):
     grid = ["grid.attacks=[low_frequency,trojan_nn]", "grid.defenses=[no_defense]"]
     _, trials = run_grid(*grid, "train.lr=1e30")
@@ -531,6 +538,7 @@ def test_every_figure_can_be_traced_to_a_config_a_seed_and_a_commit(run_grid, ti
     assert config["attack"]["patch_size"] == 3
 
 
+@pytest.mark.slow
 def test_the_figures_of_a_stored_repair_come_back_from_its_weights_and_timm_alone(run_grid, tiny):
     _, trials = run_grid("grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "defense.fine_tuning.lr=0.01")
     opened = load_experiment(
