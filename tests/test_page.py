@@ -17,6 +17,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from bench import report
+from bench.engine.errors import UserError
 from bench.reporting import page
 from bench.reporting.board import boards
 from bench.reporting.cells import to_cells
@@ -382,6 +384,37 @@ def test_a_page_of_twenty_thousand_trials_has_ten_megabytes_at_most(tmp_path, mo
         sizes[3 * count] = (tmp_path / page.NAME).stat().st_size
     (few, small), (many, large) = sizes.items()
     assert small + (large - small) / (many - few) * (6667 - few) < 10e6
+
+
+def test_the_page_of_a_published_table_has_its_figures_and_touches_no_other_file(tmp_path, capsys):
+    trials = trials_of(["none", "badnets"], ["no_defense", "aft"])
+    write_tables(trials, RULES, tmp_path, "Grid x")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert report.main([f"table={tmp_path / 'trials.csv'}"]) == 0
+    assert str(tmp_path / page.NAME) in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != page.NAME} == before
+    data = data_of(tmp_path)
+    asr = [column["name"] for column in data["columns"]].index("asr")
+    for cell in data["cells"]:
+        attack, defense = cell["place"][4], cell["place"][6]
+        expected = trials[(trials.attack == attack) & (trials.defense == defense)].asr.mean()
+        assert cell["means"][asr] == (None if math.isnan(expected) else pytest.approx(expected))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["table={0}/trials.csv", "grid=quick"], "grid=quick"),
+        (["table={0}/nowhere.csv"], "nowhere.csv"),
+        (["table={0}/leaderboard.csv"], "seed"),
+        (["table="], "trials.csv"),
+    ],
+)
+def test_a_page_of_what_is_not_a_published_table_is_refused(tmp_path, words, named):
+    write_tables(trials_of(["none"], ["no_defense"]), RULES, tmp_path, "Grid x")
+    with pytest.raises(UserError, match=named):
+        report.main([word.format(tmp_path) for word in words])
+    assert not (tmp_path / page.NAME).exists()
 
 
 @pytest.mark.slow
