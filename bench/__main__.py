@@ -1,11 +1,13 @@
 """The commands of Backdoor-Bench, with one line each.
 
-python -m bench
+python -m bench [NAME ...]
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
+import sys
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -26,14 +28,24 @@ def commands() -> dict[str, str]:
 def main(arguments: list[str]) -> int:
     known = commands()
     if arguments:
-        word = arguments[0]
-        near = word if word in known else next(iter(get_close_matches(word, known, n=1)), "run")
-        raise UserError(f"python -m bench takes no argument, and got {word!r}; write e.g. python -m bench.{near}")
+        near = get_close_matches(arguments[0], known, n=1)
+        advice = f"did you mean {near[0]!r}?" if near else f"write one of {', '.join(known)}"
+        raise UserError(f"there is no command {arguments[0]!r}; {advice}")
     for name, text in known.items():
         print(f"python -m bench.{name:<11} {text}")
-    print("\nEach explains itself with --help.")
+    print("\nEach explains itself with --help. `backdoor-bench NAME` and `python -m bench NAME` run it too.")
     return 0
 
 
+def enter() -> None:
+    """Run the command that the first word names, as `python -m bench.NAME` does; without one, list them."""
+    word = next(iter(sys.argv[1:]), "")
+    if word not in commands():
+        run_command(main, str(__doc__))
+    command = importlib.import_module(f"bench.{word}")
+    sys.argv[:2] = [word]
+    run_command(command.main, str(command.__doc__))
+
+
 if __name__ == "__main__":
-    run_command(main, __doc__)
+    enter()

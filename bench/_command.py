@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import sys
 from collections.abc import Callable
@@ -112,6 +113,7 @@ def _status(main: Callable[[list[str]], int], usage: str, arguments: list[str]) 
         print(usage.strip())
         return 0
     try:
+        _check_packages()
         return main(arguments)
     except UserError as error:
         _say(str(error))
@@ -129,6 +131,19 @@ def _status(main: Callable[[list[str]], int], usage: str, arguments: list[str]) 
         print(f"stopped by {signal.Signals(stop.number).name}; the same command goes on from here", file=sys.stderr)
         return 128 + stop.number
     return 2
+
+
+def _check_packages() -> None:
+    """Raise UserError where a folder of the user's has the name of one of our packages, and would be imported."""
+    root = Path(__file__).parents[1]
+    for name in OURS:
+        spec = importlib.util.find_spec(name)
+        folder = Path(spec.origin).parent if spec and spec.origin else None
+        if folder and folder.parent != root:
+            raise UserError(
+                f"{folder} hides the package {name!r} of this benchmark ({root}); start the command in another folder, "
+                "or rename yours"
+            )
 
 
 def _say(mistake: str) -> None:

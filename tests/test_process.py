@@ -386,7 +386,29 @@ def test_the_package_lists_its_commands_without_any_other_package():
     assert len(listed) == len(files)
     done = _python("-S", "-m", "bench", "statsu")
     assert done.returncode == 2
-    assert "bench.status" in done.stderr
+    assert "'statsu'" in done.stderr
+    assert "'status'" in done.stderr
+
+
+@pytest.mark.parametrize("words", [["list", "--help"], ["compare"], ["report", "table=nowhere.csv"]])
+def test_a_command_is_the_same_by_its_module_and_by_its_name(words):
+    name, *more = words
+    one, other = _python("-m", f"bench.{name}", *more), _python("-m", "bench", name, *more)
+    assert (one.returncode, one.stdout, one.stderr) == (other.returncode, other.stdout, other.stderr)
+
+
+@pytest.mark.parametrize("name", ["attacks", "slurm"])
+def test_a_folder_of_the_users_that_hides_a_package_is_named(tmp_path, name):
+    (tmp_path / name).mkdir()
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    line = [sys.executable, "-m", "bench.list"]
+    # A folder without Python code hides nothing.
+    assert subprocess.run(line, capture_output=True, env=environment, cwd=tmp_path, check=False).returncode == 0
+    (tmp_path / name / "__init__.py").touch()
+    done = subprocess.run(line, capture_output=True, env=environment, cwd=tmp_path, check=False, text=True)
+    assert done.returncode == 2
+    assert str(tmp_path / name) in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["run", "list", "status", "claims", "data", "report"])
