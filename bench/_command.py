@@ -44,7 +44,7 @@ def open_experiment(arguments: list[str], dry: bool = False, cfg: DictConfig | N
     return experiment
 
 
-def check_writable(opened: Experiment) -> None:
+def check_writable(experiment: Experiment) -> None:
     """Write a file into each folder that a run fills, and remove it.
 
     Raises:
@@ -53,11 +53,11 @@ def check_writable(opened: Experiment) -> None:
     from bench.engine.files import check_writable
 
     try:
-        for folder in (*opened.store.folders(), opened.folder):
+        for folder in (*experiment.store.folders(), experiment.folder):
             check_writable(folder)
     except OSError as error:
         raise UserError(
-            f"results={opened.cfg.results} cannot be written: {error.strerror}: {error.filename}; "
+            f"results={experiment.cfg.results} cannot be written: {error.strerror}: {error.filename}; "
             "make room or rights there, or write results=DIR with another folder"
         ) from error
 
@@ -159,18 +159,19 @@ def _how_to_install() -> str:
     return f"`make setup` in {folder} installs what is needed; then run it with {python}"
 
 
-def print_plan(opened: Experiment, tasks: list[Task]) -> None:
+def print_plan(experiment: Experiment, tasks: list[Task]) -> None:
     """What there is, and what is to be computed, in a few lines."""
     from bench.dispatch.tasks import IMPLANT, Task
     from bench.storage.store import STAGES
 
-    trials = opened.trials
+    trials = experiment.trials
     applicable = [trial for trial in trials if trial.defend]
     there = sum(
-        trial.keys.evaluate in opened.reused or Task(trial, STAGES).is_finished(opened.store) for trial in applicable
+        trial.keys.evaluate in experiment.reused or Task(trial, STAGES).is_finished(experiment.store)
+        for trial in applicable
     )
-    print(opened.title)
-    for name, how in opened.missing.items():
+    print(experiment.title)
+    for name, how in experiment.missing.items():
         print(f"planned by the published size of {name}, and without what is stored of it: {how}")
     print(f"trials: {len(trials)}, of them {there} finished, {len(trials) - len(applicable)} not applicable")
     own = {trial.keys.implant for trial in applicable}

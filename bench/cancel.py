@@ -14,22 +14,22 @@ from bench._command import open_experiment, run_command
 
 
 def main(arguments: list[str]) -> int:
-    opened = open_experiment(arguments)
+    experiment = open_experiment(arguments)
     from bench.engine.errors import UserError
     from slurm import jobs
 
-    root = Path(opened.cfg.results) / "slurm"
+    root = Path(experiment.cfg.results) / "slurm"
     if shutil.which("scancel") is None or not root.is_dir():
-        raise UserError(f"no Slurm job was submitted from {opened.cfg.results}/; a local run is stopped by Ctrl-C")
+        raise UserError(f"no Slurm job was submitted from {experiment.cfg.results}/; a local run is stopped by Ctrl-C")
     try:
         # First: a driver that sees its jobs ended has more to submit.
-        jobs.call_off(root, {key for trial in opened.trials for _, key in trial.places()})
-        found = jobs.of_grid(root, opened.trials)
+        jobs.call_off(root, {key for trial in experiment.trials for _, key in trial.places()})
+        found = jobs.of_grid(root, experiment.trials)
         jobs.cancel(element.job for element in found)
     except jobs.QueueError as error:
         raise UserError(f"Slurm does not answer: {error}") from error
     running = sum(element.state == "RUNNING" for element in found)
-    print(f"{opened.title}: {running} running and {len(found) - running} waiting jobs cancelled")
+    print(f"{experiment.title}: {running} running and {len(found) - running} waiting jobs cancelled")
     return 0
 
 

@@ -53,9 +53,9 @@ def main(arguments: list[str]) -> int:
         from bench._command import open_experiment
         from bench.reporting.trials import of_trials
 
-        opened = open_experiment(arguments)
-        trials = of_trials(opened.trials, opened.store, opened.reused)
-        tainted = opened.cfg.reserve.contamination
+        experiment = open_experiment(arguments)
+        trials = of_trials(experiment.trials, experiment.store, experiment.reused)
+        tainted = experiment.cfg.reserve.contamination
     trials["contamination"] = contamination(trials, tainted)
     answers = [answer(claim, trials) for claim in claims]
     print(markdown(answers))

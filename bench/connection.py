@@ -17,7 +17,7 @@ from bench._command import open_experiment, run_command, show
 
 
 def main(arguments: list[str]) -> int:
-    opened = open_experiment(arguments)
+    experiment = open_experiment(arguments)
     from bench.engine.errors import UserError
     from bench.reporting import page
     from bench.reporting.connection import boards, connections, rank_correlation
@@ -27,25 +27,25 @@ def main(arguments: list[str]) -> int:
     from bench.reporting.trials import of_trials
     from bench.storage.index import CachedStore
 
-    store = CachedStore(opened.store)
-    trials = of_trials(opened.trials, store)
-    details = [page.details_of(trial, store, command(opened, trial)) for trial in opened.trials]
+    store = CachedStore(experiment.store)
+    trials = of_trials(experiment.trials, store)
+    details = [page.details_of(trial, store, command(experiment, trial)) for trial in experiment.trials]
     table = connections(trials, details)
     if table.empty:
         raise UserError(
-            f"no finished trial of grid {opened.cfg.grid.name} has this measure with these settings; run it with "
+            f"no finished trial of grid {experiment.cfg.grid.name} has this measure with these settings; run it with "
             "measure.connection=true first, and give the same settings here"
         )
     found = boards(table)
     lines = rank_correlation(trials, table)
     for board in found:
         board.notes += lines
-    opened.folder.mkdir(parents=True, exist_ok=True)
-    write_csv(table, opened.folder / "connection.csv")
-    (opened.folder / "connection.md").write_text("\n".join(board.markdown() for board in found))
-    drawn = draw_connection(trials, opened.folder, f"Grid {opened.cfg.grid.name}", details)
+    experiment.folder.mkdir(parents=True, exist_ok=True)
+    write_csv(table, experiment.folder / "connection.csv")
+    (experiment.folder / "connection.md").write_text("\n".join(board.markdown() for board in found))
+    drawn = draw_connection(trials, experiment.folder, f"Grid {experiment.cfg.grid.name}", details)
     show(found)
-    print(f"Table and figures: {opened.folder}/connection.md, {', '.join(path.name for path in drawn)}")
+    print(f"Table and figures: {experiment.folder}/connection.md, {', '.join(path.name for path in drawn)}")
     return 0
 
 

@@ -27,7 +27,7 @@ IMAGES = 100  # of each attack, for the scores
 
 
 def main(arguments: list[str]) -> int:
-    opened = open_experiment(arguments)
+    experiment = open_experiment(arguments)
     import pandas as pd
 
     from bench.engine.errors import UserError
@@ -36,20 +36,22 @@ def main(arguments: list[str]) -> int:
     from bench.reporting.spreadsheet import write_csv
     from bench.reporting.triggers import on_clean_model, runner_of, scores, stamped, title_of, with_another_trigger
 
-    bench = runner_of(opened)
+    bench = runner_of(experiment)
     drawn: dict[str, tuple[Tensor, Tensor]] = {}
     rows: list[dict[str, Any]] = []
-    for trial, images, triggered in stamped(opened, bench, IMAGES):
-        drawn[title_of(opened, trial)] = images[:3], triggered[:3]
+    for trial, images, triggered in stamped(experiment, bench, IMAGES):
+        drawn[title_of(experiment, trial)] = images[:3], triggered[:3]
         place = {"attack": trial.attack, "dataset": trial.dataset, "model": trial.model}
         place |= {"variant": swept(trial.variant)} if swept(trial.variant) else {}
-        figures = on_clean_model(opened, bench, trial) | with_another_trigger(opened, bench, trial)
+        figures = on_clean_model(experiment, bench, trial) | with_another_trigger(experiment, bench, trial)
         rows.append({**place, **scores(images, triggered), **figures})
     if not rows:
-        raise UserError(f"no infected model of grid {opened.cfg.grid.name} is stored yet; run it with bench.run first")
-    opened.folder.mkdir(parents=True, exist_ok=True)
-    write_csv(pd.DataFrame(rows), opened.folder / "gallery.csv")
-    path: Path = gallery(drawn, rows, opened.folder)
+        raise UserError(
+            f"no infected model of grid {experiment.cfg.grid.name} is stored yet; run it with bench.run first"
+        )
+    experiment.folder.mkdir(parents=True, exist_ok=True)
+    write_csv(pd.DataFrame(rows), experiment.folder / "gallery.csv")
+    path: Path = gallery(drawn, rows, experiment.folder)
     print(pd.DataFrame(rows).to_string(index=False, float_format="%.3f"))
     print(f"Gallery: {path}")
     return 0

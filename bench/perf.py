@@ -9,7 +9,7 @@ The roofline of a training step is the same model and optimizer fed one batch of
 already; that of an adversarial step, of PGD, of ANP and of an evaluation is its passes through the network; that of an
 attack's step the plain step; that of triggered accuracy the clean one. Path and roofline are timed in turns, so that a
 busy machine slows both, and the fastest round counts. What has no roofline is shown in milliseconds alone: triggers and
-decoding for 50,000 images of 32x32, SPECTRE for a class of 5,500, starting a door, what the harness adds to a cell.
+decoding for 50,000 images of 32x32, SPECTRE for a class of 5,500, starting a command, what the harness adds to a cell.
 `pairs` runs two trainings of one thread side by side, the roofline being one after the other: half of it would be twice
 the throughput. `variants` (not among the default; needs a C++ compiler) asks whether bfloat16 and torch.compile pay.
 
@@ -139,8 +139,8 @@ def _read(file: Path) -> dict[str, dict[str, str]]:
     from bench.reporting.spreadsheet import literal
 
     try:
-        with open(file, newline="", encoding="utf-8") as opened:
-            rows = [{key: literal(value) for key, value in row.items()} for row in csv.DictReader(opened)]
+        with open(file, newline="", encoding="utf-8") as experiment:
+            rows = [{key: literal(value) for key, value in row.items()} for row in csv.DictReader(experiment)]
             return {row["path"]: row for row in rows}
     except (OSError, KeyError) as error:
         raise UserError(f"against={file}: write a file that `out=` of an earlier run made ({error})") from error
@@ -449,14 +449,14 @@ def _data(bench: Workbench) -> Iterator[Timed]:
 
 
 def _start(bench: Workbench) -> Iterator[Timed]:
-    def door(*words: str) -> None:
+    def command(*words: str) -> None:
         subprocess.run([sys.executable, "-m", *words], check=True, capture_output=True)
 
     with tempfile.TemporaryDirectory() as folder:
         away = [f"results={folder}", "tracking.enabled=false"]
-        yield Timed("start: bench.run --help", partial(door, "bench.run", "--help"), rounds=3)
-        yield Timed("start: bench.list", partial(door, "bench.list"), rounds=3)
-        yield Timed("start: bench.run dry_run=true", partial(door, "bench.run", "dry_run=true", *away), rounds=3)
+        yield Timed("start: bench.run --help", partial(command, "bench.run", "--help"), rounds=3)
+        yield Timed("start: bench.list", partial(command, "bench.list"), rounds=3)
+        yield Timed("start: bench.run dry_run=true", partial(command, "bench.run", "dry_run=true", *away), rounds=3)
 
 
 def _cells(bench: Workbench) -> Iterator[Timed]:
@@ -466,7 +466,7 @@ def _cells(bench: Workbench) -> Iterator[Timed]:
 
     with tempfile.TemporaryDirectory() as folder:
         words = [f"results={folder}", "grid.seeds=1", "grid.attacks=[badnets]", "grid.defenses=[no_defense]"]
-        opened = open_experiment([*words, "train.epochs=0", "measure.pgd_steps=0", "measure.pgd_images=1"])
+        experiment = open_experiment([*words, "train.epochs=0", "measure.pgd_steps=0", "measure.pgd_images=1"])
         seed = iter(range(10**6))
 
         def cell() -> None:
@@ -474,8 +474,8 @@ def _cells(bench: Workbench) -> Iterator[Timed]:
 
             from bench.storage.store import key_of
 
-            pipeline = Pipeline(opened.store, opened.infos, bench.device)
-            trial = opened.trials[0]
+            pipeline = Pipeline(experiment.store, experiment.infos, bench.device)
+            trial = experiment.trials[0]
             implant = {**trial.implant, "seed": next(seed)}
             inspect = {**trial.inspect, "implant": key_of(implant)}
             defend = {**trial.defend, "implant": key_of(implant)}

@@ -41,16 +41,16 @@ NAMES |= {"evaluate": "evaluations"}
 def main(arguments: list[str]) -> int:
     options = dict(argument[2:].partition("=")[::2] for argument in arguments if argument.startswith("--"))
     width, job_seconds, assumed = _read(options)
-    opened = open_experiment([argument for argument in arguments if not argument.startswith("--")], dry=True)
+    experiment = open_experiment([argument for argument in arguments if not argument.startswith("--")], dry=True)
     from bench.dispatch.tasks import pending
 
-    tasks = pending(opened.own, opened.store, opened.cfg.dispatch.max_tries)
-    print_plan(opened, tasks)
-    estimate = estimated(opened, assumed)
+    tasks = pending(experiment.own, experiment.store, experiment.cfg.dispatch.max_tries)
+    print_plan(experiment, tasks)
+    estimate = estimated(experiment, assumed)
     _print_costs(estimate)
     if tasks:
-        packed = opened.cfg.dispatch.trials_per_job if opened.cfg.dispatch.kind == "slurm" else 1
-        _print_time(opened, jobs_of(tasks, estimate, job_seconds / packed), width)
+        packed = experiment.cfg.dispatch.trials_per_job if experiment.cfg.dispatch.kind == "slurm" else 1
+        _print_time(experiment, jobs_of(tasks, estimate, job_seconds / packed), width)
     return 0
 
 
@@ -130,13 +130,13 @@ def _sum(parts: Iterable[tuple[float | None, int]]) -> float | None:
     return sum(known) if known or not listed else None
 
 
-def _print_time(opened: Experiment, jobs: list[Job], width: int | None) -> None:
+def _print_time(experiment: Experiment, jobs: list[Job], width: int | None) -> None:
     """The critical path, and how long it takes with so many at once."""
     work, path = sum(job.seconds for job in jobs), critical_path(jobs)
     longest = sum(job.seconds for job in path)
     if not longest:
         return
-    unit = "GPU" if opened.device.type == "cuda" else "core"
+    unit = "GPU" if experiment.device.type == "cuda" else "core"
     print(f"\nwork: {work / 3600:.2f} {unit} hours")
     print(f"critical path: {duration(longest)}: {', then '.join(job.title for job in path)}")
     # With fewer than this, each one more shortens it in proportion; with more, the longest chain is what is waited for.
@@ -145,7 +145,7 @@ def _print_time(opened: Experiment, jobs: list[Job], width: int | None) -> None:
         spent = simulated(jobs, at_once)
         mark = " (suggested)" if at_once == suggested else ""
         print(f"{at_once:>7,} at once: {duration(spent)}, {work / (spent * at_once):.0%} busy{mark}")
-    dispatch = opened.cfg.dispatch
+    dispatch = experiment.cfg.dispatch
     if dispatch.kind == "slurm":
         share = dispatch.trials_per_gpu * max(1, dispatch.slurm.gpus)
         print(f"for that: dispatch.slurm.array_parallelism={math.ceil(suggested / share)}")

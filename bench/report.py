@@ -25,12 +25,12 @@ def main(arguments: list[str]) -> int:
     if any(argument.startswith("table=") for argument in arguments):
         print(f"Page: {page_of_table(arguments)} (figures only: curves and settings of single trials are in the store)")
         return 0
-    opened = open_experiment(arguments)
+    experiment = open_experiment(arguments)
     from bench.reporting.report import write_report
 
-    boards, _ = write_report(opened)
+    boards, _ = write_report(experiment)
     show(boards)
-    print(f"Tables and plots: {opened.folder}/")
+    print(f"Tables and plots: {experiment.folder}/")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The front door: a grid in, a leaderboard out.
+"""Run a grid: compute what is missing and print the leaderboard.
 
     python -m bench.run [grid=NAME] [key=value ...]
 
@@ -54,44 +54,46 @@ def main(arguments: list[str]) -> int:
     from bench.experiment.load import load
 
     cfg = load(arguments)
-    opened = open_experiment(arguments, cfg.dry_run, cfg)
+    experiment = open_experiment(arguments, cfg.dry_run, cfg)
     from bench.dispatch.tasks import pending
     from bench.reporting.report import write_report
     from bench.storage.index import CachedStore, Index
 
-    store = opened.store
+    store = experiment.store
     store.sweep()
     index = Index(store.root)
     known = CachedStore(store, index)
     if not cfg.dry_run:
-        known.mend(place for trial in opened.own for place in trial.places())
+        known.mend(place for trial in experiment.own for place in trial.places())
         known.index.keep()
-    tasks = pending(opened.own, known, cfg.dispatch.max_tries)
+    tasks = pending(experiment.own, known, cfg.dispatch.max_tries)
     if cfg.dry_run:
         from bench._command import print_plan
 
-        print_plan(opened, tasks)
+        print_plan(experiment, tasks)
         for task in tasks:
             print(f"  {task.title}")
         if cfg.dispatch.kind == "slurm":
-            _rehearse(opened, tasks)
+            _rehearse(experiment, tasks)
         return 0
     if tasks:
-        check_writable(opened)
-    _print_fits(opened)
-    told = bool(tasks) and _tracking_is_away(opened)
-    with _Display(opened) as display:
+        check_writable(experiment)
+    _print_fits(experiment)
+    told = bool(tasks) and _tracking_is_away(experiment)
+    with _Display(experiment) as display:
         for _ in range(ATTEMPTS):
             aside = store.aside().keys()
-            _dispatch(opened, tasks, display.show)
+            _dispatch(experiment, tasks, display.show)
             if store.aside().keys() == aside:
                 break
             # Damage that showed when bytes were read: finished stages that were computed from them were set aside.
-            tasks = pending(opened.own, store, cfg.dispatch.max_tries)
-    boards, trials = write_report(opened, again=False, index=index)
+            tasks = pending(experiment.own, store, cfg.dispatch.max_tries)
+    boards, trials = write_report(experiment, again=False, index=index)
     show(boards)
-    _track(opened, told)
-    print(f"Tables and plots: {opened.folder}/   the store: {store.root}/   MLflow: {masked(opened.tracking_uri)}")
+    _track(experiment, told)
+    print(
+        f"Tables and plots: {experiment.folder}/   the store: {store.root}/   MLflow: {masked(experiment.tracking_uri)}"
+    )
     counts = trials.status.value_counts()
     for state in ("diverged", "wrecked"):
         if state in counts:
@@ -105,9 +107,9 @@ def main(arguments: list[str]) -> int:
     return 1 if trials.status.isin(["failed", "missing"]).any() else 0
 
 
-def _dispatch(opened: Experiment, tasks: list[Task], show: Callable[[Progress], None]) -> None:
+def _dispatch(experiment: Experiment, tasks: list[Task], show: Callable[[Progress], None]) -> None:
     """Have the tasks computed, here or by Slurm: the same plan, the same store, the same figures."""
-    cfg, store, infos, device = opened.cfg, opened.store, opened.infos, opened.device
+    cfg, store, infos, device = experiment.cfg, experiment.store, experiment.infos, experiment.device
     plugins = list(cfg.plugins)
     if cfg.dispatch.kind == "slurm":
         import slurm.dispatch
@@ -125,7 +127,7 @@ def _dispatch(opened: Experiment, tasks: list[Task], show: Callable[[Progress], 
         store,
         infos,
         device=device,
-        workers=_default_workers(opened) if workers is None else workers,
+        workers=_default_workers(experiment) if workers is None else workers,
         threads=cfg.dispatch.threads,
         checkpoint_s=cfg.dispatch.checkpoint_s,
         plugins=plugins,
@@ -133,16 +135,16 @@ def _dispatch(opened: Experiment, tasks: list[Task], show: Callable[[Progress], 
     )
 
 
-def _rehearse(opened: Experiment, tasks: list[Task]) -> None:
+def _rehearse(experiment: Experiment, tasks: list[Task]) -> None:
     """Print the job script that Slurm would be given first, on any machine."""
     import slurm.dispatch
 
-    cfg, root = opened.cfg, Path(opened.cfg.results) / "slurm"
+    cfg, root = experiment.cfg, Path(experiment.cfg.results) / "slurm"
     scripts = slurm.dispatch.rehearsed(
         tasks,
-        opened.store,
-        opened.infos,
-        device=opened.device,
+        experiment.store,
+        experiment.infos,
+        device=experiment.device,
         dispatch=cfg.dispatch,
         plugins=list(cfg.plugins),
         root=root,
@@ -152,65 +154,65 @@ def _rehearse(opened: Experiment, tasks: list[Task]) -> None:
         print(scripts[0])
 
 
-def _default_workers(opened: Experiment) -> int:
+def _default_workers(experiment: Experiment) -> int:
     import os
 
     import torch
 
-    if opened.device.type == "cuda":
+    if experiment.device.type == "cuda":
         return torch.cuda.device_count()
-    return max(1, len(os.sched_getaffinity(0)) // max(1, opened.cfg.dispatch.threads))
+    return max(1, len(os.sched_getaffinity(0)) // max(1, experiment.cfg.dispatch.threads))
 
 
-def _print_fits(opened: Experiment) -> None:
+def _print_fits(experiment: Experiment) -> None:
     """Say what was changed about each architecture: it is no longer quite the one that timm has."""
     from bench.experiment.axes import names
     from bench.experiment.identity import adaptation_notes
 
-    for data, info in opened.infos.items():
-        for model in names(opened.cfg)["models"]:
-            notes = adaptation_notes(opened.cfg, info, model)
+    for data, info in experiment.infos.items():
+        for model in names(experiment.cfg)["models"]:
+            notes = adaptation_notes(experiment.cfg, info, model)
             size = "x".join(map(str, info.shape[1:]))
             print(f"{model} on {data} ({size}): {', '.join(notes) or 'as timm has it'}")
 
 
-def _tracking_is_away(opened: Experiment) -> bool:
+def _tracking_is_away(experiment: Experiment) -> bool:
     """Say before the computing, not after it, that MLflow does not answer."""
-    if not opened.cfg.tracking.enabled:
+    if not experiment.cfg.tracking.enabled:
         return False
     from bench.reporting.mlflow import Unreachable, check
 
     try:
-        check(opened.tracking_uri)
+        check(experiment.tracking_uri)
     except Unreachable as error:
-        _warn(opened, f"MLflow does not answer: {error}; the run goes on")
+        _warn(experiment, f"MLflow does not answer: {error}; the run goes on")
         return True
     return False
 
 
-def _track(opened: Experiment, told: bool) -> None:
+def _track(experiment: Experiment, told: bool) -> None:
     """Mirror finished trials into MLflow; if it fails, the results are safe and are sent later.
 
     Args:
         told: was it said at the start that MLflow does not answer? If it still does not, that is not said again.
     """
-    if not opened.cfg.tracking.enabled:
+    if not experiment.cfg.tracking.enabled:
         return
     from bench.reporting import mlflow
     from bench.reporting.mlflow import Unreachable, log_files, report_files, sync
 
-    name, artifacts = str(opened.cfg.grid.name), Path(opened.cfg.results) / "mlflow"
+    name, artifacts = str(experiment.cfg.grid.name), Path(experiment.cfg.results) / "mlflow"
     try:
-        sync(opened.trials, opened.store, opened.tracking_uri, name, artifacts)
-        log_files(opened.tracking_uri, name, artifacts, report_files(opened.folder))
+        sync(experiment.trials, experiment.store, experiment.tracking_uri, name, artifacts)
+        log_files(experiment.tracking_uri, name, artifacts, report_files(experiment.folder))
     except Exception as error:
         if not (told and isinstance(error, Unreachable)):
-            _warn(opened, f"could not log everything to MLflow: {mlflow.reason(error)}")
+            _warn(experiment, f"could not log everything to MLflow: {mlflow.reason(error)}")
 
 
-def _warn(opened: Experiment, text: str) -> None:
+def _warn(experiment: Experiment, text: str) -> None:
     later = "bench.sync, or the next run, sends what is missing"
-    print(f"warning: {text} ({masked(opened.tracking_uri)}); {later}", file=sys.stderr)
+    print(f"warning: {text} ({masked(experiment.tracking_uri)}); {later}", file=sys.stderr)
 
 
 class _Display:
@@ -218,8 +220,8 @@ class _Display:
 
     plain_every_s = 10.0
 
-    def __init__(self, opened: Experiment) -> None:
-        self.opened = opened
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
         self.bar: Any = None
         self.printed = 0.0
         self.last = ""

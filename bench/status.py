@@ -27,10 +27,10 @@ STILL = 6  # looks at which nothing runs: between two stages, or when a job has 
 
 
 def main(arguments: list[str]) -> int:
-    opened = open_experiment([argument for argument in arguments if argument not in ("--watch", "--verify")])
+    experiment = open_experiment([argument for argument in arguments if argument not in ("--watch", "--verify")])
     still = 0
     while True:
-        left, active = _show(opened, "--verify" in arguments)
+        left, active = _show(experiment, "--verify" in arguments)
         still = 0 if active else still + 1
         if not left or still > STILL or "--watch" not in arguments:
             break
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _show(opened: Experiment, thorough: bool = False) -> tuple[bool, bool]:
+def _show(experiment: Experiment, thorough: bool = False) -> tuple[bool, bool]:
     """Print one report; is anything left to do, and does anything run or wait for it?
 
     Args:
@@ -51,26 +51,26 @@ def _show(opened: Experiment, thorough: bool = False) -> tuple[bool, bool]:
     from bench.storage.index import CachedStore
     from slurm import jobs
 
-    store, root = CachedStore(opened.store), Path(opened.cfg.results) / "slurm"
+    store, root = CachedStore(experiment.store), Path(experiment.cfg.results) / "slurm"
     # As the leaderboard has them: which model is wrecked is seen beside the undefended one.
-    table = of_trials(opened.trials, store, opened.reused)
+    table = of_trials(experiment.trials, store, experiment.reused)
     counts = Counter(table.status)
     titles: dict[tuple[str, str], str] = {}
-    for trial in opened.trials:
+    for trial in experiment.trials:
         for place in trial.places():
             titles.setdefault(place, _title(trial, *place))
     claims = {place: claim for place, claim in store.claims().items() if place in titles}
     running = {place: claim for place, claim in claims.items() if claim.alive}
-    alive = _jobs(opened, root)
+    alive = _jobs(experiment, root)
     going = {element.job for element in alive}
     queued = [element for element in alive if element.state == "PENDING"]
 
-    print(opened.title)
+    print(experiment.title)
     states = [f"{counts[state]} {state}" for state in STATES if counts[state]]
     states += [f"{len(running)} stages running"] if running else []
     states += [f"{len(queued)} jobs waiting in the queue"] if queued else []
     print(", ".join(states) or "no trial")
-    estimate = estimated(opened, store=store)
+    estimate = estimated(experiment, store=store)
     left = estimate.seconds(estimate.costs) / max(1, len(running))
     if left:
         print(f"about {duration(left)} left, at {max(1, len(running))} at once")
@@ -115,14 +115,14 @@ def _job(job: str) -> str:
     return f"job {job}, " if job else ""
 
 
-def _jobs(opened: Experiment, root: Path) -> list[Element]:
+def _jobs(experiment: Experiment, root: Path) -> list[Element]:
     """Jobs of this grid that wait or run."""
     from slurm import jobs
 
     if shutil.which("squeue") is None or not root.is_dir():
         return []
     try:
-        return jobs.of_grid(root, opened.trials)
+        return jobs.of_grid(root, experiment.trials)
     except jobs.QueueError as error:
         print(f"warning: Slurm does not answer: {error}")
         return []

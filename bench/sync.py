@@ -11,23 +11,23 @@ from bench._command import open_experiment, run_command
 
 
 def main(arguments: list[str]) -> int:
-    opened = open_experiment(arguments)
+    experiment = open_experiment(arguments)
     from bench.engine.errors import UserError
     from bench.engine.messages import masked
     from bench.reporting.mlflow import log_files, reason, report_files, sync
     from bench.reporting.report import write_report
 
-    uri = masked(opened.tracking_uri)
-    name, artifacts = str(opened.cfg.grid.name), Path(opened.cfg.results) / "mlflow"
-    if opened.folder.is_dir():
-        write_report(opened, again=False)  # a table that was damaged since it was written is not sent as it is
+    uri = masked(experiment.tracking_uri)
+    name, artifacts = str(experiment.cfg.grid.name), Path(experiment.cfg.results) / "mlflow"
+    if experiment.folder.is_dir():
+        write_report(experiment, again=False)  # a table that was damaged since it was written is not sent as it is
     try:
-        sent = sync(opened.trials, opened.store, opened.tracking_uri, name, artifacts)
-        if opened.folder.is_dir():
-            log_files(opened.tracking_uri, name, artifacts, report_files(opened.folder))
+        sent = sync(experiment.trials, experiment.store, experiment.tracking_uri, name, artifacts)
+        if experiment.folder.is_dir():
+            log_files(experiment.tracking_uri, name, artifacts, report_files(experiment.folder))
     except Exception as error:
         raise UserError(f"could not log everything to MLflow at {uri} ({reason(error)})") from error
-    print(f"{opened.title}: {sent} trials sent to {uri}")
+    print(f"{experiment.title}: {sent} trials sent to {uri}")
     return 0
 
 

@@ -30,13 +30,13 @@ def leaderboard(arguments: list[str]) -> int:
     from bench.reporting import mlflow
     from bench.reporting.board import boards
 
-    opened = load_experiment(arguments)
+    experiment = load_experiment(arguments)
     planned = time.perf_counter(), time.process_time()
-    trials = mlflow.read(opened.tracking_uri, str(opened.cfg.grid.name), opened.trials)
+    trials = mlflow.read(experiment.tracking_uri, str(experiment.cfg.grid.name), experiment.trials)
     read = time.perf_counter(), time.process_time()
     show(boards(trials, []))
     ended = time.perf_counter(), time.process_time()
-    print(f"{len(trials)} trials from {opened.tracking_uri}; seconds and CPU seconds:")
+    print(f"{len(trials)} trials from {experiment.tracking_uri}; seconds and CPU seconds:")
     for name, first, last in (("plan", began, planned), ("read", planned, read), ("table", read, ended)):
         print(f"{name:<6} {last[0] - first[0]:6.1f} {last[1] - first[1]:6.1f}")
     return 0
@@ -67,13 +67,13 @@ def main(arguments: list[str]) -> int:
         return page(arguments[-1])
     if "--leaderboard" in arguments:
         return leaderboard([argument for argument in arguments if argument != "--leaderboard"])
-    opened = load_experiment(arguments)
+    experiment = load_experiment(arguments)
     if not any(argument.startswith("results=") for argument in arguments):
         sys.exit("write results=DIR, a folder that holds no results")
     seen: set[tuple[str, str]] = set()
     weights = {"model": {"weight": torch.zeros(10)}}
     files = {"implant": {**weights, "trigger": {"weight": torch.zeros(10)}}, "defend": weights}
-    for trial in opened.trials:
+    for trial in experiment.trials:
         for stage, key in trial.places():
             if (stage, key) in seen:
                 continue
@@ -97,8 +97,8 @@ def main(arguments: list[str]) -> int:
             identity = (
                 trial.clean_control if key != trial.keys.implant and stage == "implant" else getattr(trial, stage)
             )
-            opened.store.finish(stage, identity, result, files.get(stage))
-    print(f"{len(opened.trials)} trials, {len(seen)} stages in {opened.store.root}")
+            experiment.store.finish(stage, identity, result, files.get(stage))
+    print(f"{len(experiment.trials)} trials, {len(seen)} stages in {experiment.store.root}")
     return 0
 
 

@@ -57,8 +57,8 @@ def run_grid(tiny: list[str]) -> Callable[..., tuple[int, pd.DataFrame]]:
         from bench.run import main
 
         status = main([*tiny, *more])
-        opened = load_experiment([*tiny, *more])
-        return status, of_trials(opened.trials, opened.store)
+        experiment = load_experiment([*tiny, *more])
+        return status, of_trials(experiment.trials, experiment.store)
 
     return run
 

@@ -252,8 +252,8 @@ def grid(*settings: str) -> dict[str, str]:
     safetensors.torch.load_file = load_file
     bench.engine.devices.pick_device = lambda wanted: DEVICE
     bench.run.main([*settings])
-    opened = load_experiment([*settings])
-    trials = of_trials(opened.trials, opened.store)
+    experiment = load_experiment([*settings])
+    trials = of_trials(experiment.trials, experiment.store)
     trials = trials[trials.status != "done"]
     return dict(zip(trials.attack + "/" + trials.defense, trials.reason.astype(str), strict=True))
 

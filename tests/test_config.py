@@ -177,8 +177,8 @@ def test_a_grid_in_a_folder_of_the_users_is_found(tmp_path, cache):
     (tmp_path / "grid" / "mine.yaml").write_text(
         "# @package _global_\ngrid: {name: mine, attacks: [none], seeds: [7]}\n"
     )
-    opened = load_experiment(["grid=mine", f"hydra.searchpath=[file://{tmp_path}]", f"dataset.cache={cache}"])
-    assert {(trial.attack, trial.seed) for trial in opened.trials} == {("none", 7)}
+    experiment = load_experiment(["grid=mine", f"hydra.searchpath=[file://{tmp_path}]", f"dataset.cache={cache}"])
+    assert {(trial.attack, trial.seed) for trial in experiment.trials} == {("none", 7)}
 
 
 YAML = """
@@ -210,14 +210,14 @@ def test_a_grid_in_yaml_reads_numbers_from_the_environment(tmp_path, cache, monk
     (tmp_path / "grid" / "mine.yaml").write_text(YAML)
     for name, value in (("SEEDS", "10"), ("RATE", "1/8"), ("IMAGES", "30"), ("FLAG", flag)):
         monkeypatch.setenv(f"BENCH_TEST_{name}", value)
-    opened = load_experiment(["grid=mine", f"hydra.searchpath=[file://{tmp_path}]", f"dataset.cache={cache}"])
-    assert [trial.seed for trial in opened.trials] == list(range(10))
-    trial = opened.trials[0]
+    experiment = load_experiment(["grid=mine", f"hydra.searchpath=[file://{tmp_path}]", f"dataset.cache={cache}"])
+    assert [trial.seed for trial in experiment.trials] == list(range(10))
+    trial = experiment.trials[0]
     assert (trial.evaluate["pgd_images"], trial.evaluate["pgd_epsilon"]) == (30, 4 / 255)
     assert trial.evaluate["relearn"] is (flag in ("true", "on"))
     assert bool(trial.clean_control) is trial.evaluate["relearn"]
     assert (trial.implant["attack"]["poison_rate"], trial.implant["train"]["lr"]) == (0.25, 0.125)
-    assert opened.cfg.grid.purpose == opened.cfg.grid.exceptions[0].why == "two lines of prose"
+    assert experiment.cfg.grid.purpose == experiment.cfg.grid.exceptions[0].why == "two lines of prose"
 
 
 def test_a_grid_in_yaml_that_cannot_be_read_is_refused_in_one_line(tmp_path, cache):
@@ -263,8 +263,8 @@ def test_what_is_written_for_a_command_line_is_read_back(value):
 def test_the_largest_seed_has_its_place_in_a_table(cache, tmp_path):
     from bench.reporting.trials import of_trials
 
-    opened = load_experiment(["grid.seeds=[4294967295]", f"dataset.cache={cache}", f"results={tmp_path}"])
-    assert set(of_trials(opened.trials, opened.store).seed) == {2**32 - 1}
+    experiment = load_experiment(["grid.seeds=[4294967295]", f"dataset.cache={cache}", f"results={tmp_path}"])
+    assert set(of_trials(experiment.trials, experiment.store).seed) == {2**32 - 1}
 
 
 def test_a_number_of_seeds_counts_from_zero():

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from bench import connection as door
+from bench import connection as command
 from bench.engine.errors import UserError
 from bench.reporting.connection import boards, connections, largest, over_seeds, rank_correlation
 from bench.reporting.figures import draw
@@ -31,7 +31,7 @@ def steps(infected: float | None, control: float | None, repaired: float | None)
 
 
 def grid(rows: list[tuple]) -> tuple:
-    """Trials and evidence from (attack, defense, seed, asr, infected, twin, repaired)."""
+    """Trials and details from (attack, defense, seed, asr, infected, control, repaired)."""
     trials = [
         {
             "dataset": "digits",
@@ -140,10 +140,10 @@ def test_the_door_reads_what_the_run_measured_and_refuses_a_grid_without_it(
     run_grid(*axes, "measure.connection=true")
     folder = tmp_path / "results" / "quick"
     with pytest.raises(UserError, match=r"run it with measure\.connection=true first"):
-        door.main([*tiny, *axes])
+        command.main([*tiny, *axes])
     history = (folder.parent / "store" / "history.log").read_text()
     monkeypatch.setattr(draw, "draw_connection", lambda *_: [])  # drawing takes seconds
-    assert door.main([*tiny, *axes, "measure.connection=true"]) == 0
+    assert command.main([*tiny, *axes, "measure.connection=true"]) == 0
     assert (folder.parent / "store" / "history.log").read_text() == history
     assert "fine_tuning (reserve)" in capsys.readouterr().out
     assert "| infected model | 20 |" in (folder / "connection.md").read_text()

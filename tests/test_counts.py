@@ -50,17 +50,17 @@ def test_the_lines_beneath_a_table_have_the_counts_that_are_used(tmp_path):
     name = folder(tmp_path, 10, 29, 4)
     base = [f"grid.datasets=['{name}']", "grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"]
     base += ["grid.seeds=1", "dataset.size=16", f"dataset.root={tmp_path}", f"dataset.cache={tmp_path / 'cache'}"]
-    opened = load_experiment(
+    experiment = load_experiment(
         [*base, "reserve.contamination=0.2", "attack.badnets.poison_rate=0.05", "measure.pgd_images=5000"]
     )
-    lines = "\n".join(protocol(opened))
+    lines = "\n".join(protocol(experiment))
     assert "10 of 290 training images (3.45%" in lines
     assert "2 of them poisoned (20.00%" in lines
     assert "the whole test set (40 images)" in lines
     assert "5000" not in lines.replace("measure.pgd_images=5000", "")
-    bench = Runner(opened.store, opened.infos, opened.device)
-    for trial in opened.trials:
-        counts = counts_of(trial, opened.infos[trial.dataset])
+    bench = Runner(experiment.store, experiment.infos, experiment.device)
+    for trial in experiment.trials:
+        counts = counts_of(trial, experiment.infos[trial.dataset])
         train, held_out = bench._split(trial)
         assert (counts.train, sum(counts.held_out)) == (len(train) + len(held_out), len(held_out))
         if trial.attack == "badnets":
@@ -70,7 +70,7 @@ def test_the_lines_beneath_a_table_have_the_counts_that_are_used(tmp_path):
             images, roles = bench._shown(trial)
             assert (len(images), int((roles == 1).sum())) == (counts.reserve, 0)
     # A twentieth of 280 images is 14, and is said only where it is another share.
-    assert {counts_of(trial, opened.infos[name]).poisoned for trial in opened.trials} == {0, 14}
+    assert {counts_of(trial, experiment.infos[name]).poisoned for trial in experiment.trials} == {0, 14}
     assert "badnets: " not in lines
     odd = "\n".join(protocol(load_experiment([*base, "attack.badnets.poison_rate=0.005"])))
     assert "badnets: 1 of 280 (0.36%" in odd
@@ -97,9 +97,9 @@ def test_a_retuning_says_how_many_images_it_poisoned(tmp_path, monkeypatch):
     name = folder(tmp_path, 2, 30, 4)
     base = [f"grid.datasets=['{name}']", "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "grid.seeds=1"]
     base += ["dataset.size=16", f"dataset.root={tmp_path}", f"dataset.cache={tmp_path / 'cache'}"]
-    opened = load_experiment([*base, "dispatch.device=cpu"])
-    trial, used = opened.trials[0], []
-    bench = Runner(opened.store, opened.infos, opened.device)
+    experiment = load_experiment([*base, "dispatch.device=cpu"])
+    trial, used = experiment.trials[0], []
+    bench = Runner(experiment.store, experiment.infos, experiment.device)
     monkeypatch.setattr(Runner, "trigger_of", lambda *_: {})
     monkeypatch.setattr(EvaluationContext, "trigger", lambda _, images: images)
     monkeypatch.setattr(
@@ -107,7 +107,7 @@ def test_a_retuning_says_how_many_images_it_poisoned(tmp_path, monkeypatch):
         "relearn",
         lambda model, clean, poisoned, **_: used.append(len(poisoned)) or SimpleNamespace(steps=1, course=[]),
     )
-    model = bench._fresh(spec_of(opened.infos[name], trial.implant["model"]), 0)
+    model = bench._fresh(spec_of(experiment.infos[name], trial.implant["model"]), 0)
     case = bench.case(trial)
     with torch.no_grad():
         rows = relearned(model, case, [5, 50, 100])

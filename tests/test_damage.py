@@ -91,8 +91,8 @@ def computed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[lis
     arguments = [*TINY, *GRID, f"dataset.cache={cache}"]
     results = tmp_path_factory.mktemp("computed") / "results"
     assert main([*arguments, f"results={results}"]) == 0
-    opened = load_experiment([*arguments, f"results={results}"])
-    return arguments, results, of_trials(opened.trials, opened.store)
+    experiment = load_experiment([*arguments, f"results={results}"])
+    return arguments, results, of_trials(experiment.trials, experiment.store)
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +147,8 @@ def check_mended(copied, before: pd.DataFrame, stage: str, expected: set[str], c
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
     assert f"{stage} {keys[stage]}" in printed.err
-    opened = load_experiment(arguments)
-    after = of_trials(opened.trials, store)
+    experiment = load_experiment(arguments)
+    after = of_trials(experiment.trials, store)
     pd.testing.assert_frame_equal(after[FIGURES], before[FIGURES], check_exact=True)
     again = {f"{name} {keys[name]}" for name in expected}
     assert sorted(history(store)[done:]) == sorted(again)
@@ -158,7 +158,7 @@ def check_mended(copied, before: pd.DataFrame, stage: str, expected: set[str], c
     }
     moved = {name.rpartition("-")[0].replace("-", " ") for name in store.aside()}
     assert f"{stage} {keys[stage]}" in moved <= again
-    assert all(store.damage(*place, thorough=True) is None for trial in opened.trials for place in trial.places())
+    assert all(store.damage(*place, thorough=True) is None for trial in experiment.trials for place in trial.places())
 
 
 @pytest.mark.parametrize(("stage", "name", "damage"), EVERY)
@@ -330,8 +330,8 @@ def test_foreign_files_in_a_results_folder_end_no_run(copied, computed, capsys):
     status(arguments)
     assert main(arguments) == 0
     assert main([*arguments, "dry_run=true"]) == 0
-    opened = load_experiment(arguments)
-    pd.testing.assert_frame_equal(of_trials(opened.trials, store)[FIGURES], computed[2][FIGURES], check_exact=True)
+    experiment = load_experiment(arguments)
+    pd.testing.assert_frame_equal(of_trials(experiment.trials, store)[FIGURES], computed[2][FIGURES], check_exact=True)
 
 
 # Publishing -----------------------------------------------------------------------------------------------------

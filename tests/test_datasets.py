@@ -531,13 +531,13 @@ def test_an_image_folder_is_not_mirrored_unless_that_is_said(tmp_path):
     cases = [([], {}), (["flip=true", "rotation=7"], {"flip": True, "rotation": 7}), (["crop=0"], {"crop": 0})]
     keys = set()
     for settings, chosen in cases:
-        opened = load_experiment([*own, *(f"dataset.augmentation.{setting}" for setting in settings)])
-        lines = "\n".join(protocol(opened))
-        for trial in opened.trials:
+        experiment = load_experiment([*own, *(f"dataset.augmentation.{setting}" for setting in settings)])
+        lines = "\n".join(protocol(experiment))
+        for trial in experiment.trials:
             assert trial.implant["dataset"]["augmentation"] == {**usual[trial.dataset], **chosen}
             assert str(Augmentation(**trial.implant["dataset"]["augmentation"])) in lines
             keys.add(trial.keys.implant)
-        assert all(info.digest in lines for info in opened.infos.values())
+        assert all(info.digest in lines for info in experiment.infos.values())
     assert len(keys) == 6
     # What a data set has anyway changes no key.
     same = load_experiment([*own, "dataset.augmentation.flip=false"])

@@ -172,23 +172,23 @@ def test_what_is_added_after_the_trigger_counts():
 
 
 def test_the_infected_model_is_measured_once_for_all_its_repairs(tiny):
-    opened = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"])
-    bench = Runner(Store(opened.store.root), opened.infos, torch.device("cpu"))
-    for trial in opened.trials:
+    experiment = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"])
+    bench = Runner(Store(experiment.store.root), experiment.infos, torch.device("cpu"))
+    for trial in experiment.trials:
         bench.run(trial)
     stages = [line.split()[1] for line in (bench.store.root / "history.log").read_text().splitlines()]
     assert sorted(stages) == ["defend", "defend", "evaluate", "evaluate", "implant", "inspect"]
-    first, second = (bench.store.result("evaluate", trial.keys.evaluate)["figures"] for trial in opened.trials)
+    first, second = (bench.store.result("evaluate", trial.keys.evaluate)["figures"] for trial in experiment.trials)
     assert first["infected_asr"] == first["asr"] == second["infected_asr"]
     assert first["infected_accuracy"] == first["clean_accuracy"] == second["infected_accuracy"]
     assert first["der"] == 0.5
 
 
 def test_seeds_in_turns_are_shown_the_triggered_images_made_first_as_far_as_memory_goes(tiny, monkeypatch):
-    opened = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "grid.seeds=3"])
-    bench = Runner(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    experiment = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "grid.seeds=3"])
+    bench = Runner(Store(experiment.store.root), experiment.infos, torch.device("cpu"))
     monkeypatch.setattr(Runner, "trigger_of", lambda self, trial: {})
-    one, two, three = opened.trials
+    one, two, three = experiment.trials
     first = bench.case(one)
     assert bench.case(two) is not first
     assert bench.case(one) is first
@@ -202,10 +202,10 @@ def test_seeds_in_turns_are_shown_the_triggered_images_made_first_as_far_as_memo
 def test_autoattack_brings_two_figures_a_curve_and_a_place_for_warnings(tiny, monkeypatch):
     short = functools.partial(robustness.curve, iterations=2, queries=2)
     monkeypatch.setattr(robustness, "curve", short)
-    opened = load_experiment(
+    experiment = load_experiment(
         [*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]", "measure.autoattack_images=6"]
     )
-    bench, (trial,) = Runner(Store(opened.store.root), opened.infos, torch.device("cpu")), opened.trials
+    bench, (trial,) = Runner(Store(experiment.store.root), experiment.infos, torch.device("cpu")), experiment.trials
     bench.run(trial)
     result = bench.store.result("evaluate", trial.keys.evaluate)
     rows, figures = result["autoattack"], result["figures"]
@@ -245,11 +245,11 @@ def test_a_clean_control_that_cannot_be_trained_is_the_reason_of_its_cells_and_i
         assert code == 1
     assert list(table.status) == ["failed"]
     assert table.reason[0] == "clean control: implant: RuntimeError: no control today"
-    opened = load_experiment([*tiny, *REACTIVATED])
-    control = key_of(opened.trials[0].clean_control)
-    assert opened.store.tries("implant", control) == 2
-    assert pending(opened.trials, opened.store, 3)[0].place == ("implant", control)
-    assert pending(opened.trials, opened.store, 2) == []
+    experiment = load_experiment([*tiny, *REACTIVATED])
+    control = key_of(experiment.trials[0].clean_control)
+    assert experiment.store.tries("implant", control) == 2
+    assert pending(experiment.trials, experiment.store, 3)[0].place == ("implant", control)
+    assert pending(experiment.trials, experiment.store, 2) == []
 
 
 def test_a_clean_control_that_diverges_is_an_outcome_of_its_own_and_no_fault_of_the_repair(
@@ -262,15 +262,15 @@ def test_a_clean_control_that_diverges_is_an_outcome_of_its_own_and_no_fault_of_
     assert table.warnings[0] == "without reactivate: the clean control diverged: the loss became nan"
     assert table.asr.notna().all()
     assert table.reactivate_asr.isna().all()
-    opened = load_experiment([*tiny, *REACTIVATED])
-    assert opened.store.result("implant", key_of(opened.trials[0].clean_control))["status"] == "diverged"
+    experiment = load_experiment([*tiny, *REACTIVATED])
+    assert experiment.store.result("implant", key_of(experiment.trials[0].clean_control))["status"] == "diverged"
 
 
 def test_repairs_wait_for_the_clean_control_that_they_are_measured_by(tiny):
-    opened = load_experiment([*tiny, *REACTIVATED])
-    tasks = pending(opened.trials, opened.store)
+    experiment = load_experiment([*tiny, *REACTIVATED])
+    tasks = pending(experiment.trials, experiment.store)
     assert [task.title.split("/")[2] for task in tasks] == ["badnets", "none", "badnets"]
-    schedule = _Schedule(tasks, opened.store, 3, lambda progress: None)
+    schedule = _Schedule(tasks, experiment.store, 3, lambda progress: None)
     infected, control = schedule.next(), schedule.next()
     assert schedule.next() is None
     schedule.finished(infected, "done")

@@ -42,9 +42,11 @@ print(json.dumps({"timed": timed, "drew": not torch.equal(before, torch.random.g
 
 def test_nothing_heavy_is_imported_while_the_first_stage_of_a_process_is_timed(tiny: list[str], tmp_path: Path) -> None:
     filters = ["grid.defenses=[activation_clustering,no_defense]", "grid.threat_models=[trainset]"]
-    opened = load_experiment([*tiny, "grid.attacks=[badnets]", *filters, "defense.activation_clustering.retrain=false"])
+    experiment = load_experiment(
+        [*tiny, "grid.attacks=[badnets]", *filters, "defense.activation_clustering.retrain=false"]
+    )
     with (tmp_path / "plan.pickle").open("wb") as file:
-        pickle.dump((opened.trials, opened.infos, opened.store), file)
+        pickle.dump((experiment.trials, experiment.infos, experiment.store), file)
     found = subprocess.run(
         [sys.executable, "-c", CHILD, str(tmp_path / "plan.pickle")], capture_output=True, text=True, check=False
     )

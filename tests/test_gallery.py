@@ -94,9 +94,9 @@ def test_a_gallery_is_drawn_from_what_is_stored(run_grid, tiny, tmp_path, capsys
     assert (folder / "gallery.png").read_bytes().startswith(b"\x89PNG")
     lines = (folder / "gallery.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["attack", "badnets", "blended"]
-    opened = load_experiment([*tiny, *settings])
-    clean = next(trial for trial in opened.trials if trial.attack == "none")
-    bench = Runner(opened.store, opened.infos, torch.device("cpu"))
+    experiment = load_experiment([*tiny, *settings])
+    clean = next(trial for trial in experiment.trials if trial.attack == "none")
+    bench = Runner(experiment.store, experiment.infos, torch.device("cpu"))
     test = bench.test_set("digits")
     others = test[test.labels != 8]
     model = bench.stored(clean, "implant", clean.keys.implant)
@@ -105,7 +105,7 @@ def test_a_gallery_is_drawn_from_what_is_stored(run_grid, tiny, tmp_path, capsys
     rows = list(csv.DictReader(lines))
     assert any(row["clean_model_asr"] != row["clean_model_floor"] for row in rows)  # the trigger is looked at
     for row in rows:
-        infected = next(trial for trial in opened.trials if trial.attack == row["attack"])
+        infected = next(trial for trial in experiment.trials if trial.attack == row["attack"])
         triggered = attack_from(infected.implant).trigger(others.images.float() / 255, bench.trigger_of(infected))
         with torch.no_grad():
             moved = model(triggered).argmax(1) == 8
@@ -123,9 +123,11 @@ def test_the_trigger_that_an_attack_finds_on_its_network_is_shown_behind_the_cel
 
     two = ["grid.attacks=[input_aware]", "grid.defenses=[no_defense]", "grid.models=[test_resnet,test_vit]"]
     run_grid(*two)
-    opened = load_experiment([*tiny, *two])
-    pictures(opened)
-    first, second = (opened.folder / picture_of("digits", name, "input_aware") for name in ("test_resnet", "test_vit"))
+    experiment = load_experiment([*tiny, *two])
+    pictures(experiment)
+    first, second = (
+        experiment.folder / picture_of("digits", name, "input_aware") for name in ("test_resnet", "test_vit")
+    )
     assert first.read_bytes() != second.read_bytes()
 
 
@@ -133,12 +135,14 @@ def test_the_trigger_that_an_attack_finds_on_its_network_is_shown_behind_the_cel
 def test_an_infected_model_is_shown_the_trigger_of_another_seed(run_grid, tiny, monkeypatch):
     settings = ["grid.attacks=[badnets,blended]", "grid.defenses=[no_defense]", "grid.seeds=2", "train.epochs=4"]
     _, trials = run_grid(*settings)
-    opened = load_experiment([*tiny, *settings])
-    bench = Runner(opened.store, opened.infos, torch.device("cpu"))
-    found = {(t.attack, t.seed): with_another_trigger(opened, bench, t)["other_seed_asr"] for t in opened.trials}
+    experiment = load_experiment([*tiny, *settings])
+    bench = Runner(experiment.store, experiment.infos, torch.device("cpu"))
+    found = {
+        (t.attack, t.seed): with_another_trigger(experiment, bench, t)["other_seed_asr"] for t in experiment.trials
+    }
     own = {(row.attack, row.seed): row.asr for row in trials.itertuples()}
     assert found["badnets", 0] == own["badnets", 0]  # the white patch is the same for every seed
-    first, second = (trial for trial in opened.trials if trial.attack == "blended")
+    first, second = (trial for trial in experiment.trials if trial.attack == "blended")
     test = bench.test_set("digits")
     others = test[test.labels != 0].images.float() / 255
     with torch.no_grad():

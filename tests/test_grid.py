@@ -27,9 +27,9 @@ def keys(cache):
 
 
 def test_a_plan_is_the_product_of_its_axes(cache):
-    opened = load_experiment(["grid=quick", f"dataset.cache={cache}"])
-    assert len(opened.trials) == 3 * 4 * 3
-    assert len({trial.keys.implant for trial in opened.trials}) == 3 * 3  # many defenses share one implant
+    experiment = load_experiment(["grid=quick", f"dataset.cache={cache}"])
+    assert len(experiment.trials) == 3 * 4 * 3
+    assert len({trial.keys.implant for trial in experiment.trials}) == 3 * 3  # many defenses share one implant
 
 
 @pytest.mark.parametrize(
@@ -100,28 +100,28 @@ def test_a_new_version_of_a_method_is_another_stage(keys, monkeypatch):
 
 
 def test_an_exception_sets_only_the_cells_that_match(cache):
-    opened = load_experiment(
+    experiment = load_experiment(
         [
             "grid=quick",
             "grid.exceptions=[{attack: badnets, set: {attack.patch_size: 6}, why: larger}]",
             f"dataset.cache={cache}",
         ]
     )
-    sizes = {trial.implant["attack"].get("patch_size") for trial in opened.trials if trial.attack == "badnets"}
+    sizes = {trial.implant["attack"].get("patch_size") for trial in experiment.trials if trial.attack == "badnets"}
     assert sizes == {6}
-    assert opened.cfg.attack.badnets.patch_size == 3
+    assert experiment.cfg.attack.badnets.patch_size == 3
 
 
 def test_an_exception_may_name_several(cache):
     settings = "grid.exceptions=[{defense: [aft, fine_tuning], set: {defense.lr: 0.5}, why: both}]"
-    opened = load_experiment(["grid=quick", settings, f"dataset.cache={cache}"])
-    rates = {trial.defense: trial.defend["defense"].get("lr") for trial in opened.trials}
+    experiment = load_experiment(["grid=quick", settings, f"dataset.cache={cache}"])
+    rates = {trial.defense: trial.defend["defense"].get("lr") for trial in experiment.trials}
     assert (rates["aft"], rates["fine_tuning"], rates["fine_pruning"]) == (0.5, 0.5, 0.01)
 
 
 def test_the_command_line_wins_over_an_exception_of_the_grid(cache):
-    opened = load_experiment(["grid=quick", "defense.aft.epsilon=0.5", f"dataset.cache={cache}"])
-    aft = next(trial for trial in opened.trials if trial.defense == "aft").defend["defense"]
+    experiment = load_experiment(["grid=quick", "defense.aft.epsilon=0.5", f"dataset.cache={cache}"])
+    aft = next(trial for trial in experiment.trials if trial.defense == "aft").defend["defense"]
     assert (aft["epsilon"], aft["updates"]) == (0.5, 160)
 
 
@@ -150,21 +150,21 @@ ROW = ["grid.ablations=[{name: short, defense: fine_tuning, set: {epochs: 3}}]",
 def test_a_setting_counts_the_same_however_it_is_written(cache, words, dotted, others):
     def outcome(word: str) -> object:
         try:
-            opened = load_experiment([*BASE, *words, word, f"dataset.cache={cache}"])
+            experiment = load_experiment([*BASE, *words, word, f"dataset.cache={cache}"])
         except UserError as error:
             return str(error)
-        lines = [line for line in protocol(opened) if not line.startswith("command: ")]
-        return [trial.keys for trial in opened.trials], lines
+        lines = [line for line in protocol(experiment) if not line.startswith("command: ")]
+        return [trial.keys for trial in experiment.trials], lines
 
     assert {repr(outcome(other)) for other in others} == {repr(outcome(dotted))}
 
 
 def test_the_shipped_grid_takes_a_dictionary_as_it_takes_the_dotted_form(cache):
     words = ["grid=quick", "grid.defenses=[aft]", "grid.attacks=[badnets]", "grid.seeds=1", f"dataset.cache={cache}"]
-    opened = load_experiment([*words, "defense.aft={epsilon: 0.02}"])
-    assert opened.trials[0].defend["defense"]["epsilon"] == 0.02
-    assert "command: python -m bench.run grid=quick" in "\n".join(protocol(opened))
-    assert "defense.aft.epsilon=0.02" in opened.arguments
+    experiment = load_experiment([*words, "defense.aft={epsilon: 0.02}"])
+    assert experiment.trials[0].defend["defense"]["epsilon"] == 0.02
+    assert "command: python -m bench.run grid=quick" in "\n".join(protocol(experiment))
+    assert "defense.aft.epsilon=0.02" in experiment.arguments
 
 
 @pytest.mark.parametrize(
@@ -184,9 +184,9 @@ def test_the_command_of_each_cell_computes_that_cell(cache, words):
     from bench.reporting.protocol import command
 
     base = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,aft]", "grid.seeds=1", f"dataset.cache={cache}"]
-    opened = load_experiment([*base, *words])
-    for trial in opened.trials:
-        again = load_experiment(shlex.split(command(opened, trial))[3:])
+    experiment = load_experiment([*base, *words])
+    for trial in experiment.trials:
+        again = load_experiment(shlex.split(command(experiment, trial))[3:])
         assert [one.keys for one in again.trials] == [trial.keys]
 
 
@@ -241,10 +241,10 @@ def test_the_protocol_prints_an_exception_unless_the_command_line_replaced_it_fo
 
 
 def test_the_protocol_names_the_command_without_what_changes_no_figure(cache):
-    opened = load_experiment(
+    experiment = load_experiment(
         ["grid=quick", "grid.seeds=1", "dispatch.workers=3", "results=away", f"dataset.cache={cache}"]
     )
-    assert "command: python -m bench.run grid=quick grid.seeds=1" in protocol(opened)
+    assert "command: python -m bench.run grid=quick grid.seeds=1" in protocol(experiment)
 
 
 ABLATED = [
@@ -257,15 +257,15 @@ ABLATED = [
 
 def test_an_ablation_is_a_row_of_its_own_and_changes_its_defense_there_alone(cache):
     row = "grid.ablations=[{name: plain, defense: aft, set: {epsilon: 0}}]"
-    opened = load_experiment([*ABLATED, row, f"dataset.cache={cache}"])
-    assert [trial.defense for trial in opened.trials] == ["aft", "plain"]
-    whole, ablated = (trial.defend["defense"] for trial in opened.trials)
+    experiment = load_experiment([*ABLATED, row, f"dataset.cache={cache}"])
+    assert [trial.defense for trial in experiment.trials] == ["aft", "plain"]
+    whole, ablated = (trial.defend["defense"] for trial in experiment.trials)
     # The exception for the method holds for both; the stage's identity is the method's, not the row's.
     assert ablated == {**whole, "epsilon": 0.0} != whole
     assert whole["updates"] == 250
-    assert "plain: aft with epsilon=0" in "\n".join(protocol(opened))
+    assert "plain: aft with epsilon=0" in "\n".join(protocol(experiment))
     same = load_experiment(["defense.aft.epsilon=0", *ABLATED, "grid.defenses=[aft]", f"dataset.cache={cache}"])
-    assert same.trials[0].keys == opened.trials[1].keys
+    assert same.trials[0].keys == experiment.trials[1].keys
 
 
 @pytest.mark.parametrize(
@@ -290,20 +290,24 @@ def test_what_an_ablation_changes_cannot_be_set_beside_it(cache):
 
 
 def test_a_setting_that_offers_too_little_is_not_applicable_with_the_reason(cache):
-    opened = load_experiment(["grid.defenses=[fine_tuning]", "grid.threat_models=[trainset]", f"dataset.cache={cache}"])
-    assert all(not trial.defend and "trainset" in trial.reason for trial in opened.trials)
+    experiment = load_experiment(
+        ["grid.defenses=[fine_tuning]", "grid.threat_models=[trainset]", f"dataset.cache={cache}"]
+    )
+    assert all(not trial.defend and "trainset" in trial.reason for trial in experiment.trials)
 
 
 def test_a_method_that_needs_no_image_is_repaired_once_for_all_settings(cache):
-    opened = load_experiment(
+    experiment = load_experiment(
         ["grid.defenses=[no_defense]", "grid.threat_models=[reserve,trainset]", f"dataset.cache={cache}"]
     )
-    both = {trial.threat_model: trial.keys for trial in opened.trials if trial.seed == 0 and trial.attack == "badnets"}
+    both = {
+        trial.threat_model: trial.keys for trial in experiment.trials if trial.seed == 0 and trial.attack == "badnets"
+    }
     assert both["reserve"] == both["trainset"]
 
 
 def test_a_sweep_is_one_more_axis_and_its_value_wins_over_exceptions(cache):
-    opened = load_experiment(
+    experiment = load_experiment(
         [
             "grid=quick",
             f"dataset.cache={cache}",
@@ -314,12 +318,12 @@ def test_a_sweep_is_one_more_axis_and_its_value_wins_over_exceptions(cache):
             "grid.exceptions=[{attack: badnets, set: {attack.poison_rate: 0.3}, why: a test}]",
         ]
     )
-    assert len(opened.trials) == 2 * 4 * 2
-    assert len({trial.keys.implant for trial in opened.trials}) == 2 * 2  # the size of the reserve shares implants
-    first = opened.trials[0]
+    assert len(experiment.trials) == 2 * 4 * 2
+    assert len({trial.keys.implant for trial in experiment.trials}) == 2 * 2  # the size of the reserve shares implants
+    first = experiment.trials[0]
     assert first.variant == "reserve.size=0.01, attack.poison_rate=0.1"
     assert first.defend["reserve"]["size"] == 0.01
-    assert {trial.implant["attack"]["poison_rate"] for trial in opened.trials} == {0.1, 0.2}
+    assert {trial.implant["attack"]["poison_rate"] for trial in experiment.trials} == {0.1, 0.2}
 
 
 @pytest.mark.parametrize(
@@ -435,7 +439,7 @@ def test_every_setting_of_a_stage_is_part_of_its_identity(keys, group):
 @pytest.mark.parametrize("name", grids())
 def test_every_shipped_grid_can_be_planned_and_says_what_it_costs(cache, name):
     # On digits, whatever its data: names, exceptions and sweeps are what a grid can get wrong.
-    opened = load_experiment(
+    experiment = load_experiment(
         [
             f"grid={name}",
             "grid.datasets=[digits]",
@@ -444,8 +448,8 @@ def test_every_shipped_grid_can_be_planned_and_says_what_it_costs(cache, name):
             f"dataset.cache={cache}",
         ]
     )
-    assert opened.cfg.grid.name == name
-    assert opened.cfg.grid.purpose
+    assert experiment.cfg.grid.name == name
+    assert experiment.cfg.grid.purpose
     text = files("bench.conf").joinpath("grid", f"{name}.yaml").read_text()
     assert "# Purpose: " in text
     assert "# Size: " in text

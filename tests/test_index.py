@@ -182,16 +182,18 @@ def test_a_store_that_cannot_be_written_to_does_without(store, monkeypatch):
 def test_tables_are_the_same_with_and_without_an_index_and_read_what_is_new_only(run_grid, tiny, reads, capsys):
     first = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"]
     run_grid(*first)
-    opened = load_experiment([*tiny, *first])
-    stored = of_trials(opened.trials, opened.store)
+    experiment = load_experiment([*tiny, *first])
+    stored = of_trials(experiment.trials, experiment.store)
     for _ in range(2):
-        known = CachedStore(opened.store)
-        assert of_trials(opened.trials, known).equals(stored)
-        assert step_table(opened.trials, known).equals(step_table(opened.trials, opened.store))
+        known = CachedStore(experiment.store)
+        assert of_trials(experiment.trials, known).equals(stored)
+        assert step_table(experiment.trials, known).equals(step_table(experiment.trials, experiment.store))
         known.index.keep()
     for _ in range(3):  # the first time, inspections are new
         reads.clear()
         for command in (bench.status.main, bench.run.main):
             assert command([*tiny, *first]) == 0
     assert reads == {}
-    assert json.loads((opened.store.folder("evaluate", opened.trials[0].keys.evaluate) / "result.json").read_text())
+    assert json.loads(
+        (experiment.store.folder("evaluate", experiment.trials[0].keys.evaluate) / "result.json").read_text()
+    )

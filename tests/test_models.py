@@ -510,8 +510,10 @@ def test_a_second_head_that_starts_as_nothing_is_seen(tiny, tmp_path, monkeypatc
 
 def test_the_code_of_an_architecture_of_ones_own_is_part_of_its_identity(tiny, tmp_path, monkeypatch):
     def keys(change: str) -> tuple[str, dict[str, str]]:
-        opened = load_experiment([*tiny, plug_in(tmp_path, monkeypatch, "own_net", change), "grid.models=[own_net]"])
-        return opened.trials[0].keys.implant, opened.trials[0].implant["model"]
+        experiment = load_experiment(
+            [*tiny, plug_in(tmp_path, monkeypatch, "own_net", change), "grid.models=[own_net]"]
+        )
+        return experiment.trials[0].keys.implant, experiment.trials[0].implant["model"]
 
     first, model = keys("")
     assert set(model) == {"name", "stem", "source"}

@@ -436,9 +436,9 @@ def test_the_command_of_a_cell_computes_the_same_figures_anew(run_grid, tiny, tm
     sweep = "grid.sweep=[{key:reserve.size,values:[0.02,0.05]}]"
     axes = ["grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]", sweep]
     _, trials = run_grid(*axes)
-    opened = load_experiment([*tiny, *axes])
+    experiment = load_experiment([*tiny, *axes])
     chosen = 3
-    words = shlex.split(command(opened, opened.trials[chosen]))
+    words = shlex.split(command(experiment, experiment.trials[chosen]))
     assert words[:3] == ["python", "-m", "bench.run"]
     monkeypatch.chdir(tmp_path)
     assert main(words[3:]) == 0
@@ -461,10 +461,10 @@ def test_the_command_of_a_swept_cell_plans_that_very_cell_whatever_kind_of_value
     }
     sweep = ",".join(f"{{key:{key},values:{values}}}" for key, values in keys.items())
     axes = ["grid.attacks=[badnets]", "grid.defenses=[pud]", "grid.threat_models=[trainset]", "grid.seeds=2"]
-    opened = load_experiment(["grid=quick", f"dataset.cache={cache}", *axes, f"grid.sweep=[{sweep}]"])
-    assert len({trial.keys for trial in opened.trials}) == len(opened.trials) == 2 * 2 * 2
-    for trial in (opened.trials[0], opened.trials[-1]):
-        (again,) = load_experiment(shlex.split(command(opened, trial))[3:]).trials
+    experiment = load_experiment(["grid=quick", f"dataset.cache={cache}", *axes, f"grid.sweep=[{sweep}]"])
+    assert len({trial.keys for trial in experiment.trials}) == len(experiment.trials) == 2 * 2 * 2
+    for trial in (experiment.trials[0], experiment.trials[-1]):
+        (again,) = load_experiment(shlex.split(command(experiment, trial))[3:]).trials
         assert (again.variant, again.seed, again.keys) == (trial.variant, trial.seed, trial.keys)
 
 

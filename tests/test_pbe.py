@@ -378,8 +378,8 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, monkeypatch
 
 def rounds(arguments: list[str]) -> list[dict]:
     """What the evaluator says of the steps of the only trial."""
-    opened = load_experiment(arguments)
-    return opened.store.result("evaluate", opened.trials[0].keys.evaluate)["rounds"]
+    experiment = load_experiment(arguments)
+    return experiment.store.result("evaluate", experiment.trials[0].keys.evaluate)["rounds"]
 
 
 @pytest.mark.slow

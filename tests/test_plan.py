@@ -19,57 +19,60 @@ from bench.storage.store import STAGES
 GRID = ["grid.attacks=[badnets,blended]", "grid.defenses=[no_defense,fine_tuning]", "grid.seeds=3"]
 
 
-def finish(opened, trial, stage: str, seconds: float, status: str = "done") -> None:
+def finish(experiment, trial, stage: str, seconds: float, status: str = "done") -> None:
     """A finished stage that took so long, without computing it."""
     identity = trial.clean_control if stage == "clean_control" else getattr(trial, stage)
     stage = "implant" if stage == "clean_control" else stage
     result = {"status": status, "seconds": seconds, "provenance": {"device": "abacus"}}
-    opened.store.finish(stage, identity, result)
+    experiment.store.finish(stage, identity, result)
 
 
-def cost(opened, place, assumed=None):
-    return estimated(opened, assumed).costs[place]
+def cost(experiment, place, assumed=None):
+    return estimated(experiment, assumed).costs[place]
 
 
 def test_a_stage_costs_the_median_of_the_same_cell_at_other_seeds(tiny):
-    opened = load_experiment([*tiny, *GRID, "grid.seeds=4"])
-    cell = [trial for trial in opened.trials if (trial.attack, trial.defense) == ("badnets", "fine_tuning")]
+    experiment = load_experiment([*tiny, *GRID, "grid.seeds=4"])
+    cell = [trial for trial in experiment.trials if (trial.attack, trial.defense) == ("badnets", "fine_tuning")]
     for trial, seconds in zip(cell[:3], (10.0, 20.0, 90.0), strict=True):
-        finish(opened, trial, "implant", seconds)
-    for trial in opened.trials:
+        finish(experiment, trial, "implant", seconds)
+    for trial in experiment.trials:
         if trial.attack == "blended" and trial.seed == 0 and trial.defense == "no_defense":
-            finish(opened, trial, "implant", 500.0)  # another cell's
-    found = cost(opened, ("implant", cell[3].keys.implant))
+            finish(experiment, trial, "implant", 500.0)  # another cell's
+    found = cost(experiment, ("implant", cell[3].keys.implant))
     assert (found.seconds, found.basis) == (20.0, "the same cell")
 
 
 def test_without_the_cell_it_is_the_method_there_then_others_then_elsewhere_then_nothing(tiny):
-    opened = load_experiment([*tiny, *GRID])
-    places = {(trial.attack, trial.defense, trial.seed): trial for trial in opened.trials}
+    experiment = load_experiment([*tiny, *GRID])
+    places = {(trial.attack, trial.defense, trial.seed): trial for trial in experiment.trials}
     target_labels = ("defend", places["blended", "fine_tuning", 0].keys.defend)
-    assert cost(opened, target_labels).basis == UNKNOWN
-    assert cost(opened, target_labels).seconds is None
-    assert cost(opened, target_labels, {"defend": 3.0}).seconds == 3.0
+    assert cost(experiment, target_labels).basis == UNKNOWN
+    assert cost(experiment, target_labels).seconds is None
+    assert cost(experiment, target_labels, {"defend": 3.0}).seconds == 3.0
 
     # Another grid's: another architecture, and the same store.
     other = load_experiment([*tiny, *GRID, "grid.models=[test_vit]", "grid.defenses=[fine_pruning]"])
     for stage, seconds in (("implant", 1.0), ("defend", 7.0)):
         finish(other, other.trials[0], stage, seconds)
-    assert cost(opened, target_labels).basis == "elsewhere"
-    finish(opened, places["badnets", "no_defense", 0], "defend", 5.0)
-    assert (cost(opened, target_labels).seconds, cost(opened, target_labels).basis) == (5.0, "others there")
-    finish(opened, places["badnets", "fine_tuning", 0], "defend", 9.0)
-    assert (cost(opened, target_labels).seconds, cost(opened, target_labels).basis) == (9.0, "the same method there")
-    finish(opened, places["blended", "fine_tuning", 1], "defend", 11.0)
-    assert (cost(opened, target_labels).seconds, cost(opened, target_labels).basis) == (11.0, "the same cell")
+    assert cost(experiment, target_labels).basis == "elsewhere"
+    finish(experiment, places["badnets", "no_defense", 0], "defend", 5.0)
+    assert (cost(experiment, target_labels).seconds, cost(experiment, target_labels).basis) == (5.0, "others there")
+    finish(experiment, places["badnets", "fine_tuning", 0], "defend", 9.0)
+    assert (cost(experiment, target_labels).seconds, cost(experiment, target_labels).basis) == (
+        9.0,
+        "the same method there",
+    )
+    finish(experiment, places["blended", "fine_tuning", 1], "defend", 11.0)
+    assert (cost(experiment, target_labels).seconds, cost(experiment, target_labels).basis) == (11.0, "the same cell")
 
 
 def test_what_was_measured_with_other_settings_counts_where_nothing_nearer_is(tiny):
     before = load_experiment([*tiny, *GRID])
     for stage, seconds in (("implant", 4.0), ("defend", 6.0), ("inspect", 1.0), ("evaluate", 2.0)):
         finish(before, before.trials[0], stage, seconds)
-    opened = load_experiment([*tiny, *GRID, "train.lr=0.05"])  # every stage is another one
-    costs = {stage: cost(opened, (stage, key)) for stage, key in opened.trials[0].places()}
+    experiment = load_experiment([*tiny, *GRID, "train.lr=0.05"])  # every stage is another one
+    costs = {stage: cost(experiment, (stage, key)) for stage, key in experiment.trials[0].places()}
     assert {stage: found.seconds for stage, found in costs.items()} == {
         "implant": 4.0,
         "defend": 6.0,
@@ -79,11 +82,11 @@ def test_what_was_measured_with_other_settings_counts_where_nothing_nearer_is(ti
 
 
 def test_a_cell_that_came_to_nothing_says_nothing_of_other_cells(tiny):
-    opened = load_experiment([*tiny, *GRID])
-    finish(opened, opened.trials[0], "defend", 0.0, status="diverged")
-    costs = estimated(opened).costs
+    experiment = load_experiment([*tiny, *GRID])
+    finish(experiment, experiment.trials[0], "defend", 0.0, status="diverged")
+    costs = estimated(experiment).costs
     known = {place for place, found in costs.items() if found.seconds is not None}
-    assert known == {("defend", trial.keys.defend) for trial in opened.trials[1:3]}  # its own other seeds
+    assert known == {("defend", trial.keys.defend) for trial in experiment.trials[1:3]}  # its own other seeds
 
 
 def test_every_stage_is_counted_once_and_clean_controls_by_their_name(tiny, capsys):
@@ -110,20 +113,20 @@ def test_a_finished_grid_has_nothing_left(run_grid, tiny, capsys):
     assert "to compute: 0 infected models, 0 repairs" in printed
     assert "critical path" not in printed
     # And of what it left, another seed is planned: seconds and bytes.
-    opened = load_experiment([*tiny, *one, "grid.seeds=[1]"])
-    costs = estimated(opened).costs
+    experiment = load_experiment([*tiny, *one, "grid.seeds=[1]"])
+    costs = estimated(experiment).costs
     done = load_experiment([*tiny, *one]).trials[0]
-    for stage, key in opened.trials[0].places():
+    for stage, key in experiment.trials[0].places():
         before = dict(done.places())[stage]
-        assert costs[stage, key].seconds == opened.store.result(stage, before)["seconds"]
-        assert costs[stage, key].size == sum(p.stat().st_size for p in opened.store.folder(stage, before).iterdir())
+        assert costs[stage, key].seconds == experiment.store.result(stage, before)["seconds"]
+        assert costs[stage, key].size == sum(p.stat().st_size for p in experiment.store.folder(stage, before).iterdir())
 
 
 def test_the_first_repair_of_a_model_inspects_it(tiny):
-    opened = load_experiment([*tiny, *GRID, "grid.attacks=[badnets]", "grid.seeds=1"])
-    tasks = pending(opened.trials, opened.store)
+    experiment = load_experiment([*tiny, *GRID, "grid.attacks=[badnets]", "grid.seeds=1"])
+    tasks = pending(experiment.trials, experiment.store)
     seconds = dict(zip((*STAGES[:2], "inspect", "evaluate"), (100.0, 10.0, 5.0, 1.0), strict=True))
-    jobs = jobs_of(tasks, estimated(opened, seconds), job_seconds=0.5)
+    jobs = jobs_of(tasks, estimated(experiment, seconds), job_seconds=0.5)
     assert [(job.seconds, job.needs) for job in jobs] == [(100.5, ()), (16.5, (0,)), (11.5, (0,))]
     assert [job.seconds for job in critical_path(jobs)] == [100.5, 16.5]
 
@@ -168,8 +171,8 @@ def test_a_wrong_option_is_refused_with_the_right_ones(tiny, option):
 def test_nor_does_what_came_to_nothing_with_other_settings(tiny):
     before = load_experiment([*tiny, *GRID, "train.epochs=2"])
     finish(before, before.trials[0], "implant", 1.0, status="diverged")
-    opened = load_experiment([*tiny, *GRID])
-    assert cost(opened, ("implant", opened.trials[0].keys.implant)).basis == UNKNOWN
+    experiment = load_experiment([*tiny, *GRID])
+    assert cost(experiment, ("implant", experiment.trials[0].keys.implant)).basis == UNKNOWN
 
 
 # Scaled to other work -----------------------------------------------------------------------------------------------
@@ -183,9 +186,9 @@ def measured(tiny, *more: str):
     return before
 
 
-def tuned(opened):
+def tuned(experiment):
     """The trial that repairs BadNets' first model by fine-tuning."""
-    return next(trial for trial in opened.trials if (trial.attack, trial.defense) == ("badnets", "fine_tuning"))
+    return next(trial for trial in experiment.trials if (trial.attack, trial.defense) == ("badnets", "fine_tuning"))
 
 
 @pytest.mark.parametrize(
@@ -200,8 +203,8 @@ def tuned(opened):
 )
 def test_what_was_measured_counts_times_the_ratio_of_images_and_epochs(tiny, changed, stage, times):
     measured(tiny)
-    opened = load_experiment([*tiny, *GRID, changed])
-    found = cost(opened, (stage, dict(tuned(opened).places())[stage]))
+    experiment = load_experiment([*tiny, *GRID, changed])
+    found = cost(experiment, (stage, dict(tuned(experiment).places())[stage]))
     seconds = {"implant": 4.0, "defend": 6.0, "evaluate": 2.0}[stage]
     assert found.seconds == pytest.approx(seconds * times)
     assert found.ratio == pytest.approx(times)
@@ -230,8 +233,8 @@ def flops_by_hand(name: str, channels: int, size: int, stem: str) -> int:
 def test_a_network_of_so_many_times_the_operations_takes_so_many_times_the_seconds(tiny, name, stem):
     measured(tiny)
     times = flops_by_hand(name, 1, 16, stem) / flops_by_hand("test_resnet", 1, 16, "stock")
-    opened = load_experiment([*tiny, *GRID, f"grid.models=[{name}]", f"model.stem={stem}"])
-    seconds = {stage: cost(opened, (stage, key)).seconds for stage, key in tuned(opened).places()}
+    experiment = load_experiment([*tiny, *GRID, f"grid.models=[{name}]", f"model.stem={stem}"])
+    seconds = {stage: cost(experiment, (stage, key)).seconds for stage, key in tuned(experiment).places()}
     assert seconds == pytest.approx(
         {"implant": 4 * times, "defend": 6 * times, "inspect": times, "evaluate": 2 * times}
     )
@@ -241,10 +244,10 @@ def test_a_data_set_of_more_images_takes_longer_in_proportion(tiny, tmp_path):
     before = measured(tiny)
     # Grey images of ten classes, too: the same network at the same size.
     other = ["grid.datasets=[fashion_mnist]", "dataset.size=16", f"dataset.root={tmp_path / 'nowhere'}"]
-    opened = load_experiment([*tiny, *GRID, *other], dry=True)
+    experiment = load_experiment([*tiny, *GRID, *other], dry=True)
     digits = before.infos["digits"]
     trained = sum(count - round(0.05 * count) for count in digits.train_counts)
-    seconds = {stage: cost(opened, (stage, key)).seconds for stage, key in tuned(opened).places()}
+    seconds = {stage: cost(experiment, (stage, key)).seconds for stage, key in tuned(experiment).places()}
     assert seconds["implant"] == pytest.approx(4 * 57_000 / trained)
     assert seconds["defend"] == pytest.approx(6 * 60_000 / sum(digits.train_counts))
     assert seconds["inspect"] == pytest.approx(10_000 / 359)
@@ -252,14 +255,14 @@ def test_a_data_set_of_more_images_takes_longer_in_proportion(tiny, tmp_path):
 
 def test_a_smaller_stored_network_takes_less_disk(tiny):
     before = measured(tiny)
-    opened = load_experiment([*tiny, *GRID, "grid.models=[test_efficientnet]"])
-    place = ("implant", tuned(opened).keys.implant)
-    was = sum(path.stat().st_size for path in opened.store.folder("implant", tuned(before).keys.implant).iterdir())
+    experiment = load_experiment([*tiny, *GRID, "grid.models=[test_efficientnet]"])
+    place = ("implant", tuned(experiment).keys.implant)
+    was = sum(path.stat().st_size for path in experiment.store.folder("implant", tuned(before).keys.implant).iterdir())
     count = [
         sum(weight.numel() for weight in ModelSpec(name, 10, 1, 16, (0.5,), (0.5,)).build(0).parameters())
         for name in ("test_efficientnet", "test_resnet")
     ]
-    assert cost(opened, place).size == pytest.approx(was * count[0] / count[1])
+    assert cost(experiment, place).size == pytest.approx(was * count[0] / count[1])
 
 
 def test_an_assumption_stays_in_force_for_what_was_not_measured_there(tiny):
@@ -278,17 +281,17 @@ def test_an_assumption_stays_in_force_for_what_was_not_measured_there(tiny):
 
 
 def test_the_epochs_of_one_method_say_nothing_of_another(tiny):
-    opened = load_experiment([*tiny, *GRID, "defense.fine_tuning.epochs=50"])
-    finish(opened, next(trial for trial in opened.trials if trial.defense == "no_defense"), "defend", 5.0)
-    found = cost(opened, ("defend", tuned(opened).keys.defend))
+    experiment = load_experiment([*tiny, *GRID, "defense.fine_tuning.epochs=50"])
+    finish(experiment, next(trial for trial in experiment.trials if trial.defense == "no_defense"), "defend", 5.0)
+    found = cost(experiment, ("defend", tuned(experiment).keys.defend))
     assert (found.seconds, found.basis) == (5.0, "others there")
 
 
 def test_a_costly_measure_is_not_known_by_what_was_measured_without_it(tiny):
     measured(tiny)
-    opened = load_experiment([*tiny, *GRID, "measure.autoattack_images=10"])
-    keys = dict(tuned(opened).places())
-    assert cost(opened, ("evaluate", keys["evaluate"])).basis == UNKNOWN
+    experiment = load_experiment([*tiny, *GRID, "measure.autoattack_images=10"])
+    keys = dict(tuned(experiment).places())
+    assert cost(experiment, ("evaluate", keys["evaluate"])).basis == UNKNOWN
     again = load_experiment([*tiny, *GRID, "measure.pgd_steps=2"])
     assert cost(again, ("evaluate", dict(tuned(again).places())["evaluate"])).seconds > 2
 

@@ -11,8 +11,8 @@ from bench.run import main
 
 def figures(arguments: list[str]):
     assert main(arguments) == 0
-    opened = load_experiment(arguments)
-    table = of_trials(opened.trials, opened.store)
+    experiment = load_experiment(arguments)
+    table = of_trials(experiment.trials, experiment.store)
     return table.groupby(["attack", "defense"])[["clean_accuracy", "asr"]].mean()
 
 

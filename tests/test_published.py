@@ -33,11 +33,13 @@ def test_only_the_new_method_is_computed_and_the_table_is_that_of_the_whole(
     tiny: list[str], published: Path, tmp_path: Path
 ) -> None:
     mine = [*tiny, *MORE, f"reuse=[{published}]"]
-    opened = open_experiment(mine)
-    repairs = [task.trial.defense for task in pending(opened.own, opened.store) if task.stages[-1] == "evaluate"]
+    experiment = open_experiment(mine)
+    repairs = [
+        task.trial.defense for task in pending(experiment.own, experiment.store) if task.stages[-1] == "evaluate"
+    ]
     assert repairs == ["fine_pruning", "fine_pruning"]
     assert main(mine) == 0
-    assert len(opened.store.keys("evaluate")) == 2
+    assert len(experiment.store.keys("evaluate")) == 2
     joined = pd.read_csv(tmp_path / "results" / "quick" / "trials.csv")
     assert main([*tiny, *MORE, f"results={tmp_path / 'whole'}"]) == 0
     whole = pd.read_csv(tmp_path / "whole" / "quick" / "trials.csv")

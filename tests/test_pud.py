@@ -675,9 +675,9 @@ def test_the_harness_runs_pbe_and_pud_in_both_settings_and_scores_every_step(run
     status, table = run_grid(*settings)
     assert status == 0
     assert table.status.tolist() == ["done"] * 4
-    opened = load_experiment([*tiny, *settings])
-    for trial in opened.trials:
-        result = opened.store.result("evaluate", trial.keys.evaluate)
+    experiment = load_experiment([*tiny, *settings])
+    for trial in experiment.trials:
+        result = experiment.store.result("evaluate", trial.keys.evaluate)
         steps = {step["name"]: step for step in result["rounds"]}
         images = 1367 if trial.threat_model == "trainset" else 71
         if trial.defense == "pbe":
@@ -697,8 +697,8 @@ def test_the_harness_runs_pbe_and_pud_in_both_settings_and_scores_every_step(run
 
 def rounds(arguments: list[str]) -> list[dict]:
     """What the evaluator says of the parts of the only trial."""
-    opened = load_experiment(arguments)
-    return opened.store.result("evaluate", opened.trials[0].keys.evaluate)["rounds"]
+    experiment = load_experiment(arguments)
+    return experiment.store.result("evaluate", experiment.trials[0].keys.evaluate)["rounds"]
 
 
 @pytest.mark.slow

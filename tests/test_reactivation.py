@@ -271,7 +271,7 @@ def test_each_repair_is_read_beside_a_clean_control_that_is_made_once(tiny, monk
     monkeypatch.setattr(connection, "EPSILONS", (2 / 255, 8 / 255))
     monkeypatch.setattr(connection, "RESAMPLES", 10)
     monkeypatch.setattr(evaluation, "PROBE_IMAGES", 20)
-    opened = load_experiment(
+    experiment = load_experiment(
         [
             *tiny,
             "grid.attacks=[badnets]",
@@ -282,15 +282,15 @@ def test_each_repair_is_read_beside_a_clean_control_that_is_made_once(tiny, monk
             "measure.connection=true",
         ]
     )
-    bench = Runner(Store(opened.store.root), opened.infos, torch.device("cpu"))
-    for trial in opened.trials:
+    bench = Runner(Store(experiment.store.root), experiment.infos, torch.device("cpu"))
+    for trial in experiment.trials:
         bench.run(trial.control_trial(), ("implant",))
         bench.run(trial)
     stages = [line.split()[1] for line in (bench.store.root / "history.log").read_text().splitlines()]
     assert sorted(stages) == ["defend", "defend", "evaluate", "evaluate", "implant", "implant", "inspect"]
-    first = opened.trials[0]
+    first = experiment.trials[0]
     assert bench.store.result("implant", key_of(first.clean_control))["poisoned"] == 0
-    results = [bench.store.result("evaluate", trial.keys.evaluate) for trial in opened.trials]
+    results = [bench.store.result("evaluate", trial.keys.evaluate) for trial in experiment.trials]
     shared = [[{**row, "repaired": None} for row in result["connection"]] for result in results]
     assert shared[0] == shared[1]
     for row, other, epsilon in zip(*(result["connection"] for result in results), (2 / 255, 8 / 255), strict=True):
@@ -328,7 +328,7 @@ def test_a_copy_that_diverges_while_it_relearns_costs_no_other_figure(tiny, monk
     def diverging(*_: object, **__: object) -> None:
         raise Diverged("the loss became nan")
 
-    opened = load_experiment(
+    experiment = load_experiment(
         [
             *tiny,
             "grid.attacks=[badnets]",
@@ -337,11 +337,11 @@ def test_a_copy_that_diverges_while_it_relearns_costs_no_other_figure(tiny, monk
             "measure.relearn_poisoned=[5]",
         ]
     )
-    bench = Runner(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    bench = Runner(Store(experiment.store.root), experiment.infos, torch.device("cpu"))
     monkeypatch.setattr(reactivation, "relearn", diverging)
-    bench.run(opened.trials[0].control_trial(), ("implant",))
-    bench.run(opened.trials[0])
-    result = bench.store.result("evaluate", opened.trials[0].keys.evaluate)
+    bench.run(experiment.trials[0].control_trial(), ("implant",))
+    bench.run(experiment.trials[0])
+    result = bench.store.result("evaluate", experiment.trials[0].keys.evaluate)
     assert result["status"] == "done"
     assert result["figures"]["asr"] is not None
     assert result["figures"]["relearn_asr"] is result["figures"]["relearn_gain"] is None

@@ -65,38 +65,38 @@ def texts(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_a_report_is_written_again_where_it_is_damaged_and_only_there(whole: tuple[list[str], Experiment]) -> None:
-    _, opened = whole
-    before, stamp = texts(opened.folder), opened.folder / ".report"
+    _, experiment = whole
+    before, stamp = texts(experiment.folder), experiment.folder / ".report"
     assert {"trials.csv", "leaderboard.md", "leaderboard.html", "wide.csv", "config.yaml"} <= set(before)
-    (opened.folder / "gallery.csv").write_text("another command's, which it may write anew")
+    (experiment.folder / "gallery.csv").write_text("another command's, which it may write anew")
     written = stamp.stat().st_mtime_ns
-    write_report(opened, again=False)
+    write_report(experiment, again=False)
     assert stamp.stat().st_mtime_ns == written
-    (opened.folder / "gallery.csv").unlink()
+    (experiment.folder / "gallery.csv").unlink()
     for name, kind in (("trials.csv", "cut"), ("leaderboard.html", "zeroed"), ("config.yaml", "gone")):
-        DAMAGES[kind](opened.folder / name)
-        write_report(opened, again=False)
-        assert texts(opened.folder) == before, name
+        DAMAGES[kind](experiment.folder / name)
+        write_report(experiment, again=False)
+        assert texts(experiment.folder) == before, name
     DAMAGES["a folder"](stamp)
-    write_report(opened, again=False)
+    write_report(experiment, again=False)
     assert stamp.is_file()
 
 
 def test_a_run_that_changes_nothing_prints_the_boards_that_were_written(
     whole: tuple[list[str], Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, opened = whole
-    compared, trials = write_report(opened)
-    assert compared == boards(trials, protocol(opened))
+    _, experiment = whole
+    compared, trials = write_report(experiment)
+    assert compared == boards(trials, protocol(experiment))
     with monkeypatch.context() as patch:
         patch.setattr("bench.reporting.marks.compare", lambda _: pytest.fail("compared again"))
-        kept, _ = write_report(opened, again=False)
+        kept, _ = write_report(experiment, again=False)
     assert kept == compared
     for kind in DAMAGES:
-        DAMAGES[kind](opened.folder / ".boards.json")
+        DAMAGES[kind](experiment.folder / ".boards.json")
         if kind == "a folder":
-            (opened.folder / ".boards.json").rmdir()
-        assert write_report(opened, again=False)[0] == compared, kind
+            (experiment.folder / ".boards.json").rmdir()
+        assert write_report(experiment, again=False)[0] == compared, kind
 
 
 def test_a_table_that_was_cut_is_never_sent(
@@ -105,8 +105,8 @@ def test_a_table_that_was_cut_is_never_sent(
     from bench import sync
     from bench.reporting import mlflow
 
-    arguments, opened = whole
-    table = opened.folder / "trials.csv"
+    arguments, experiment = whole
+    table = experiment.folder / "trials.csv"
     before = table.read_bytes()
     sent: list[bytes] = []
     monkeypatch.setattr(mlflow, "sync", lambda *_: 0)

@@ -38,9 +38,9 @@ FIGURES = ["attack", "defense", "seed", "status", "clean_accuracy", "asr", "reco
 
 
 def weights_of(arguments: list[str], stage: str) -> dict[str, torch.Tensor]:
-    opened = load_experiment(arguments)
-    key = dict(zip(("implant", "defend", "evaluate"), opened.trials[0].keys, strict=True))[stage]
-    return opened.store.tensors(stage, key, "model")
+    experiment = load_experiment(arguments)
+    key = dict(zip(("implant", "defend", "evaluate"), experiment.trials[0].keys, strict=True))[stage]
+    return experiment.store.tensors(stage, key, "model")
 
 
 # In the first epoch, in the third, in the defense.

@@ -1,4 +1,4 @@
-"""The front door end to end, on digits: a leaderboard out, nothing computed twice, failures shown and survived."""
+"""bench.run end to end, on digits: a leaderboard out, nothing computed twice, failures shown and survived."""
 
 from __future__ import annotations
 
@@ -177,9 +177,9 @@ def test_the_command_that_reproduces_a_cell_names_what_changes_a_figure_and_noth
     others = ["defense.aft.lr=0.02", "attack.badnets.patch_size=4"]  # of methods that the cell does not have
     dropped = ["dispatch.workers=2", "dispatch.max_tries=3", "++dispatch.slurm.additional.nice=5", "report.plots=true"]
     dropped += ["tracking=server", "tracking.uri=http://example.org", "tracking.enabled=false"]
-    opened = load_experiment([*tiny, *kept, *dropped, *others, "dispatch.threads=2"])
-    cell = next(trial for trial in opened.trials if (trial.attack, trial.defense) == ("blended", "fine_tuning"))
-    words = shlex.split(command(opened, cell))
+    experiment = load_experiment([*tiny, *kept, *dropped, *others, "dispatch.threads=2"])
+    cell = next(trial for trial in experiment.trials if (trial.attack, trial.defense) == ("blended", "fine_tuning"))
+    words = shlex.split(command(experiment, cell))
     assert set(kept) <= set(words)
     assert not set(others) & set(words)
     assert "dispatch.threads=2" in words  # another order of sums: the last bits
@@ -203,12 +203,12 @@ def test_a_report_is_written_again_only_if_it_would_be_another(run_grid, tmp_pat
     assert written()
     page.with_name("wide.csv").unlink()
     assert written()
-    opened = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
-    (trial,) = opened.trials
-    result = opened.store.result("evaluate", trial.keys.evaluate)
-    shutil.rmtree(opened.store.folder("evaluate", trial.keys.evaluate))
+    experiment = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
+    (trial,) = experiment.trials
+    result = experiment.store.result("evaluate", trial.keys.evaluate)
+    shutil.rmtree(experiment.store.folder("evaluate", trial.keys.evaluate))
     result["figures"]["asr"] = 0.125
-    opened.store.finish("evaluate", trial.evaluate, result)
+    experiment.store.finish("evaluate", trial.evaluate, result)
     assert written()
     before = page.stat().st_mtime_ns
     report.main([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
@@ -398,8 +398,8 @@ def test_a_stage_whose_folder_was_deleted_is_computed_again_and_its_neighbours_a
     _, before = run_grid(*words)
     shutil.rmtree(tmp_path / "results" / "store" / stage)
     lines = len(history(tmp_path / "results"))
-    opened = load_experiment([*tiny, *words])
-    assert (of_trials(opened.trials, opened.store).status == "missing").all()
+    experiment = load_experiment([*tiny, *words])
+    assert (of_trials(experiment.trials, experiment.store).status == "missing").all()
     status, after = run_grid(*words)
     assert status == 0
     computed = [line.split()[0] for line in history(tmp_path / "results")[lines:]]
@@ -430,9 +430,9 @@ def test_attacks_that_optimise_on_a_clean_network_share_one_of_their_seed(run_gr
     )
     given = Runner._setup
     monkeypatch.setattr(Runner, "_setup", lambda bench, trial, log, *_: given(bench, trial, log))
-    opened = load_experiment([*tiny, *alone])
-    bench = Runner(opened.store, opened.infos, torch.device("cpu"))
-    for trial in opened.trials[1:]:
+    experiment = load_experiment([*tiny, *alone])
+    bench = Runner(experiment.store, experiment.infos, torch.device("cpu"))
+    for trial in experiment.trials[1:]:
         bench.run(trial, ("implant",))
         key = trial.keys.implant
         for part in ("model", "trigger"):
@@ -529,11 +529,11 @@ def test_list_names_every_method_with_its_paper(capsys):
 
 def test_every_figure_can_be_traced_to_a_config_a_seed_and_a_commit(run_grid, tiny):
     run_grid(*FIRST)
-    opened = load_experiment([*tiny, *FIRST])
-    trial = opened.trials[-1]
-    found = opened.store.result("evaluate", trial.keys.evaluate)["provenance"]
+    experiment = load_experiment([*tiny, *FIRST])
+    trial = experiment.trials[-1]
+    found = experiment.store.result("evaluate", trial.keys.evaluate)["provenance"]
     assert {"commit", "clean", "torch", "timm", "device", "python"} <= set(found)
-    config = json.loads((opened.store.folder("implant", trial.keys.implant) / "config.json").read_text())
+    config = json.loads((experiment.store.folder("implant", trial.keys.implant) / "config.json").read_text())
     assert config["seed"] == trial.seed
     assert config["attack"]["patch_size"] == 3
 
@@ -541,14 +541,14 @@ def test_every_figure_can_be_traced_to_a_config_a_seed_and_a_commit(run_grid, ti
 @pytest.mark.slow
 def test_the_figures_of_a_stored_repair_come_back_from_its_weights_and_timm_alone(run_grid, tiny):
     _, trials = run_grid("grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "defense.fine_tuning.lr=0.01")
-    opened = load_experiment(
+    experiment = load_experiment(
         [*tiny, "grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "defense.fine_tuning.lr=0.01"]
     )
-    (trial,) = opened.trials
-    stored = load_file(opened.store.folder("defend", trial.keys.defend) / "model.safetensors")
+    (trial,) = experiment.trials
+    stored = load_file(experiment.store.folder("defend", trial.keys.defend) / "model.safetensors")
     net = timm.create_model("test_resnet", num_classes=10, in_chans=1).eval()
     net.load_state_dict({name.removeprefix("net."): value for name, value in stored.items() if name.startswith("net.")})
-    test = opened.infos["digits"].load("test")
+    test = experiment.infos["digits"].load("test")
     images, labels = test.images.float() / 255, test.labels
     triggered = images.clone()
     triggered[..., -2:, -2:] = 1.0  # three white pixels of 32 are two of 16
@@ -561,20 +561,20 @@ def test_the_figures_of_a_stored_repair_come_back_from_its_weights_and_timm_alon
 
 
 @pytest.mark.parametrize(
-    "door", ["run", "plan", "report", "status", "cancel", "sync", "list", "data", "perf", "gallery"]
+    "command", ["run", "plan", "report", "status", "cancel", "sync", "list", "data", "perf", "gallery"]
 )
-def test_help_answers_without_loading_torch(door):
+def test_help_answers_without_loading_torch(command):
     code = f"""if True:
         import runpy, sys
         sys.argv = ["x", "--help"]
         try:
-            runpy.run_module("bench.{door}", run_name="__main__")
+            runpy.run_module("bench.{command}", run_name="__main__")
         except SystemExit as end:
             assert end.code == 0
         assert "torch" not in sys.modules
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert f"python -m bench.{door}" in done.stdout
+    assert f"python -m bench.{command}" in done.stdout
 
 
 def test_a_users_mistake_is_one_line_and_exit_status_2(tmp_path):

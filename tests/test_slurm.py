@@ -540,8 +540,8 @@ def test_memory_is_asked_for_in_one_way(fake_slurm, tiny, monkeypatch, key):
     arguments = [*tiny, "dispatch=slurm", f"dispatch.slurm.{key}=2G"]
     with pytest.raises(UserError, match=r"memory_gb=null"):
         open_experiment(arguments)
-    opened = open_experiment([*arguments, "dispatch.slurm.memory_gb=null"])
-    executor = dispatch._executor(opened.cfg.dispatch, fake_slurm, "name", "", workers=1)
+    experiment = open_experiment([*arguments, "dispatch.slurm.memory_gb=null"])
+    executor = dispatch._executor(experiment.cfg.dispatch, fake_slurm, "name", "", workers=1)
     lines = executor._executor._make_submission_file_text("true", "x").splitlines()
     asked = [line for line in lines if line.startswith("#SBATCH --mem")]
     assert asked == [f"#SBATCH --{key.rpartition('.')[2].removeprefix('slurm_').replace('_', '-')}=2G"]
@@ -591,13 +591,13 @@ def test_a_profile_is_a_file_of_settings_and_the_command_line_wins(fake_slurm, t
     from slurm import dispatch
 
     dispatch._sbatch_options.cache_clear()
-    opened = open_experiment(
+    experiment = open_experiment(
         [*tiny, f"dispatch={profile}", "dispatch.slurm.partition=mine", "dispatch.slurm.additional.reservation=x"]
     )
-    assert opened.cfg.dispatch.kind == "slurm"
-    assert opened.cfg.dispatch.slurm.partition == "mine"
-    assert opened.cfg.dispatch.slurm.gpus == 1
-    executor = dispatch._executor(opened.cfg.dispatch, fake_slurm, "name", "aftercorr:12", workers=1)
+    assert experiment.cfg.dispatch.kind == "slurm"
+    assert experiment.cfg.dispatch.slurm.partition == "mine"
+    assert experiment.cfg.dispatch.slurm.gpus == 1
+    executor = dispatch._executor(experiment.cfg.dispatch, fake_slurm, "name", "aftercorr:12", workers=1)
     script = executor._executor._make_submission_file_text("true", "x")
     for line in ("--partition=mine", "--reservation=x", "--dependency=aftercorr:12", "--kill-on-invalid-dep=yes"):
         assert line in script
@@ -615,12 +615,12 @@ def test_a_batch_comes_back_from_its_file_as_it_was(tiny, tmp_path):
 
     from bench.dispatch.tasks import pending
 
-    opened = open_experiment(tiny)
-    tasks = pending(opened.trials, opened.store)
-    infos = {name: info.to_json() for name, info in opened.infos.items()}
+    experiment = open_experiment(tiny)
+    tasks = pending(experiment.trials, experiment.store)
+    infos = {name: info.to_json() for name, info in experiment.infos.items()}
     made = jobs.Batch.new(tmp_path / "slurm", {"infos": infos}, [tasks[:3], tasks[3:]])
     read = jobs.Batch.read(made.folder)
-    assert read.infos == opened.infos
+    assert read.infos == experiment.infos
     assert [[task.place for task in pack] for pack in read.packs] == [[t.place for t in p] for p in made.packs]
     for index, pack in enumerate(made.packs):  # as a job reads it
         alone = jobs.Batch.read(made.folder, index)
@@ -628,32 +628,34 @@ def test_a_batch_comes_back_from_its_file_as_it_was(tiny, tmp_path):
         assert [task.place for task in alone.packs[0]] == [task.place for task in pack]
 
 
-def driver_of(opened, root: Path, tasks=None):
+def driver_of(experiment, root: Path, tasks=None):
     """A driver of these tasks, of all that is left by default, which shows nothing."""
     from bench.dispatch.tasks import pending
     from slurm import dispatch
 
-    tasks = pending(opened.trials, opened.store) if tasks is None else tasks
-    settings = opened.cfg.dispatch
-    return dispatch._Driver(tasks, opened.store, opened.infos, opened.device, settings, [], root, lambda progress: None)
+    tasks = pending(experiment.trials, experiment.store) if tasks is None else tasks
+    settings = experiment.cfg.dispatch
+    return dispatch._Driver(
+        tasks, experiment.store, experiment.infos, experiment.device, settings, [], root, lambda progress: None
+    )
 
 
 def test_a_driver_submits_nothing_of_what_was_called_off_after_it_began(tiny, tmp_path, monkeypatch):
     from slurm import dispatch
 
-    opened = open_experiment([*tiny, "grid.attacks=[none,badnets]"])
+    experiment = open_experiment([*tiny, "grid.attacks=[none,badnets]"])
     root, submitted = tmp_path / "slurm", []
     monkeypatch.setattr(jobs, "queue", lambda _: [])
     monkeypatch.setattr(dispatch._Driver, "_submit", lambda self, tasks: submitted.append([t.place for t in tasks]))
     root.mkdir()
 
-    first = driver_of(opened, root)
+    first = driver_of(experiment, root)
     first._look()
-    badnets = {key for trial in opened.trials if trial.attack == "badnets" for _, key in trial.places()}
+    badnets = {key for trial in experiment.trials if trial.attack == "badnets" for _, key in trial.places()}
     jobs.call_off(root, badnets)
     first._look()
     # Asked for again behind it: wanted again.
-    driver_of(opened, root)._look()
+    driver_of(experiment, root)._look()
     assert submitted[0] == submitted[2]
     assert [place for place in submitted[0] if place[1] not in badnets] == submitted[1]
     assert first.progress.failed == len(submitted[0]) - len(submitted[1]) > 0
@@ -662,20 +664,20 @@ def test_a_driver_submits_nothing_of_what_was_called_off_after_it_began(tiny, tm
 def test_what_failed_too_often_is_left_alone_and_with_an_infected_model_all_that_needs_it(tiny):
     from bench.dispatch.tasks import IMPLANT, pending
 
-    opened = open_experiment([*tiny, "grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"])
-    first = opened.trials[0].keys
-    last = opened.trials[-1].keys
+    experiment = open_experiment([*tiny, "grid.attacks=[none,badnets]", "grid.defenses=[no_defense,fine_tuning]"])
+    first = experiment.trials[0].keys
+    last = experiment.trials[-1].keys
     for _ in range(2):
-        opened.store.fail("implant", first[0], "implant: no", "")
-        opened.store.fail("evaluate", last[2], "evaluate: no", "")
-    assert len(pending(opened.trials, opened.store, 3)) == 2 + 4
-    left = pending(opened.trials, opened.store, 2)
+        experiment.store.fail("implant", first[0], "implant: no", "")
+        experiment.store.fail("evaluate", last[2], "evaluate: no", "")
+    assert len(pending(experiment.trials, experiment.store, 3)) == 2 + 4
+    left = pending(experiment.trials, experiment.store, 2)
     assert [(task.stages == IMPLANT, task.trial.attack, task.trial.defense) for task in left] == [
         (True, "badnets", "no_defense"),
         (False, "badnets", "no_defense"),
     ]
-    opened.store.fail("implant", last[0], "implant: cancelled", "", counts=False)
-    assert opened.store.tries("implant", last[0]) == 0
+    experiment.store.fail("implant", last[0], "implant: cancelled", "", counts=False)
+    assert experiment.store.tries("implant", last[0]) == 0
 
 
 class Cluster:
@@ -709,8 +711,8 @@ class Cluster:
         self.elements[job.job_id] = jobs.Element(job.job_id, "PENDING", self.name, len(self.made) - 1)
         return job
 
-    def driver(self, opened, tasks=None):
-        return driver_of(opened, self.root, tasks)
+    def driver(self, experiment, tasks=None):
+        return driver_of(experiment, self.root, tasks)
 
 
 def test_arrays_stay_within_the_cluster_s_limit_and_each_repair_waits_for_its_own_model(tiny, tmp_path, monkeypatch):
@@ -718,13 +720,15 @@ def test_arrays_stay_within_the_cluster_s_limit_and_each_repair_waits_for_its_ow
 
     cluster = Cluster(monkeypatch, tmp_path / "slurm", array=2)
     left = Counter({"badnets": 3, "blended": 1, "sig": 2, "ftrojan": 1, "bpp": 1})
-    opened = open_experiment([*tiny, f"grid.attacks=[{','.join(left)}]", "grid.defenses=[no_defense,fine_tuning,aft]"])
+    experiment = open_experiment(
+        [*tiny, f"grid.attacks=[{','.join(left)}]", "grid.defenses=[no_defense,fine_tuning,aft]"]
+    )
     tasks = []
-    for task in pending(opened.trials, opened.store):
+    for task in pending(experiment.trials, experiment.store):
         if task.stages == IMPLANT or left[task.trial.attack]:
             left[task.trial.attack] -= task.stages != IMPLANT
             tasks.append(task)
-    driver = cluster.driver(opened, tasks)
+    driver = cluster.driver(experiment, tasks)
     driver._look()
     attack_of = {}
     for element in cluster.elements.values():
@@ -747,10 +751,10 @@ def test_arrays_stay_within_the_cluster_s_limit_and_each_repair_waits_for_its_ow
 
 def test_repairs_whose_models_are_there_wait_for_nothing_in_arrays_within_the_limit(tiny, tmp_path, monkeypatch):
     cluster = Cluster(monkeypatch, tmp_path / "slurm", array=2)
-    opened = open_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning,aft]"])
-    finished = {opened.trials[0].keys.implant}
-    monkeypatch.setattr(type(opened.store), "is_finished", lambda self, stage, key: key in finished)
-    driver = cluster.driver(opened)
+    experiment = open_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning,aft]"])
+    finished = {experiment.trials[0].keys.implant}
+    monkeypatch.setattr(type(experiment.store), "is_finished", lambda self, stage, key: key in finished)
+    driver = cluster.driver(experiment)
     driver._look()
     assert [(after, len(made)) for after, made in cluster.arrays] == [("", 2), ("", 1)]
 
@@ -759,18 +763,18 @@ def test_without_accounting_a_job_that_vanishes_is_failed_with_that_reason_and_t
     tiny, tmp_path, monkeypatch
 ):
     cluster = Cluster(monkeypatch, tmp_path / "slurm")
-    opened = open_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
-    implant = opened.trials[0].keys.implant
+    experiment = open_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
+    implant = experiment.trials[0].keys.implant
     for tries in (1, 2):
-        driver = cluster.driver(opened)
+        driver = cluster.driver(experiment)
         driver._look()
         assert len(driver.left) == 2
         cluster.elements.clear()  # all that was submitted is gone, and nothing says how
         driver._look()
         assert not driver.left
         assert driver.progress.failed == 2  # the model, and what needs it
-        assert "ended as UNKNOWN" in opened.store.failure("implant", implant)
-        assert opened.store.tries("implant", implant) == tries
+        assert "ended as UNKNOWN" in experiment.store.failure("implant", implant)
+        assert experiment.store.tries("implant", implant) == tries
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -778,21 +782,25 @@ def test_repairs_of_a_model_whose_job_died_are_blamed_for_nothing_and_sent_again
     tiny, tmp_path, monkeypatch, there
 ):
     cluster = Cluster(monkeypatch, tmp_path / "slurm")
-    opened = open_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"])
-    driver = cluster.driver(opened)
+    experiment = open_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense,fine_tuning]"])
+    driver = cluster.driver(experiment)
     driver._look()
     (model,) = (job for after, made in cluster.arrays for job in made if not after)
     repairs, submitted = cluster.elements.keys() - {model}, len(cluster.arrays)
-    implant = opened.trials[0].keys.implant
+    implant = experiment.trials[0].keys.implant
     if there:  # killed after its last write, say
-        monkeypatch.setattr(type(opened.store), "is_finished", lambda self, stage, key: key == implant)
-        monkeypatch.setattr(type(opened.store), "keys", lambda self, stage: {implant} if stage == "implant" else set())
-        monkeypatch.setattr(type(opened.store), "result", lambda self, stage, key: None)
+        monkeypatch.setattr(type(experiment.store), "is_finished", lambda self, stage, key: key == implant)
+        monkeypatch.setattr(
+            type(experiment.store), "keys", lambda self, stage: {implant} if stage == "implant" else set()
+        )
+        monkeypatch.setattr(type(experiment.store), "result", lambda self, stage, key: None)
     for job, element in cluster.elements.items():
         state, reason = ("OUT_OF_MEMORY", "") if job == model else ("CANCELLED", "DependencyNeverSatisfied")
         cluster.elements[job] = replace(element, state=state, reason=reason)
     driver._look()
-    assert not any(opened.store.failure(stage, key) for trial in opened.trials for stage, key in trial.places()[1:])
+    assert not any(
+        experiment.store.failure(stage, key) for trial in experiment.trials for stage, key in trial.places()[1:]
+    )
     if there:
         assert {place[0] for place in driver.left} == {"evaluate"}
         assert driver.progress.failed == 0
@@ -800,7 +808,7 @@ def test_repairs_of_a_model_whose_job_died_are_blamed_for_nothing_and_sent_again
     else:
         assert not driver.left
         assert driver.progress.failed == 1 + len(repairs)
-        assert "ended as OUT_OF_MEMORY" in opened.store.failure("implant", implant)
+        assert "ended as OUT_OF_MEMORY" in experiment.store.failure("implant", implant)
         assert len(cluster.arrays) == submitted  # and nothing is sent again
 
 
@@ -808,10 +816,12 @@ def test_a_job_whose_infected_model_is_not_there_computes_nothing_and_says_so(ti
     from bench.dispatch.tasks import IMPLANT, pending
     from slurm.worker import Pack
 
-    opened = open_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
-    repairs = [task for task in pending(opened.trials, opened.store) if task.stages != IMPLANT]
+    experiment = open_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[no_defense]"])
+    repairs = [task for task in pending(experiment.trials, experiment.store) if task.stages != IMPLANT]
     root = tmp_path / "slurm"
-    batch = jobs.Batch.new(root, driver_of(opened, root, repairs).settings, [repairs])
+    batch = jobs.Batch.new(root, driver_of(experiment, root, repairs).settings, [repairs])
     Pack(str(batch.folder), 0)()
     assert f"left out: {repairs[0].title}: its infected model" in capsys.readouterr().out
-    assert not any(opened.store.is_finished(stage, key) for trial in opened.trials for stage, key in trial.places())
+    assert not any(
+        experiment.store.is_finished(stage, key) for trial in experiment.trials for stage, key in trial.places()
+    )

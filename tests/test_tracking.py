@@ -69,8 +69,8 @@ def test_a_leaderboard_from_mlflow_equals_the_one_from_the_store(run_grid, tiny,
     # Nothing of no_defense changes with the reserve: two of its trials are one stage, and two runs all the same.
     swept = [*FIRST, "grid.sweep=[{key:reserve.size,values:[0.02,0.05]}]"]
     run_grid(*swept, "tracking.enabled=true", f"tracking.uri={uri}")
-    opened = load_experiment([*tiny, *swept])
-    stored = of_trials(opened.trials, opened.store)
+    experiment = load_experiment([*tiny, *swept])
+    stored = of_trials(experiment.trials, experiment.store)
     assert stored.trial.nunique() < len(stored)
     order = ["variant", "attack", "defense", "seed"]
     mirrored = read(uri, "quick").sort_values(order, ignore_index=True)
@@ -83,10 +83,10 @@ def test_a_leaderboard_from_mlflow_equals_the_one_from_the_store(run_grid, tiny,
 
 def test_each_trial_is_one_run_however_often_it_is_sent(run_grid, tiny, uri, tmp_path):
     run_grid(*FIRST)
-    opened = load_experiment([*tiny, *FIRST])
+    experiment = load_experiment([*tiny, *FIRST])
     place = (uri, "quick", tmp_path / "artifacts")
-    assert sync(opened.trials, opened.store, *place) == 4
-    assert sync(opened.trials, opened.store, *place) == 0
+    assert sync(experiment.trials, experiment.store, *place) == 4
+    assert sync(experiment.trials, experiment.store, *place) == 0
     assert len(read(uri, "quick")) == 4
 
 
@@ -125,23 +125,23 @@ def test_a_run_holds_params_curves_and_the_commit(run_grid, tiny, uri):
 
 def test_hostile_names_and_values_come_back_from_mlflow_as_the_store_has_them(run_grid, tiny, uri, tmp_path):
     run_grid(*FIRST)
-    opened = load_experiment([*tiny, *FIRST])
-    whole = opened.trials[-1]
+    experiment = load_experiment([*tiny, *FIRST])
+    whole = experiment.trials[-1]
     trials = []
     for name in [*HOSTILE, "a\x00b", "half of a pair \ud800", "../x//y/", "a" * 242 + "/b", "a//" + "b" * 245]:
         defend = {**whole.defend, "defense": {**whole.defend["defense"], name: name} | {f"n{i}": i for i in range(100)}}
         evaluate = {**whole.evaluate, "defend": key_of(defend)}
         made, measured = (
-            {**opened.store.result(stage, key), "curves": {name: [(0, 0.5), (1, None)]}}
+            {**experiment.store.result(stage, key), "curves": {name: [(0, 0.5), (1, None)]}}
             for stage, key in zip(("defend", "evaluate"), whole.keys[1:], strict=True)
         )
         measured |= {"status": "diverged", "reason": name, "warnings": [name]}
         measured["figures"] = measured["figures"] | {"asr": None}
-        opened.store.finish("defend", defend, made)
-        opened.store.finish("evaluate", evaluate, measured)
+        experiment.store.finish("defend", defend, made)
+        experiment.store.finish("evaluate", evaluate, measured)
         trials.append(replace(whole, defense=name, attack=name, variant=name, defend=defend, evaluate=evaluate))
-    assert sync(trials, opened.store, uri, "quick", tmp_path / "artifacts") == len(trials)
-    stored = of_trials(trials, opened.store)
+    assert sync(trials, experiment.store, uri, "quick", tmp_path / "artifacts") == len(trials)
+    stored = of_trials(trials, experiment.store)
     pd.testing.assert_frame_equal(read(uri, "quick", trials), stored, check_exact=True)
     from mlflow import MlflowClient
 
@@ -167,7 +167,7 @@ def test_a_tracking_failure_loses_no_result_and_is_sent_later(run_grid, tiny, ur
 
 def test_a_run_that_was_begun_and_not_ended_is_sent_again(run_grid, tiny, uri, tmp_path, monkeypatch):
     run_grid(*FIRST)
-    opened = load_experiment([*tiny, *FIRST])
+    experiment = load_experiment([*tiny, *FIRST])
     from mlflow import MlflowClient
 
     def dies(*_, **__):
@@ -176,8 +176,8 @@ def test_a_run_that_was_begun_and_not_ended_is_sent_again(run_grid, tiny, uri, t
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_batch", dies)
         with pytest.raises(ConnectionError):
-            sync(opened.trials, opened.store, uri, "quick", tmp_path / "artifacts")
-    assert sync(opened.trials, opened.store, uri, "quick", tmp_path / "artifacts") == 4
+            sync(experiment.trials, experiment.store, uri, "quick", tmp_path / "artifacts")
+    assert sync(experiment.trials, experiment.store, uri, "quick", tmp_path / "artifacts") == 4
     assert len(read(uri, "quick")) == 4
 
 
@@ -204,9 +204,9 @@ def _kinds(client, place):
 def test_runs_that_a_person_deleted_are_there_again_after_the_next_sync(finished, uri, tmp_path):
     from mlflow import MlflowClient
 
-    opened = load_experiment(finished)
+    experiment = load_experiment(finished)
     target = (uri, "quick", tmp_path / "artifacts")
-    sync(opened.trials, opened.store, *target)
+    sync(experiment.trials, experiment.store, *target)
     client = MlflowClient(tracking_uri=uri)
     place = client.get_experiment_by_name("quick").experiment_id
     before = _kinds(client, place)
@@ -216,7 +216,7 @@ def test_runs_that_a_person_deleted_are_there_again_after_the_next_sync(finished
         deleted = client.search_runs([place], which)
         for found in deleted:
             client.delete_run(found.info.run_id)
-        sent = sync(opened.trials, opened.store, *target)
+        sent = sync(experiment.trials, experiment.store, *target)
         assert sent == _count(deleted)["trial"], which
         assert _kinds(client, place) == before, which
         shown = {found.info.run_id for found in client.search_runs([place])}
@@ -226,24 +226,24 @@ def test_runs_that_a_person_deleted_are_there_again_after_the_next_sync(finished
     for found in client.search_runs([place], "tags.kind = 'trial'"):
         client.delete_run(found.info.run_id)
     # What is not among the trials of this command stays deleted.
-    assert sync(opened.trials[:1], opened.store, *target) == 1
+    assert sync(experiment.trials[:1], experiment.store, *target) == 1
     (found,) = client.search_runs([place], "tags.kind = 'trial'")
-    assert found.data.tags["trial"] == opened.trials[0].keys.evaluate
+    assert found.data.tags["trial"] == experiment.trials[0].keys.evaluate
 
 
 def test_an_experiment_that_a_person_deleted_is_restored_and_that_is_said(finished, uri, tmp_path, capsys):
     from mlflow import MlflowClient
 
-    opened = load_experiment(finished)
+    experiment = load_experiment(finished)
     target = (uri, "quick", tmp_path / "artifacts")
-    sync(opened.trials[:3], opened.store, *target)
+    sync(experiment.trials[:3], experiment.store, *target)
     client = MlflowClient(tracking_uri=uri)
     place = client.get_experiment_by_name("quick").experiment_id
     client.delete_experiment(place)
     with pytest.raises(LookupError, match="'quick'"):
         read(uri, "quick")
     capsys.readouterr()
-    assert sync(opened.trials, opened.store, *target) == 1
+    assert sync(experiment.trials, experiment.store, *target) == 1
     assert "'quick'" in capsys.readouterr().out
     assert _kinds(client, place) == {"trial": 4, "infected model": 2, "leaderboard": 1}
 
@@ -318,12 +318,12 @@ def test_a_hanging_or_failing_server_costs_a_run_fifteen_seconds_and_one_line(fi
 
     for name in ("_tracking_is_away", "_track"):
         monkeypatch.setattr(bench.run, name, timed(getattr(bench.run, name)))
-    opened = load_experiment(finished)
+    experiment = load_experiment(finished)
     with _server_that(answer) as address:
         for something in (True, False):  # to compute
             spent.clear()
             if something:
-                shutil.rmtree(opened.store.folder("evaluate", opened.trials[0].keys.evaluate))
+                shutil.rmtree(experiment.store.folder("evaluate", experiment.trials[0].keys.evaluate))
             capsys.readouterr()
             assert bench.run.main([*finished, "tracking.enabled=true", f"tracking.uri={address}"]) == 0
             (line,) = capsys.readouterr().err.splitlines()
@@ -384,9 +384,9 @@ def test_a_copied_results_folder_has_its_own_artifacts(finished, database, tmp_p
     assert all(path.startswith(str(second)) for path in _locations(second / "mlflow.db"))
     if original == "stays":
         assert {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()} == files
-    opened = load_experiment(copied)
-    stored = of_trials(opened.trials, opened.store)
-    pd.testing.assert_frame_equal(read(opened.tracking_uri, "quick", opened.trials), stored, check_exact=True)
+    experiment = load_experiment(copied)
+    stored = of_trials(experiment.trials, experiment.store)
+    pd.testing.assert_frame_equal(read(experiment.tracking_uri, "quick", experiment.trials), stored, check_exact=True)
 
 
 def test_a_database_that_was_copied_without_its_artifacts_is_refused_with_advice(finished, database, tmp_path):
@@ -497,10 +497,10 @@ def test_a_server_with_postgresql_gives_the_leaderboard_of_the_store_and_keeps_i
     assert run_grid(*sent)[0] == 0
     assert do("down").returncode == 0
     assert do("up").returncode == 0
-    opened = load_experiment([*tiny, *sent])
-    stored = of_trials(opened.trials, opened.store)
-    pd.testing.assert_frame_equal(read(uri, "quick", opened.trials), stored, check_exact=True)
-    assert sync(opened.trials, opened.store, uri, "quick", Path("unused")) == 0
+    experiment = load_experiment([*tiny, *sent])
+    stored = of_trials(experiment.trials, experiment.store)
+    pd.testing.assert_frame_equal(read(uri, "quick", experiment.trials), stored, check_exact=True)
+    assert sync(experiment.trials, experiment.store, uri, "quick", Path("unused")) == 0
     # It answers to this machine's name, as other nodes call it, and not to a stranger's.
     port = uri.rpartition(":")[2]
     for name, status in ((socket.gethostname(), 200), ("127.0.0.1", 200), ("elsewhere.example", 403)):
@@ -531,7 +531,7 @@ def test_a_server_with_postgresql_gives_the_leaderboard_of_the_store_and_keeps_i
 def test_two_rows_that_are_one_stage_are_two_runs(run_grid, tiny, uri, rows):
     two = ["grid.attacks=[badnets]", *rows]
     run_grid(*two, "tracking.enabled=true", f"tracking.uri={uri}")
-    opened = load_experiment([*tiny, *two])
-    stored = of_trials(opened.trials, opened.store)
+    experiment = load_experiment([*tiny, *two])
+    stored = of_trials(experiment.trials, experiment.store)
     assert stored.trial.nunique() == 1 < len(stored)
-    pd.testing.assert_frame_equal(read(uri, "quick", opened.trials), stored, check_exact=True)
+    pd.testing.assert_frame_equal(read(uri, "quick", experiment.trials), stored, check_exact=True)

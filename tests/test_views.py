@@ -38,7 +38,7 @@ from defenses.base import (
 @pytest.fixture
 def infected(tiny):
     """A bench with one infected model in its store, and the trials on it in both settings."""
-    opened = load_experiment(
+    experiment = load_experiment(
         [
             *tiny,
             "grid.attacks=[badnets]",
@@ -46,9 +46,9 @@ def infected(tiny):
             "grid.threat_models=[reserve,trainset]",
         ]
     )
-    bench = Runner(Store(opened.store.root), opened.infos, torch.device("cpu"))
-    bench.run(opened.trials[0], ("implant",))
-    return bench, opened.trials
+    bench = Runner(Store(experiment.store.root), experiment.infos, torch.device("cpu"))
+    bench.run(experiment.trials[0], ("implant",))
+    return bench, experiment.trials
 
 
 def view_of(bench: Runner, trial: Any, view: type[DefenderView], setting: str) -> DefenderView:
@@ -149,11 +149,11 @@ def test_a_pool_has_every_class_with_its_share_and_its_prefixes_too():
 
 
 def test_a_tainted_reserve_holds_the_stated_share_of_poison(tiny):
-    opened = load_experiment(
+    experiment = load_experiment(
         [*tiny, "grid.attacks=[badnets]", "grid.defenses=[fine_tuning]", "reserve.contamination=0.5"]
     )
-    bench = Runner(opened.store, opened.infos, torch.device("cpu"))
-    trial = opened.trials[0]
+    bench = Runner(experiment.store, experiment.infos, torch.device("cpu"))
+    trial = experiment.trials[0]
     bench.run(trial, ("implant",))
     reserve = bench._view(trial, defense["fine_tuning"](), TrainingLog()).reserve
     stamped = (reserve.images[:, 0, -2:, -2:] == 255).flatten(1).all(1)
@@ -221,7 +221,7 @@ class Telling(Defense):
 @pytest.mark.parametrize("setting", ["trainset", "reserve"])
 def test_what_a_method_says_of_its_images_is_scored_against_the_truth_by_the_evaluator(tiny, monkeypatch, setting):
     monkeypatch.setitem(defense, "telling", Telling)
-    opened = load_experiment(
+    experiment = load_experiment(
         [
             *tiny,
             "grid.attacks=[badnets]",
@@ -230,7 +230,7 @@ def test_what_a_method_says_of_its_images_is_scored_against_the_truth_by_the_eva
             "reserve.contamination=0.1",
         ]
     )
-    bench, (trial,) = Runner(Store(opened.store.root), opened.infos, torch.device("cpu")), opened.trials
+    bench, (trial,) = Runner(Store(experiment.store.root), experiment.infos, torch.device("cpu")), experiment.trials
     bench.run(trial)
     result = bench.store.result("evaluate", trial.keys.evaluate)
     poison, images = (137, 1367) if setting == "trainset" else (7, 71)
@@ -252,36 +252,36 @@ def test_what_a_method_says_of_its_images_is_scored_against_the_truth_by_the_eva
 def test_the_steps_of_a_method_are_a_table_of_the_report(tiny, monkeypatch):
     monkeypatch.setitem(defense, "telling", Telling)
     words = [*tiny, "grid.attacks=[badnets]", "grid.threat_models=[trainset]", "report.plots=false"]
-    opened = load_experiment([*words, "grid.defenses=[no_defense,telling]"])
-    bench = Runner(Store(opened.store.root), opened.infos, torch.device("cpu"))
-    for trial in opened.trials:
+    experiment = load_experiment([*words, "grid.defenses=[no_defense,telling]"])
+    bench = Runner(Store(experiment.store.root), experiment.infos, torch.device("cpu"))
+    for trial in experiment.trials:
         bench.run(trial)
-    write_report(opened)
-    steps = pd.read_csv(opened.folder / "steps.csv")
+    write_report(experiment)
+    steps = pd.read_csv(experiment.folder / "steps.csv")
     assert steps[["attack", "defense", "seed", "step", "name"]].to_numpy().tolist() == [
         ["badnets", "telling", 0, 0, "step 0"],
         ["badnets", "telling", 0, 1, "step 1"],
     ]
-    first, second = bench.store.result("evaluate", opened.trials[1].keys.evaluate)["rounds"]
+    first, second = bench.store.result("evaluate", experiment.trials[1].keys.evaluate)["rounds"]
     for name in ("asr", "clean_accuracy", "detection_auroc", "selected", "selected_poison", "random_poison"):
         assert steps[name][0] == first[name]
     assert steps.selected_poison[1] == second["selected_poison"]
     assert math.isnan(steps.asr[1])
-    assert set(steps.trial) == {opened.trials[1].keys.evaluate}
+    assert set(steps.trial) == {experiment.trials[1].keys.evaluate}
     write_report(load_experiment([*words, "grid.defenses=[no_defense]"]))  # the same folder
-    assert not (opened.folder / "steps.csv").exists()
+    assert not (experiment.folder / "steps.csv").exists()
 
 
 def test_scores_for_another_number_of_images_are_refused(tiny, monkeypatch):
     monkeypatch.setitem(defense, "telling", Telling)
     monkeypatch.setattr(Telling, "defend", lambda self, view: DefenseResult(view.model, suspicion=torch.zeros(3)))
     monkeypatch.setattr(Telling.defend, "__annotations__", {"view": TrainsetView})
-    opened = load_experiment(
+    experiment = load_experiment(
         [*tiny, "grid.attacks=[badnets]", "grid.defenses=[telling]", "grid.threat_models=[trainset]"]
     )
-    bench = Runner(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    bench = Runner(Store(experiment.store.root), experiment.infos, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"shape \(3,\); \(1367,\) is due"):
-        bench.run(opened.trials[0])
+        bench.run(experiment.trials[0])
 
 
 @pytest.mark.parametrize("source", ["torch", "numpy", "random"])
@@ -298,7 +298,7 @@ def test_a_defense_that_draws_from_a_global_random_source_fails_with_the_name_of
 
     monkeypatch.setitem(defense, "telling", Telling)
     monkeypatch.setattr(Telling, "defend", careless)
-    opened = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[telling]"])
-    bench = Runner(Store(opened.store.root), opened.infos, torch.device("cpu"))
+    experiment = load_experiment([*tiny, "grid.attacks=[badnets]", "grid.defenses=[telling]"])
+    bench = Runner(Store(experiment.store.root), experiment.infos, torch.device("cpu"))
     with pytest.raises(ValueError, match=f"global random source of {source}; draw from bench.engine.data.generator"):
-        bench.run(opened.trials[0])
+        bench.run(experiment.trials[0])

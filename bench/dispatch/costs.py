@@ -191,19 +191,19 @@ class Estimate:
         return sum(self.costs[place].seconds or 0.0 for place in places if place in self.costs)
 
 
-def estimated(opened: Experiment, assumed: dict[str, float] | None = None, store: Store | None = None) -> Estimate:
+def estimated(experiment: Experiment, assumed: dict[str, float] | None = None, store: Store | None = None) -> Estimate:
     """Seconds and bytes of every stage of this grid's own trials that is not finished.
 
     Args:
         assumed: seconds by the stage's name, for what was not measured on its data set and architecture.
         store: the grid's, or a snapshot of it.
     """
-    store = store or opened.store
-    measured, finished = _Measured(store, opened), Counter[str]()
+    store = store or experiment.store
+    measured, finished = _Measured(store, experiment), Counter[str]()
     there: set[Place] = set()
     todo: dict[Place, _Alike] = {}
     once: dict[tuple[str, ...], _Alike] = {}
-    for trial in opened.own:
+    for trial in experiment.own:
         identities = dict(zip(trial.places(), trial.identities(), strict=True))
         for place, identity in identities.items():
             if place in todo or place in there:
@@ -215,7 +215,7 @@ def estimated(opened: Experiment, assumed: dict[str, float] | None = None, store
                 # A row of the grid may be named for the settings of a defense.
                 method = trial.defend["defense"]["name"]
                 kinds = (cell, *_kinds(place[0], *names[1:], method, _costly(identity)))
-                work = _work(place[0], identity, trial.implant, _size_of(opened.infos[trial.dataset]))
+                work = _work(place[0], identity, trial.implant, _size_of(experiment.infos[trial.dataset]))
                 once[cell] = _Alike(names[0], kinds, work)
             if store.is_finished(*place):
                 there.add(place)
@@ -286,13 +286,13 @@ class _Found:
 class _Measured:
     """Finished stages by what they are like; a sample of each kind is read, not all."""
 
-    def __init__(self, store: Store, opened: Experiment) -> None:
+    def __init__(self, store: Store, experiment: Experiment) -> None:
         self.store = store
         self.found: dict[Kind, list[_Found]] = {}
         self.devices: Counter[str] = Counter()
         self.unsized: Counter[str] = Counter()
-        self.infos, self.cache = opened.infos, Path(opened.cfg.dataset.cache)
-        self.architectures = {trial.model for trial in opened.trials}
+        self.infos, self.cache = experiment.infos, Path(experiment.cfg.dataset.cache)
+        self.architectures = {trial.model for trial in experiment.trials}
 
     def add(self, place: Place, kinds: Sequence[Kind], work: Work, cells: int = 1) -> None:
         """Note one finished stage, unless enough of its kind are noted; the first `cells` kinds are of its own cell."""

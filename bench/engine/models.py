@@ -375,7 +375,7 @@ def _is_of(module: str, package: str) -> bool:
 
 def architectures() -> list[str]:
     """The names of all architectures."""
-    import timm  # half of the start of every door that builds no network
+    import timm  # half of the start of every command that builds no network
 
     return list(timm.list_models())
 

@@ -114,6 +114,7 @@ def _schema(*methods: tuple[tuple[str, type], ...]) -> tuple[DictConfig, DictCon
         schema[group] = OmegaConf.create({name: _writable(OmegaConf.structured(cls)) for name, cls in classes})
     # Hydra composes values without types: a text may still become a number when it is resolved.
     untyped = OmegaConf.create(OmegaConf.to_container(schema, structured_config_mode=SCMode.DICT))
+    assert isinstance(untyped, DictConfig)
     OmegaConf.set_struct(untyped, True)
     for free in FREE:
         OmegaConf.set_struct(OmegaConf.select(untyped, free.rstrip(".")), False)

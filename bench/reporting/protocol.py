@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from bench.experiment.trial import Trial
 
 
-def protocol(opened: Experiment) -> list[str]:
+def protocol(experiment: Experiment) -> list[str]:
     """The lines printed beneath every table: what the numbers mean, and every setting that is not a default."""
     from bench.experiment.axes import ablations, effective_exceptions, seeds_of
     from bench.experiment.overrides import to_override
 
-    cfg, infos = opened.cfg, opened.infos
+    cfg, infos = experiment.cfg, experiment.infos
     measure = cfg.measure
-    used = _counts(opened)
+    used = _counts(experiment)
     sets = [
         f"{info.title} ({sum(info.train_counts)} + {sum(info.test_counts)} images of {info.num_classes} classes, "
         f"digest {info.digest or 'unknown'})"
@@ -48,9 +48,9 @@ def protocol(opened: Experiment) -> list[str]:
     ]
     if used["poisoned"]:
         lines.append(f"poisoned training images, where the nearest whole number is another share: {used['poisoned']}")
-    if opened.reused:
+    if experiment.reused:
         lines.append(f"computed elsewhere, each row with its commit in trials.csv: trials of {', '.join(cfg.reuse)}")
-    words = [word for word in opened.arguments if not LOCAL.match(word.lstrip("+"))]
+    words = [word for word in experiment.arguments if not LOCAL.match(word.lstrip("+"))]
     lines.append(f"command: {masked(shlex.join(['python', '-m', 'bench.run', *words]))}")
 
     def settings(changed: dict[str, Any]) -> str:
@@ -60,25 +60,25 @@ def protocol(opened: Experiment) -> list[str]:
         if name in cfg.grid.defenses:
             lines.append(f"{name}: {entry['defense']} with {settings(entry['set'])}")
     for exception in cfg.grid.exceptions:
-        for where, changed in effective_exceptions(cfg, exception, opened.explicit).items():
+        for where, changed in effective_exceptions(cfg, exception, experiment.explicit).items():
             lines.append(f"exception for {', '.join(where) or 'all cells'}: {settings(changed)}: {exception['why']}")
     return lines
 
 
-def _counts(opened: Experiment) -> dict[str, str]:
+def _counts(experiment: Experiment) -> dict[str, str]:
     """The images that the shares of a grid come to on its data sets, in words: `reserve`, `robust`, `poisoned`."""
     from bench.experiment.counts import Counts, counts_of
 
-    named = len(opened.infos) > 1
+    named = len(experiment.infos) > 1
     cells: dict[tuple[Any, ...], tuple[Trial, Counts]] = {}
-    for trial in opened.trials:
+    for trial in experiment.trials:
         attacker, measure = trial.implant["attack"], trial.evaluate
         shares = trial.implant["held_out"], attacker["poison_rate"], attacker["cover_rate"]
         reserve = tuple(trial.defend.get("reserve", {}).values())
         place = (trial.dataset, trial.attack, *shares, reserve, measure.get("pgd_images"))
         within = (*place, measure.get("autoattack_images"), bool(trial.defend))
         if within not in cells:
-            cells[within] = trial, counts_of(trial, opened.infos[trial.dataset])
+            cells[within] = trial, counts_of(trial, experiment.infos[trial.dataset])
     found: dict[str, dict[str, None]] = {"reserve": {}, "held_out": {}, "robust": {}, "poisoned": {}}
     # On a clean model the reserve is clean; the line is about the others.
     backdoored = any(trial.implant["attack"]["poison_rate"] for trial, _ in cells.values())
@@ -141,7 +141,7 @@ def _changed(cfg: DictConfig) -> str:
     return ", ".join(found)
 
 
-def command(opened: Experiment, trial: Trial) -> str:
+def command(experiment: Experiment, trial: Trial) -> str:
     """The line for a shell that computes one cell anew, apart from what is stored; its last word names the seed.
 
     The precision is named: on another kind of device `auto` would be another one.
@@ -155,22 +155,22 @@ def command(opened: Experiment, trial: Trial) -> str:
     kept = ("dataset.", "dispatch.device=")
     words = [
         word
-        for word in opened.arguments
+        for word in experiment.arguments
         if not (bare := word.lstrip("+")).startswith(mine) and (bare.startswith(kept) or not LOCAL.match(bare))
     ]
     # A grid of one cell refuses the settings of other methods.
-    methods = {"attack": trial.attack, "defense": method_of(opened.cfg, trial.defense)}
-    others = [f"{group}.{name}." for group in methods for name in opened.cfg[group] if name != methods[group]]
+    methods = {"attack": trial.attack, "defense": method_of(experiment.cfg, trial.defense)}
+    others = [f"{group}.{name}." for group in methods for name in experiment.cfg[group] if name != methods[group]]
     if trial.clean_control:
         others.remove("attack.none.")
     words = [word for word in words if not word.lstrip("+").startswith(tuple(others))]
-    if opened.cfg.dispatch.threads != 1:
-        words.append(f"dispatch.threads={opened.cfg.dispatch.threads}")
+    if experiment.cfg.dispatch.threads != 1:
+        words.append(f"dispatch.threads={experiment.cfg.dispatch.threads}")
     if trial.variant:
         words = [word for word in words if not word.startswith("grid.sweep=")]
         pairs = re.split(rf", (?=(?:{'|'.join(PER_CELL)})\.[\w.]+=)", trial.variant)
         swept = [pair.partition("=") for pair in pairs]
-        swept = [entry for entry in swept if swept_path(opened.cfg, entry[0], methods)]
+        swept = [entry for entry in swept if swept_path(experiment.cfg, entry[0], methods)]
         words.append("grid.sweep=[" + ",".join(f"{{key:{key},values:[{value}]}}" for key, _, value in swept) + "]")
     words += [f"grid.{axis}s=[{to_override(getattr(trial, axis))}]" for axis in axes]
     words.append("results=reproduced")

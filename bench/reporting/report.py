@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BOARDS = ".boards.json"  # the leaderboards as `bench.run` prints them
 
 
-def write_report(opened: Experiment, again: bool = True, index: Index | None = None) -> Any:
+def write_report(experiment: Experiment, again: bool = True, index: Index | None = None) -> Any:
     """Write tables, page and plots of what is finished, computing nothing; returns the boards and the trials.
 
     Args:
@@ -46,44 +46,44 @@ def write_report(opened: Experiment, again: bool = True, index: Index | None = N
     from bench.reporting.trials import of_trials
     from bench.storage.index import CachedStore
 
-    store = CachedStore(opened.store, index)
-    trials = of_trials(opened.trials, store, opened.reused)
+    store = CachedStore(experiment.store, index)
+    trials = of_trials(experiment.trials, store, experiment.reused)
     store.index.keep()
-    reported = reported_of(Path(opened.cfg.report.reported), trials) if opened.cfg.report.reported else None
-    if _nothing_is_there(trials) and (opened.folder / "leaderboard.md").exists():
+    reported = reported_of(Path(experiment.cfg.report.reported), trials) if experiment.cfg.report.reported else None
+    if _nothing_is_there(trials) and (experiment.folder / "leaderboard.md").exists():
         raise UserError(
-            f"nothing of this grid is stored with these settings, and {opened.folder}/leaderboard.md is left as it is; "
-            "for what another kind of device computed add train.precision=bfloat16 (a GPU) or float32 (a CPU)"
+            f"nothing of this grid is stored with these settings, and {experiment.folder}/leaderboard.md is left as it "
+            "is; for what another kind of device computed add train.precision=bfloat16 (a GPU) or float32 (a CPU)"
         )
-    lines = protocol(opened)
-    stamp, made_of = opened.folder / ".report", _made_of(opened, trials, lines)
-    if not again and _is_written(stamp, made_of) and (printed := _kept_boards(opened.folder)):
+    lines = protocol(experiment)
+    stamp, made_of = experiment.folder / ".report", _made_of(experiment, trials, lines)
+    if not again and _is_written(stamp, made_of) and (printed := _kept_boards(experiment.folder)):
         return printed, trials
     if stamp.is_dir():  # somebody else's
         os.replace(stamp, stamp.with_name(f".report.{time.strftime('%Y%m%d-%H%M%S')}"))
     stamp.unlink(missing_ok=True)
-    before = _written_at(opened.folder)
-    _keep_lost(opened, trials)
+    before = _written_at(experiment.folder)
+    _keep_lost(experiment, trials)
     comparison = compare(trials)
-    boards = write_tables(trials, lines, opened.folder, opened.title, reported, comparison)
-    (opened.folder / BOARDS).write_text(json.dumps([asdict(board) for board in boards]))
-    (opened.folder / "steps.csv").unlink(missing_ok=True)  # of other settings
-    steps = step_table(opened.trials, store)
+    boards = write_tables(trials, lines, experiment.folder, experiment.title, reported, comparison)
+    (experiment.folder / BOARDS).write_text(json.dumps([asdict(board) for board in boards]))
+    (experiment.folder / "steps.csv").unlink(missing_ok=True)  # of other settings
+    steps = step_table(experiment.trials, store)
     if not steps.empty:
-        write_csv(steps, opened.folder / "steps.csv")
-    _keep_settings(opened)
-    details = page.Details(_details_of_trials(opened, store), len(opened.trials))
-    name = f"Grid {opened.cfg.grid.name}"
+        write_csv(steps, experiment.folder / "steps.csv")
+    _keep_settings(experiment)
+    details = page.Details(_details_of_trials(experiment, store), len(experiment.trials))
+    name = f"Grid {experiment.cfg.grid.name}"
     drawn = []
-    if opened.cfg.report.plots:
+    if experiment.cfg.report.plots:
         from bench.reporting.figures.draw import draw_figures
         from bench.reporting.triggers import pictures
 
-        drawn = draw_figures(trials, opened.folder, name, details.drawn) + pictures(opened)
-    page.write(trials, details, lines, opened.folder, opened.title, reported, drawn, comparison)
+        drawn = draw_figures(trials, experiment.folder, name, details.drawn) + pictures(experiment)
+    page.write(trials, details, lines, experiment.folder, experiment.title, reported, drawn, comparison)
     # Other commands have files there too (bench.gallery, bench.connection), which they may write anew.
-    names = [name for name, time_ns in _written_at(opened.folder).items() if before.get(name) != time_ns]
-    files = {name: _sum_of(opened.folder / name) for name in sorted(names)}
+    names = [name for name, time_ns in _written_at(experiment.folder).items() if before.get(name) != time_ns]
+    files = {name: _sum_of(experiment.folder / name) for name in sorted(names)}
     stamp.write_text(json.dumps({"made_of": made_of, "files": files}, indent=1))
     return boards, trials
 
@@ -121,15 +121,15 @@ def _sum_of(path: Path) -> list[Any]:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
-def _details_of_trials(opened: Experiment, store: Store) -> Iterator[dict[str, Any]]:
+def _details_of_trials(experiment: Experiment, store: Store) -> Iterator[dict[str, Any]]:
     """What the page shows behind each trial; the command of a cell is that of its first one, but for the seed."""
     from bench.reporting import page
     from bench.reporting.trials import AXES
 
     seen = set()
-    for trial in opened.trials:
+    for trial in experiment.trials:
         cell = tuple(getattr(trial, axis) for axis in AXES)
-        yield page.details_of(trial, store, command(opened, trial) if cell not in seen else "")
+        yield page.details_of(trial, store, command(experiment, trial) if cell not in seen else "")
         seen.add(cell)
 
 
@@ -138,11 +138,11 @@ def _nothing_is_there(trials: pd.DataFrame) -> bool:
     return bool((trials.status == "missing").any() and trials.status.isin(["missing", "not applicable"]).all())
 
 
-def _keep_lost(opened: Experiment, trials: pd.DataFrame) -> None:
+def _keep_lost(experiment: Experiment, trials: pd.DataFrame) -> None:
     """Keep a table that is about to be written over, if this store could not bring all of it back."""
     from bench.reporting.trials import OUTCOMES, read_trials
 
-    path = opened.folder / "trials.csv"
+    path = experiment.folder / "trials.csv"
     try:
         there = read_trials(path)
     except UserError:  # none, or none of ours
@@ -151,40 +151,40 @@ def _keep_lost(opened: Experiment, trials: pd.DataFrame) -> None:
     lost = [
         key
         for key in there.trial[there.status.isin(OUTCOMES)]
-        if key not in kept and not opened.store.is_finished("evaluate", key)
+        if key not in kept and not experiment.store.is_finished("evaluate", key)
     ]
     if lost:
         beside = path.with_name(f"trials.{time.strftime('%Y%m%d-%H%M%S')}.csv")
         os.replace(path, beside)
         print(
-            f"warning: {len(lost)} trials of the table in {opened.folder}/ are not in this store, and are kept in "
+            f"warning: {len(lost)} trials of the table in {experiment.folder}/ are not in this store, and are kept in "
             f"{beside}: 'reuse=[{beside}]' takes them up again, and grid.name=mine leaves a table as it is",
             file=sys.stderr,
         )
 
 
-def _keep_settings(opened: Experiment) -> None:
+def _keep_settings(experiment: Experiment) -> None:
     """`config.yaml`: every setting that the grid was worked out from, those of its methods included."""
     from omegaconf import OmegaConf
 
     from bench.experiment.axes import method_of
 
-    cfg = opened.cfg.copy()
+    cfg = experiment.cfg.copy()
     for group, names in (("attack", cfg.grid.attacks), ("defense", [method_of(cfg, n) for n in cfg.grid.defenses])):
         cfg[group] = {name: cfg[group][name] for name in dict.fromkeys(names)}
-    command = shlex.join(["python", "-m", "bench.run", *opened.arguments])
+    command = shlex.join(["python", "-m", "bench.run", *experiment.arguments])
     # The file is uploaded, and published: no password of a tracking server stands in it.
-    (opened.folder / "config.yaml").write_text(masked(f"# {command}\n{OmegaConf.to_yaml(cfg)}"))
+    (experiment.folder / "config.yaml").write_text(masked(f"# {command}\n{OmegaConf.to_yaml(cfg)}"))
 
 
-def _made_of(opened: Experiment, trials: pd.DataFrame, lines: list[str]) -> str:
+def _made_of(experiment: Experiment, trials: pd.DataFrame, lines: list[str]) -> str:
     """A hash of all that a report is made of: figures, settings, other people's figures, and its code."""
     import pandas as pd
 
-    settings = [opened.title, lines, opened.arguments, str(opened.cfg.report), list(trials.columns)]
+    settings = [experiment.title, lines, experiment.arguments, str(experiment.cfg.report), list(trials.columns)]
     code = Path(__file__).parent
     read = [path for path in code.rglob("*") if path.suffix in (".py", ".css", ".html", ".js")]
-    read += [Path(opened.cfg.report.reported)] if opened.cfg.report.reported else []
+    read += [Path(experiment.cfg.report.reported)] if experiment.cfg.report.reported else []
     stats = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(read)]
     figures = pd.util.hash_pandas_object(trials).to_numpy().tobytes()
     return hashlib.sha256(repr((settings, stats)).encode() + figures).hexdigest()

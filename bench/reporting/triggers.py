@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bench.pipeline.runner import Runner
 
 
-def pictures(opened: Experiment) -> list[Path]:
+def pictures(experiment: Experiment) -> list[Path]:
     """`trigger_*.png` in the grid's folder, one image for each stored trigger, which the page shows behind its cells.
 
     Returns:
@@ -27,56 +27,56 @@ def pictures(opened: Experiment) -> list[Path]:
     from bench.reporting.figures.triggers import trigger_picture, triggers
     from bench.reporting.page import picture_of
 
-    for path in (*opened.folder.glob("trigger_*.png"), *opened.folder.glob("triggers.*")):
+    for path in (*experiment.folder.glob("trigger_*.png"), *experiment.folder.glob("triggers.*")):
         path.unlink()  # of other settings
     # What is swept need not change the trigger: the figure shows each once.
     found: dict[tuple[str, str], list[tuple[Trial, Tensor, Tensor]]] = defaultdict(list)
-    for trial, images, triggered in stamped(opened, runner_of(opened), 1):
-        opened.folder.mkdir(parents=True, exist_ok=True)
+    for trial, images, triggered in stamped(experiment, runner_of(experiment), 1):
+        experiment.folder.mkdir(parents=True, exist_ok=True)
         name = picture_of(trial.dataset, trial.model, trial.attack, trial.variant)
-        trigger_picture(images[0], triggered[0], opened.folder / name)
+        trigger_picture(images[0], triggered[0], experiment.folder / name)
         alike = found[trial.attack, trial.dataset]
         if not any(torch.equal(triggered[0], shown) for _, _, shown in alike):
             alike.append((trial, images[0], triggered[0]))
     drawn = {
-        title_of(opened, trial, len(alike) > 1): (image, triggered)
+        title_of(experiment, trial, len(alike) > 1): (image, triggered)
         for alike in found.values()
         for trial, image, triggered in alike
     }
-    return [triggers(drawn, opened.folder, f"Grid {opened.cfg.grid.name}")] if drawn else []
+    return [triggers(drawn, experiment.folder, f"Grid {experiment.cfg.grid.name}")] if drawn else []
 
 
-def runner_of(opened: Experiment) -> Runner:
+def runner_of(experiment: Experiment) -> Runner:
     import torch
 
     from bench.pipeline.runner import Runner
 
-    return Runner(opened.store, opened.infos, torch.device("cpu"))
+    return Runner(experiment.store, experiment.infos, torch.device("cpu"))
 
 
-def title_of(opened: Experiment, trial: Trial, apart: bool = True) -> str:
+def title_of(experiment: Experiment, trial: Trial, apart: bool = True) -> str:
     from bench.reporting.page import swept
 
     # Whose setting it is stands in front of it.
     variant = swept(trial.variant).replace("attack.", "") if apart else ""
-    model = trial.model if apart and len(opened.cfg.grid.models) > 1 else ""
-    parts = [trial.attack, *([trial.dataset] if len(opened.infos) > 1 else []), model, variant]
+    model = trial.model if apart and len(experiment.cfg.grid.models) > 1 else ""
+    parts = [trial.attack, *([trial.dataset] if len(experiment.infos) > 1 else []), model, variant]
     return ", ".join(part for part in parts if part)
 
 
-def stamped(opened: Experiment, bench: Runner, count: int) -> Iterator[tuple[Trial, Tensor, Tensor]]:
+def stamped(experiment: Experiment, bench: Runner, count: int) -> Iterator[tuple[Trial, Tensor, Tensor]]:
     """A trial of each stored trigger of a grid, with test images (count, C, H, W) in [0, 1] before and behind it."""
     from bench.experiment.identity import attack_from
     from bench.reporting.page import picture_of
 
     seen: set[str] = set()
-    for trial in opened.trials:
+    for trial in experiment.trials:
         attacker = attack_from(trial.implant)
         name = picture_of(trial.dataset, trial.model, trial.attack, trial.variant)
-        implant = opened.store.result("implant", trial.keys.implant)
+        implant = experiment.store.result("implant", trial.keys.implant)
         if name in seen or not attacker.poison_rate or implant is None or implant["status"] != "done":
             continue
-        if not opened.store.usable("implant", trial.keys.implant, "trigger"):
+        if not experiment.store.usable("implant", trial.keys.implant, "trigger"):
             continue  # deleted for its room, or damaged, which is said: the figures are still there
         seen.add(name)
         test = bench.test_set(trial.dataset)
@@ -85,14 +85,14 @@ def stamped(opened: Experiment, bench: Runner, count: int) -> Iterator[tuple[Tri
         yield trial, images, attacker.trigger(images, bench.trigger_of(trial))
 
 
-def on_clean_model(opened: Experiment, bench: Runner, trial: Trial) -> dict[str, float | None]:
+def on_clean_model(experiment: Experiment, bench: Runner, trial: Trial) -> dict[str, float | None]:
     """`clean_model_asr`, `_recovery` and `_floor` of a trigger; nothing if no clean model of its seed is stored."""
     from bench.engine.metrics import attack_figures, predict
 
     axes = ("dataset", "model", "seed")
-    for clean in opened.trials:
+    for clean in experiment.trials:
         alike = all(getattr(clean, axis) == getattr(trial, axis) for axis in axes)
-        if alike and clean.attack == "none" and opened.store.usable("implant", clean.keys.implant, "model"):
+        if alike and clean.attack == "none" and experiment.store.usable("implant", clean.keys.implant, "model"):
             break
     else:
         return {}
@@ -109,16 +109,16 @@ def on_clean_model(opened: Experiment, bench: Runner, trial: Trial) -> dict[str,
     return {f"clean_model_{name}": figures[figure] for name, figure in names.items()}
 
 
-def with_another_trigger(opened: Experiment, bench: Runner, trial: Trial) -> dict[str, float | None]:
+def with_another_trigger(experiment: Experiment, bench: Runner, trial: Trial) -> dict[str, float | None]:
     """`other_seed_asr`: of the infected model, under the trigger of the next stored seed; nothing if there is none.
 
     It is low where a network has learned this trigger and not its kind (WaNet's field, a generator's pattern), and the
     ASR itself where the trigger is the same for every seed (a white patch).
     """
     axes = ("dataset", "model", "attack", "variant")
-    for other in opened.trials:
+    for other in experiment.trials:
         alike = all(getattr(other, axis) == getattr(trial, axis) for axis in axes) and other.seed != trial.seed
-        stored = opened.store.usable
+        stored = experiment.store.usable
         if (
             alike
             and stored("implant", other.keys.implant, "trigger")
