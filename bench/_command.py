@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import signal
 import sys
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
     from bench.dispatch.tasks import Task
     from bench.experiment.experiment import Experiment
+    from bench.storage.store import Store
+
+
+MANY = 1000  # trials, whose plan costs the garbage collector seconds
 
 
 def open_experiment(arguments: list[str], dry: bool = False, cfg: DictConfig | None = None) -> Experiment:
@@ -41,6 +46,8 @@ def open_experiment(arguments: list[str], dry: bool = False, cfg: DictConfig | N
 
         check(experiment.cfg.dispatch, dry)
     experiment.reused = reused_rows(experiment.cfg, experiment.trials)
+    if len(experiment.trials) > MANY:
+        gc.freeze()  # each full collection would walk through a plan that lives as long as the process
     return experiment
 
 
@@ -159,16 +166,19 @@ def _how_to_install() -> str:
     return f"`make setup` in {folder} installs what is needed; then run it with {python}"
 
 
-def print_plan(experiment: Experiment, tasks: list[Task]) -> None:
-    """What there is, and what is to be computed, in a few lines."""
+def print_plan(experiment: Experiment, tasks: list[Task], store: Store) -> None:
+    """What there is, and what is to be computed, in a few lines.
+
+    Args:
+        store: the experiment's, or a cached one.
+    """
     from bench.dispatch.tasks import IMPLANT, Task
     from bench.storage.store import STAGES
 
     trials = experiment.trials
     applicable = [trial for trial in trials if trial.defend]
     there = sum(
-        trial.keys.evaluate in experiment.reused or Task(trial, STAGES).is_finished(experiment.store)
-        for trial in applicable
+        trial.keys.evaluate in experiment.reused or Task(trial, STAGES).is_finished(store) for trial in applicable
     )
     print(experiment.title)
     for name, how in experiment.missing.items():

@@ -43,10 +43,13 @@ def main(arguments: list[str]) -> int:
     width, job_seconds, assumed = _read(options)
     experiment = open_experiment([argument for argument in arguments if not argument.startswith("--")], dry=True)
     from bench.dispatch.tasks import pending
+    from bench.storage.index import CachedStore
 
-    tasks = pending(experiment.own, experiment.store, experiment.cfg.dispatch.max_tries)
-    print_plan(experiment, tasks)
-    estimate = estimated(experiment, assumed)
+    store = CachedStore(experiment.store)
+    tasks = pending(experiment.own, store, experiment.cfg.dispatch.max_tries)
+    print_plan(experiment, tasks, store)
+    estimate = estimated(experiment, assumed, store)
+    store.index.keep()
     _print_costs(estimate)
     if tasks:
         packed = experiment.cfg.dispatch.trials_per_job if experiment.cfg.dispatch.kind == "slurm" else 1

@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
     if cfg.dry_run:
         from bench._command import print_plan
 
-        print_plan(experiment, tasks)
+        print_plan(experiment, tasks, known)
         for task in tasks:
             print(f"  {task.title}")
         if cfg.dispatch.kind == "slurm":

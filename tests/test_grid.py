@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import fields
 from importlib.resources import files
 
@@ -30,6 +32,14 @@ def test_a_plan_is_the_product_of_its_axes(cache):
     experiment = load_experiment(["grid=quick", f"dataset.cache={cache}"])
     assert len(experiment.trials) == 3 * 4 * 3
     assert len({trial.keys.implant for trial in experiment.trials}) == 3 * 3  # many defenses share one implant
+
+
+def test_the_keys_that_planning_leaves_with_a_trial_are_those_of_its_identities(cache):
+    for trial in load_experiment(["grid=quick", f"dataset.cache={cache}"]).trials:
+        left = vars(trial)["keys"]  # computed once, while the grid is expanded
+        for identity, key in zip((trial.implant, trial.defend, trial.evaluate), left, strict=True):
+            text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+            assert key == hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 @pytest.mark.parametrize(

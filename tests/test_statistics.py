@@ -95,6 +95,17 @@ def test_the_t_interval_is_the_one_of_the_textbook():
     assert math.isnan(statistics.t_halfwidth(math.nan, 1))
 
 
+@pytest.mark.parametrize("n", [3, 4, 5, 8])
+def test_the_bootstrap_is_the_percentiles_of_its_resamples_one_by_one(n):
+    values = np.random.default_rng(n).uniform(size=(3, n))
+    every = n**n <= 2000
+    drawn = itertools.product(range(n), repeat=n) if every else np.random.default_rng(0).integers(0, n, (2000, n))
+    means = np.array([[row[list(chosen)].mean() for row in values] for chosen in drawn])
+    low, high = statistics.bootstrap_interval(values)
+    np.testing.assert_allclose(low, np.quantile(means, 0.025, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(high, np.quantile(means, 0.975, axis=0), rtol=1e-12)
+
+
 def test_the_bootstrap_of_two_seeds_lies_in_their_span_and_of_many_agrees_with_scipy():
     # Resampled means .25, .5, .5, .75; their 2.5 % quantile lies 0.075 of the way from the first to the second.
     low, high = statistics.bootstrap_interval([[0.25, 0.75]])

@@ -45,6 +45,15 @@ def _resamples(n: int, draws: int) -> NDArray[np.int64]:
     return np.random.default_rng(0).integers(0, n, (draws, n))
 
 
+@functools.cache
+def _weights(n: int, draws: int) -> Numbers:
+    """(n, R): the share of each value in each resample."""
+    chosen = _resamples(n, draws)
+    counts = np.zeros((len(chosen), n))
+    np.add.at(counts, (np.arange(len(chosen))[:, None], chosen), 1.0)
+    return counts.T / n
+
+
 def bootstrap_interval(values: ArrayLike, draws: int = 2000) -> tuple[Numbers, Numbers]:
     """95 % percentile interval of the mean, rows apart; exact where all n**n resamples are at most `draws`.
 
@@ -59,10 +68,13 @@ def bootstrap_interval(values: ArrayLike, draws: int = 2000) -> tuple[Numbers, N
     if n < 2:
         return np.full(rows, np.nan), np.full(rows, np.nan)
     chosen = _resamples(n, draws)
+    weights = None if n**n <= draws else _weights(n, draws)
     low, high = np.empty(rows), np.empty(rows)
     step = max(1, 2**21 // chosen.size)  # a large table times all resamples would fill the memory
     for start in range(0, rows, step):
-        means = values[start : start + step, chosen].mean(axis=2)
+        part = values[start : start + step]
+        # The product is an order of magnitude faster. Where all resamples are taken, the means stay exact.
+        means = part[:, chosen].mean(axis=2) if weights is None else part @ weights
         low[start : start + step], high[start : start + step] = np.quantile(
             means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1
         )

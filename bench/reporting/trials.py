@@ -105,7 +105,8 @@ def trial_row(trial: Trial, store: Store) -> dict[str, Any]:
             row["defend_gflop"], row["defend_updates"] = result.get("gflop"), result.get("updates")
     assert result is not None
     row |= {"status": result["status"], "reason": result.get("reason", "")}
-    row |= {column.name: result.get("figures", {}).get(column.name) for column in MEASURES}
+    figures = result.get("figures", {})
+    row |= {column.name: figures.get(column.name) for column in MEASURES}
     row["warnings"] = "; ".join(map(str, result.get("warnings", ())))
     # An implant can be older than what was done to it: every commit that had a hand in the figure is named.
     row["commit"] = " ".join(dict.fromkeys(origin["commit"] for origin in made if origin["commit"]))
@@ -149,9 +150,10 @@ def trial_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _typed(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    # Before pandas sees them: a text that is no Unicode ends it.
+    # Before pandas sees them: a text that is no Unicode ends it. Most texts are those of thousands of rows.
+    text_of = functools.cache(printable)
     table = pd.DataFrame(
-        {name: [printable(row.get(name)) if name in TEXTS else row.get(name) for row in rows] for name in COLUMNS}
+        {name: [text_of(row.get(name)) if name in TEXTS else row.get(name) for row in rows] for name in COLUMNS}
     )
     for column in FIGURES:
         # Not to_numeric: it is off by a bit for some decimals.
