@@ -38,7 +38,7 @@ class Setup:
         num_classes, seed: the seed is the source of every random number an attack draws.
         fresh_model: an untrained network of the victim's architecture; another seed, other weights.
         recipe, augmentation: the victim's.
-        journal: for curves and checkpoints.
+        log: for curves and checkpoints.
         stored_surrogate: gives the surrogate that all attacks of this seed share; None trains one here.
     """
 

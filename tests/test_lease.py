@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import is_running
 
 from bench.storage import lease
 from bench.storage.store import Store
@@ -49,12 +50,12 @@ def test_a_living_process_of_another_host_keeps_its_lock_however_long_it_takes(t
     _, end = elsewhere(beat_s=0.1)
     time.sleep(2.0)
     store = Store(tmp_path)
-    assert store.is_running("implant", "k")
+    assert is_running(store, "implant", "k")
     with store.lock("implant", "k") as ours:
         assert not ours
     end.set()
     for _ in range(100):
-        if not store.is_running("implant", "k"):
+        if not is_running(store, "implant", "k"):
             break
         time.sleep(0.05)
     with store.lock("implant", "k") as ours:
@@ -67,9 +68,9 @@ def test_a_killed_process_of_another_host_loses_its_lock_when_it_is_silent_for_l
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     store = Store(tmp_path)
-    assert store.is_running("implant", "k")  # nothing on this host can tell yet
+    assert is_running(store, "implant", "k")  # nothing on this host can tell yet
     time.sleep(1.7)
-    assert not store.is_running("implant", "k")
+    assert not is_running(store, "implant", "k")
     assert not store.claims()["implant", "k"].alive
     with store.lock("implant", "k") as ours:
         assert ours
@@ -81,7 +82,7 @@ def test_the_clock_of_this_host_decides_nothing(tmp_path, elsewhere, monkeypatch
     for hours in (-5, 5):
         monkeypatch.setattr(time, "time", lambda hours=hours: true() + hours * 3600)
         monkeypatch.setattr(lease, "_ahead", None)
-        assert Store(tmp_path).is_running("implant", "k")
+        assert is_running(Store(tmp_path), "implant", "k")
 
 
 def a_sleeper_gets_nothing(folder: Path, looked: lease.Claim | None, left: list[int], monkeypatch) -> None:
@@ -212,7 +213,7 @@ def test_a_claim_is_alive_within_what_clocks_may_differ_in_both_directions(tmp_p
     stamp = time.time() + seconds
     os.utime(path, (stamp, stamp))
     store = Store(tmp_path)
-    assert store.is_running("implant", "k") is alive
+    assert is_running(store, "implant", "k") is alive
     with store.lock("implant", "k") as ours:
         assert ours is not alive
 
@@ -222,7 +223,7 @@ def test_a_step_of_this_host_s_clock_takes_no_living_claim(tmp_path, monkeypatch
     store, true = Store(tmp_path), time.time
     for hours in (0, -5, 5):  # the distance of the clocks is remembered from before the step
         monkeypatch.setattr(time, "time", lambda hours=hours: true() + hours * 3600)
-        assert store.is_running("implant", "k")
+        assert is_running(store, "implant", "k")
 
 
 def _folder(path: Path) -> None:
@@ -271,7 +272,7 @@ def test_a_name_that_is_no_number_is_no_claim(tmp_path, name, make):
     folder.mkdir(parents=True)
     make(folder / name)
     store = Store(tmp_path)
-    assert not store.is_running("implant", "k")
+    assert not is_running(store, "implant", "k")
     for _ in range(2):
         with store.lock("implant", "k") as ours:
             assert ours

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import is_running
 
 from bench.storage.store import Store, key_of
 
@@ -134,12 +135,12 @@ def test_a_lock_is_exclusive_and_dies_with_its_process(tmp_path: Path):
     process.start()
     assert ready.wait(30)
     store = Store(tmp_path)
-    assert store.is_running("implant", "k")
+    assert is_running(store, "implant", "k")
     with store.lock("implant", "k") as ours:
         assert not ours
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert not store.is_running("implant", "k")
+    assert not is_running(store, "implant", "k")
     with store.lock("implant", "k") as ours:
         assert ours
 

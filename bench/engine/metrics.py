@@ -46,10 +46,10 @@ def attack_success_rate(predicted: Tensor, target_labels: Tensor, eligible: Tens
             sends them there, and counted, that alone would be an ASR of 0.1 on ten classes.
 
     Raises:
-        ValueError: no image is judged.
+        ValueError: no image is eligible.
     """
     if not eligible.any():
-        raise ValueError(f"none of {len(eligible)} images can be judged: all are of the target class")
+        raise ValueError(f"none of {len(eligible)} images is eligible: all are of the target class")
     return (predicted == target_labels)[eligible].double().mean().item()
 
 
@@ -57,10 +57,10 @@ def recovery_accuracy(predicted: Tensor, true: Tensor, eligible: Tensor) -> floa
     """Share of the same eligible triggered images that get their true label back. ASR + recovery <= 1.
 
     Raises:
-        ValueError: no image is judged.
+        ValueError: no image is eligible.
     """
     if not eligible.any():
-        raise ValueError(f"none of {len(eligible)} images can be judged: all are of the target class")
+        raise ValueError(f"none of {len(eligible)} images is eligible: all are of the target class")
     return (predicted == true)[eligible].double().mean().item()
 
 
@@ -79,7 +79,7 @@ def success_by_class(
 def attack_figures(
     *, clean: Tensor, triggered: Tensor, true: Tensor, target_labels: Tensor, eligible: Tensor
 ) -> dict[str, float | None]:
-    """What a trigger still does to a model; every figure is None if no image can be judged, and never 0.
+    """What a trigger still does to a model; every figure is None if no image is eligible, and never 0.
 
     Args:
         clean, triggered: (N,) int64, the model's classes for the test images without and with the trigger.

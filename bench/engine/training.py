@@ -164,7 +164,7 @@ class TrainingLog:
             ValueError: a part of this name was there: its checkpoint would pass for this one's.
         """
         if self.folder and part in self._parts:
-            raise ValueError(f"two trainings of one journal are named {part!r}; give each `fit` a part of its own")
+            raise ValueError(f"two trainings of one log are named {part!r}; give each `fit` a part of its own")
         self._parts.add(part)
 
     def record(self, name: str, value: float, step: int) -> None:
@@ -266,12 +266,12 @@ def fit(
     """Train `model` in place on `data` and return it in eval mode.
 
     On a CPU the same arguments give bit-identical weights, also when the process is killed and the call repeated
-    with a journal whose folder kept the checkpoint: every random number depends on the seed and the epoch alone.
+    with a log whose folder kept the checkpoint: every random number depends on the seed and the epoch alone.
 
     Args:
         augmentation: applied to each batch; None trains on the images as they are.
         hooks: what a method changes about a step.
-        journal: takes the curve of the loss, and checkpoints named by `part`.
+        log: takes the curve of the loss, and checkpoints named by `part`.
         optimizer: one that goes on from an earlier part with its momentum, made by `make_optimizer` on this model;
             of the recipe only the rate and the length apply to it. None starts a new one.
         after_epoch: called with the model and the number of finished epochs.

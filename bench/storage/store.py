@@ -594,7 +594,7 @@ class Store:
 
     @contextmanager
     def lock(self, stage: str, key: str) -> Iterator[bool]:
-        """True if this process may compute the stage now. A killed process loses its lock: see bench/lease.py."""
+        """True if this process may compute the stage now. A killed process loses its lock: storage/lease.py."""
         path = lease.take(self._lock(stage, key))
         if path is None:
             yield False
@@ -604,11 +604,6 @@ class Store:
         finally:
             # Who takes the lock of a finished stage finds it finished: nobody needs it any more.
             lease.release(path, forget=self.is_finished(stage, key))
-
-    def is_running(self, stage: str, key: str) -> bool:
-        """Does some process compute this stage now?"""
-        claim = self.claim(stage, key)
-        return claim is not None and claim.alive
 
     def claim(self, stage: str, key: str) -> lease.Claim | None:
         """Who computes this stage, or did so last; None if it was never begun, or is finished."""
