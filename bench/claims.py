@@ -42,7 +42,9 @@ class Answer:
 def main(arguments: list[str]) -> int:
     from omegaconf import OmegaConf
 
-    claims = load(CLAIMS)
+    from bench.engine.packages import shipped
+
+    claims = load(shipped(CLAIMS))
     if len(arguments) == 1 and arguments[0].endswith(".csv"):
         from bench.reporting.trials import read_trials
 
@@ -73,7 +75,7 @@ def load(path: Path) -> list[dict[str, Any]]:
     from bench.engine.errors import UserError
 
     if not path.exists():
-        raise UserError(f"{path} is not here; run from the folder that holds results/")
+        raise UserError(f"{path} is not here; write the path of a file with claims")
     claims: list[dict[str, Any]] = OmegaConf.to_container(OmegaConf.load(path))  # type: ignore[assignment]
     for claim in claims:
         for check in claim.get("checks", ()):

@@ -124,10 +124,11 @@ def _load(place: str) -> pd.DataFrame:
     import pandas as pd
 
     from bench.engine.errors import UserError
+    from bench.engine.packages import shipped
     from bench.reporting.reported import read_reported
     from bench.reporting.trials import read_trials
 
-    path, source = Path(place), io.BytesIO()
+    path, source = shipped(Path(place)), io.BytesIO()
     if path.is_dir():
         path = path / "trials.csv"
     if not path.exists() and ":" in place:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.engine.errors import UserError
 from bench.engine.messages import masked
+from bench.engine.packages import shipped
 from bench.experiment.experiment import Experiment
 from bench.reporting.protocol import command, protocol
 
@@ -184,7 +185,7 @@ def _made_of(experiment: Experiment, trials: pd.DataFrame, lines: list[str]) -> 
     settings = [experiment.title, lines, experiment.arguments, str(experiment.cfg.report), list(trials.columns)]
     code = Path(__file__).parent
     read = [path for path in code.rglob("*") if path.suffix in (".py", ".css", ".html", ".js")]
-    read += [Path(experiment.cfg.report.reported)] if experiment.cfg.report.reported else []
+    read += [shipped(Path(experiment.cfg.report.reported))] if experiment.cfg.report.reported else []
     stats = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in sorted(read)]
     figures = pd.util.hash_pandas_object(trials).to_numpy().tobytes()
     return hashlib.sha256(repr((settings, stats)).encode() + figures).hexdigest()

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from bench.engine.messages import shortened
+from bench.engine.packages import shipped
 from bench.reporting.cells import state_column
 from bench.reporting.columns import COLUMN
 from bench.reporting.trials import AXES, STATES, allowed_range
@@ -73,7 +74,7 @@ def reported_of(path: Path, trials: pd.DataFrame) -> pd.DataFrame:
     """
     from bench.engine.errors import UserError
 
-    found = read_reported(path)
+    found = read_reported(shipped(path), str(path))
     own = {attack: part.poison_rate.unique() for attack, part in trials.groupby("attack")}
     usual = trials.poison_rate[trials.poison_rate > 0].mode()  # for an attack that this table does not have
     found = found[
