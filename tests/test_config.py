@@ -172,6 +172,15 @@ def test_a_mistake_is_refused_in_one_line_that_helps(argument, words, cache, tmp
         assert word in line
 
 
+def test_a_budget_is_a_group_that_the_command_line_replaces():
+    assert load(["grid=cifar10_small"]).train.epochs == 12
+    assert load(["grid=cifar10_small", "budget=gpu"]).train.epochs == 60
+    assert load(["grid=cifar10_small", "budget=gpu", "train.epochs=7"]).train.epochs == 7
+    assert load(["grid=quick", "budget=gpu"]).train.epochs == 20  # what a grid sets itself comes last
+    with pytest.raises(UserError, match=r"gpuu.*gpu"):
+        load(["budget=gpuu"])
+
+
 def test_a_grid_in_a_folder_of_the_users_is_found(tmp_path, cache):
     (tmp_path / "grid").mkdir()
     (tmp_path / "grid" / "mine.yaml").write_text(

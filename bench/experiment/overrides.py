@@ -16,7 +16,7 @@ from omegaconf.nodes import FloatNode
 
 from bench.engine.errors import UserError
 
-GROUPS = ("grid", "dispatch", "tracking")
+GROUPS = ("grid", "budget", "dispatch", "tracking")
 
 
 # The groups of settings that may differ from cell to cell.
