@@ -190,7 +190,7 @@ def test_a_share_of_nothing_is_an_error_and_not_zero():
 def test_a_test_set_of_the_target_class_alone_cannot_be_judged():
     true = torch.full((6,), 2)
     for measure in (attack_success_rate, recovery_accuracy):
-        with pytest.raises(ValueError, match="none of 6 images can be judged: all are of the target class"):
+        with pytest.raises(ValueError, match="eligible"):
             measure(true, true, true != 2)
 
 
