@@ -161,7 +161,7 @@ def test_a_grid_ends_in_a_leaderboard_with_tables_and_plots(run_grid, tmp_path, 
     tables |= {"config.yaml", picture_of("digits", "test_resnet", "badnets")}
     plots = {"asr_heatmap", "accuracy_against_asr", "robust_accuracy", "cost", "triggers"}
     drawn = {f"{name}.{kind}" for name in plots for kind in ("png", "pdf")}
-    assert {path.name for path in folder.iterdir()} == tables | drawn | {".report"}
+    assert {path.name for path in folder.iterdir()} == tables | drawn | {".boards.json", ".report"}
     assert (folder / "asr_heatmap.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert (folder / "leaderboard.md").read_text().split("\n", 2)[2].strip() in printed
