@@ -451,8 +451,8 @@ def test_no_secret_of_a_server_s_address_is_written_or_printed(finished, tmp_pat
 @pytest.mark.slow
 def test_processes_that_need_a_database_at_once_make_one(tmp_path):
     path = tmp_path / "mlflow.db"
-    code = "import sys; from pathlib import Path; from bench import tracking; "
-    code += "print(tracking._open(sys.argv[1], 'quick', Path(sys.argv[2]))[1])"
+    code = "import sys; from pathlib import Path; from bench.reporting import mlflow; "
+    code += "print(mlflow._open(sys.argv[1], 'quick', Path(sys.argv[2]))[1])"
     command = [sys.executable, "-c", code, f"sqlite:///{path}", str(tmp_path)]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     said = [process.communicate()[0].strip() for process in started]
