@@ -103,6 +103,30 @@ def test_every_default_is_the_one_of_the_code():
         ("grid.attacks=[badnets] attack.sig.poison_rate=0.2", ["attack.sig.poison_rate", "grid.attacks"]),
         ("defense=${grid.name}", ["defense.KEY"]),
         ("grid.attacks=[badnets] defense={nad:{beta:0}}", ["defense.nad.beta", "grid.defenses"]),
+        ("grid.threat_models=[trainset] grid.defenses=[abl] reserve.size=0.02", ["reserve.size=0.02"]),
+        (
+            "grid.threat_models=[trainset] grid.defenses=[abl] reserve.contamination=0.1",
+            ["reserve.contamination=0.1"],
+        ),
+        ("grid.attacks=[none] reserve.contamination=0.1", ["reserve.contamination=0.1"]),
+        ("measure.relearn_poisoned=[5]", ["measure.relearn_poisoned=[5]", "measure.relearn=true"]),
+        # A reference is resolved once, and what it refers to differs from cell to cell.
+        (
+            "reserve.size=${reserve.held_out} grid.sweep=[{key:reserve.held_out,values:[0.05,0.1]}]",
+            ["reserve.size", "reserve.held_out", "grid.sweep"],
+        ),
+        (
+            "reserve={size:'${.held_out}'} grid.sweep=[{key:reserve.held_out,values:[0.05,0.1]}]",
+            ["reserve.size", "reserve.held_out", "grid.sweep"],
+        ),
+        (
+            "defense.aft.epsilon=${attack.badnets.poison_rate} grid.sweep=[{key:attack.poison_rate,values:[0.05,0.1]}]",
+            ["defense.aft.epsilon", "attack.badnets.poison_rate", "grid.sweep"],
+        ),
+        (
+            "train.lr=${train.weight_decay} grid.exceptions=[{set:{train:{weight_decay:0.01}},why:x}]",
+            ["train.lr", "train.weight_decay", "grid.exceptions"],
+        ),
         # Shares that come to no image, or to the same ones.
         ("grid.attacks=[sig] grid.defenses=[no_defense] reserve.contamination=0.5", ["reserve.contamination", "0.5"]),
         ("reserve.contamination=0.002", ["0.002", "71", "at least 0.0071"]),

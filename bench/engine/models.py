@@ -219,9 +219,12 @@ class ModelSpec:
                 f"{self.name} (model.stem={self.stem}) cannot take {self.image_size}x{self.image_size} images: "
                 f"{_first_line(error)}. {self._advice()}"
             ) from error
+        self._check_head()
+        return model.notes
+
+    def _check_head(self) -> None:
         plain = (0.5,) * self.channels
         _check_head(replace(self, num_classes=7, mean=plain, std=plain), _entrypoint(self.name))
-        return model.notes
 
     def _check_stem(self) -> None:
         if self.stem not in STEMS:
@@ -254,6 +257,7 @@ class ModelSpec:
         for other in others:
             with suppress(Exception):
                 other._tried()
+                other._check_head()
                 return (
                     f"Set model.stem={other.stem}, or take another architecture"
                     if other.stem != self.stem

@@ -30,6 +30,7 @@ from bench.experiment.axes import (
 from bench.experiment.counts import Counts, counts_of
 from bench.experiment.identity import adaptation_notes, attack_of, defense_of, identity_of, model_identity
 from bench.experiment.overrides import to_override
+from bench.experiment.schema import Config
 from bench.experiment.trial import Keys, Trial
 from bench.measures.context import NEEDS_CONTROL, RELEARN_TABLE
 from bench.storage.store import Identity, key_of
@@ -115,7 +116,33 @@ def expand(
                             trials += _trials(own, infos[data], place, seeds, precision, swept, once)
     if len(variants) > 1:
         _check_points(trials, infos, seeds[0])
+    _check_used(cfg, trials, explicit)
     return trials
+
+
+def _check_used(cfg: DictConfig, trials: list[Trial], explicit: frozenset[str]) -> None:
+    """Refuse a setting of the command line that no trial of this grid reads, unless it is the default.
+
+    Raises:
+        UserError: with what reads it.
+    """
+    reserves = [trial.defend["reserve"] for trial in trials if "reserve" in trial.defend]
+    readers = {
+        "reserve.size": (bool(reserves), "a defense with a reserve (grid.threat_models=[reserve])"),
+        "reserve.contamination": (
+            any(reserve["contamination"] for reserve in reserves),
+            "a defense with a reserve against an attack that poisons (grid.threat_models=[reserve])",
+        ),
+        "measure.relearn_poisoned": (
+            any("relearn" in trial.inspect for trial in trials),
+            "measure.relearn=true, of an attack that poisons",
+        ),
+    }
+    defaults = OmegaConf.structured(Config)
+    for path, (is_read, reader) in readers.items():
+        value = OmegaConf.select(cfg, path)
+        if path in explicit and not is_read and value != OmegaConf.select(defaults, path):
+            raise UserError(f"{path}={to_override(value)} changes nothing here: it is read by {reader}; leave it out")
 
 
 def _trials(

@@ -78,12 +78,44 @@ def load(arguments: list[str]) -> DictConfig:
         try:
             composed = compose("config", overrides=overrides)
             values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+            _check_references(OmegaConf.to_container(composed), values["grid"])
             values = one_line_each(_flat_exceptions(numbers(values, schema)))
             cfg = OmegaConf.merge(schema, values)
         except (HydraException, OmegaConfBaseException, OSError, ValueError, UserWarning, yaml.YAMLError) as error:
             raise UserError(_one_line(error, arguments, schema)) from error
     assert isinstance(cfg, DictConfig)
     return cfg
+
+
+def _check_references(unresolved: Any, grid: dict[str, Any]) -> None:
+    """Refuse a value that refers to a setting that differs from cell to cell: references are resolved once, before.
+
+    Raises:
+        ValueError: with both settings.
+    """
+
+    def parts(key: str, kind: str) -> list[dict[str, Any]]:
+        return [entry for entry in grid[key] or () if isinstance(entry, dict) and isinstance(entry.get(kind), dict)]
+
+    varying = {
+        str(entry["key"]): "grid.sweep" for entry in grid["sweep"] or () if isinstance(entry, dict) and "key" in entry
+    }
+    varying |= {
+        str(path): "grid.exceptions" for entry in parts("exceptions", "set") for path, _ in leaves(entry["set"])
+    }
+    for entry in parts("ablations", "set"):
+        varying |= {f"defense.{entry.get('defense')}.{key}": "grid.ablations" for key in entry["set"]}
+    for path, value in leaves(unresolved):
+        for name in re.findall(r"\$\{([\w.]+)\}", str(value)):
+            target = f"{path.rpartition('.')[0]}{name}" if name.startswith(".") else name
+            head, *rest = target.split(".")
+            # `attack.poison_rate` is the setting of each attack.
+            changed_by = varying.get(target) or (head in ("attack", "defense") and varying.get(f"{head}.{rest[-1]}"))
+            if changed_by:
+                raise ValueError(
+                    f"{path} is {value!r}, and {changed_by} changes {target} from cell to cell, but a reference is "
+                    f"resolved once; write a value for {path}, or set it in {changed_by} too"
+                )
 
 
 def update(cfg: DictConfig, path: str, value: Any) -> None:
