@@ -77,7 +77,7 @@ def load(arguments: list[str]) -> DictConfig:
         warnings.filterwarnings("error", message="provider=hydra.searchpath")  # a folder of grids that is not there
         try:
             composed = compose("config", overrides=overrides)
-            values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+            values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
             _check_references(OmegaConf.to_container(composed), values["grid"])
             values = one_line_each(_flat_exceptions(numbers(values, schema)))
             cfg = OmegaConf.merge(schema, values)
