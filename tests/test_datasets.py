@@ -525,7 +525,7 @@ def test_an_image_folder_is_not_mirrored_unless_that_is_said(tmp_path):
     animals(tmp_path / "animals")
     own = ["grid.datasets=[digits,folder:animals]", f"dataset.root={tmp_path}", f"dataset.cache={tmp_path}/cache"]
     own += ["grid.attacks=[none]", "grid.defenses=[no_defense]", "grid.seeds=1", "train.batch_size=2"]
-    own += [f"results={tmp_path}/results", "reserve.held_out=0.5", "reserve.size=0.5", "grid.models=[test_resnet]"]
+    own += [f"results={tmp_path}/results", "reserve.held_out=0.5", "grid.models=[test_resnet]"]
     usual = {"digits": {"crop": 1 / 16, "flip": False, "rotation": 0}}
     usual["folder:animals"] = {"crop": 1 / 8, "flip": False, "rotation": 0}
     cases = [([], {}), (["flip=true", "rotation=7"], {"flip": True, "rotation": 7}), (["crop=0"], {"crop": 0})]

@@ -76,7 +76,7 @@ def test_identity_changes_with_figures_and_with_nothing_else(keys, change, stage
 
 
 def test_a_clean_model_has_no_poison_to_taint_a_reserve_with(keys):
-    clean = "grid.attacks=[none]"
+    clean = "grid.attacks=[none,badnets]"  # the first trial's attack is none
     assert keys(clean) == keys(clean, "reserve.contamination=0.2")
     assert keys()[1] != keys("reserve.contamination=0.2")[1]
 

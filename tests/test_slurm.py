@@ -16,8 +16,10 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 from bench._command import open_experiment
+from bench.experiment.experiment import load_experiment
 from slurm import jobs
 from tests.conftest import TINY
 
@@ -504,31 +506,55 @@ OWNED = {
 }
 
 
+@pytest.fixture(scope="module")
+def slurm_settings(tmp_path_factory):
+    """The settings under `dispatch` of a grid, with one more for submitit or sbatch."""
+    folder = tmp_path_factory.mktemp("settings")
+    cfg = load_experiment(
+        [*TINY, "dispatch=slurm", f"dataset.cache={folder}", f"results={folder / 'results'}"], True
+    ).cfg
+
+    def of(key: str, value: object):
+        changed = cfg.copy()
+        OmegaConf.update(changed, f"dispatch.slurm.{key}", value, force_add=True)
+        return changed.dispatch
+
+    return of
+
+
 @pytest.mark.parametrize("dry", [False, True])
 @pytest.mark.parametrize("key", OWNED)
-def test_an_option_that_the_dispatcher_sets_is_refused_before_anything_is_submitted(
-    fake_slurm, tiny, monkeypatch, key, dry
-):
+def test_an_option_that_the_dispatcher_sets_is_refused(fake_slurm, slurm_settings, monkeypatch, key, dry):
     from bench.engine.errors import UserError
     from slurm import dispatch
 
     monkeypatch.setattr(dispatch, "_sbatch_options", list)  # a cluster whose help cannot be read
     with pytest.raises(UserError, match=key) as error:
-        open_experiment([*tiny, "dispatch=slurm", f"dispatch.slurm.additional.{key}=3"], dry=dry)
+        dispatch.check(slurm_settings(f"additional.{key}", 3), dry)
     assert OWNED[key] in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_and_that_before_anything_is_submitted(fake_slurm, tiny, monkeypatch, dry):
+    from bench.engine.errors import UserError
+    from slurm import dispatch
+
+    monkeypatch.setattr(dispatch, "_sbatch_options", list)
+    with pytest.raises(UserError, match="array"):
+        open_experiment([*tiny, "dispatch=slurm", "dispatch.slurm.additional.array=3"], dry=dry)
 
 
 @pytest.mark.parametrize(
     "key", ["name", "slurm_time", "slurm_mem", "slurm_job_name", "slurm_partition", "slurm_setup", "slurm_dependency"]
 )
-def test_and_so_is_a_parameter_of_submitit_by_either_of_its_names(fake_slurm, tiny, monkeypatch, key):
+def test_and_so_is_a_parameter_of_submitit_by_either_of_its_names(fake_slurm, slurm_settings, monkeypatch, key):
     from bench.engine.errors import UserError
     from slurm import dispatch
 
     monkeypatch.setattr(dispatch, "_sbatch_options", list)
     with pytest.raises(UserError, match=f"submitit.{key}"):
-        open_experiment([*tiny, "dispatch=slurm", f"dispatch.slurm.submitit.{key}=3"])
+        dispatch.check(slurm_settings(f"submitit.{key}", 3))
 
 
 @pytest.mark.parametrize("key", ["additional.mem-per-cpu", "additional.mem_per_gpu", "submitit.slurm_mem_per_cpu"])

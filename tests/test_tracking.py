@@ -299,7 +299,7 @@ def _half(connection):
 
 
 @pytest.mark.parametrize(
-    "answer", [_never, _fail, *(pytest.param(answer, marks=pytest.mark.slow) for answer in (_trickle, _half))]
+    "answer", [_fail, *(pytest.param(answer, marks=pytest.mark.slow) for answer in (_never, _trickle, _half))]
 )
 def test_a_hanging_or_failing_server_costs_a_run_fifteen_seconds_and_one_line(finished, capsys, monkeypatch, answer):
     import mlflow  # noqa: F401  (its import takes seconds that are not the server's)
@@ -364,6 +364,7 @@ def _locations(database):
         }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("original", ["stays", "is gone"])
 def test_a_copied_results_folder_has_its_own_artifacts(finished, database, tmp_path, capsys, original):
     first, second = tmp_path / "results", tmp_path / "copy" / "results"

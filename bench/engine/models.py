@@ -276,7 +276,8 @@ class ModelSpec:
         """
         if "timm" not in sys.modules and (notes := _remembered(self, cache)) is not None:
             return notes, ""
-        notes, source = self.check(), self.source()
+        check_name(self.name)
+        notes, source = _examined(self, _entrypoint(self.name))
         path, about = _memory_of(self, cache)
         if not source and not path.exists():
             temporary = path.with_suffix(f".{uuid.uuid4().hex}")
@@ -294,6 +295,12 @@ class ModelSpec:
         """
         entry = _entrypoint(self.name)
         return "" if _is_of(entry.__module__, "timm") else _digest_of_code(replace(self, mean=(), std=()), entry)
+
+
+@cache
+def _examined(spec: ModelSpec, entry: Callable[..., nn.Module]) -> tuple[tuple[str, ...], str]:
+    """What `check` and `source` return, once for each function that is registered under the name."""
+    return spec.check(), spec.source()
 
 
 @cache
@@ -386,9 +393,10 @@ def architectures() -> list[str]:
 
 def check_name(name: str) -> None:
     """Raises LookupError, with the near names, if timm has no such architecture."""
-    known = architectures()
-    if name not in known:
-        near = get_close_matches(name, known, n=3)
+    import timm
+
+    if "." in name or not timm.is_model(name):  # timm knows names with a tag of weights too
+        near = get_close_matches(name, architectures(), n=3)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise LookupError(f"timm has no architecture named {name!r}.{hint} `timm.list_models()` lists all.")
 

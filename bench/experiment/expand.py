@@ -161,7 +161,8 @@ def _trials(
     tainted = cfg.reserve.contamination if implant["attack"]["poison_rate"] else 0.0
     row = ("defend", id(cfg), place["defense"], place["threat_model"], tainted)
     defend, reason = once(row, lambda: _defend(cfg, place, usual, tainted))
-    once(("reserve", *where), lambda: _check_reserve(cfg, info, attack_of(cfg, place["attack"])))
+    if "reserve" in defend:
+        once(("reserve", *where), lambda: _check_reserve(cfg, info, attack_of(cfg, place["attack"])))
     versions = {"autoattack": autoattack.VERSION} if cfg.measure.autoattack_images else {}
     measure: Identity = once(
         ("measure", id(cfg)),
