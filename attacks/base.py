@@ -70,7 +70,7 @@ class Setup:
             seed=self.seed,
             augmentation=self.augmentation,
             log=self.log,
-            part="surrogate",
+            stream="surrogate",
         )
 
 
@@ -141,7 +141,7 @@ class Attack:
             raise ValueError(
                 f"attack.{self.name}.target_label is {self.target_label}; the classes are 0 to {len(class_counts) - 1}"
             )
-        total, own = sum(class_counts), class_counts[self.target_label]
+        total, of_target = sum(class_counts), class_counts[self.target_label]
         for key in ("poison_rate", "cover_rate"):
             share = getattr(self, key)
             if share and not images_of(share, total):
@@ -150,11 +150,11 @@ class Attack:
                     f"write at least {least_share(total):g}"
                 )
         stamped = images_of(self.poison_rate, total) + images_of(self.cover_rate, total)
-        if self.label_mode == "clean_label" and stamped > own:
+        if self.label_mode == "clean_label" and stamped > of_target:
             covers = f" and cover_rate {self.cover_rate:g}" if self.cover_rate else ""
             raise ValueError(
                 f"attack.{self.name}.poison_rate is {self.poison_rate:g}{covers}, but a clean-label attack stamps only "
-                f"class {self.target_label}, {own} of {total} images; write at most {own / total:.4f}"
+                f"class {self.target_label}, {of_target} of {total} images; write at most {of_target / total:.4f}"
                 f"{' in all' if covers else ''}"
             )
 
@@ -264,10 +264,10 @@ class Attack:
         images, labels = clean.images.clone(), clean.labels.clone()
         source = generator(seed, "stamp", device=device)
         for role, stamp in ((POISON, self.stamp_poison), (COVER, self.stamp_cover)):
-            for part in (roles == role).nonzero().flatten().split(1024):
-                before = to_float(clean.batch(part))
+            for chunk in (roles == role).nonzero().flatten().split(1024):
+                before = to_float(clean.batch(chunk))
                 after = to_uint8(self._kept(before, stamp(before, tensors, source), quantise=False))
-                images[part.to(images.device)] = after.to(images.device)
+                images[chunk.to(images.device)] = after.to(images.device)
         victims = roles == POISON
         labels[victims] = self.poisoned_labels(labels[victims], num_classes)
         return ImageSet(images, labels), roles
@@ -321,8 +321,8 @@ class PerBatch(AttackHooks):
         self.attack, self.stamps, self.num_classes, self.ramp = attack, tensors, setup.num_classes, ramp
         labels = setup.trainset.labels
         clean = attack.label_mode == "clean_label"
-        own = (labels == attack.target_label).float().mean().item() if clean else 1.0
-        self.poison, self.cover = (rate and rate / own for rate in (attack.poison_rate, attack.cover_rate))
+        share_of_target = (labels == attack.target_label).float().mean().item() if clean else 1.0
+        self.poison, self.cover = (rate and rate / share_of_target for rate in (attack.poison_rate, attack.cover_rate))
 
     def batch(self, images: Tensor, labels: Tensor, step: int, source: torch.Generator) -> tuple[Tensor, Tensor]:
         before = self.attack.before_augmentation

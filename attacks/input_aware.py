@@ -138,10 +138,10 @@ class InputAware(Attack):
         height, width = images.shape[-2:]
         size = max(1, 2**20 // (height * width))  # bounds the memory of the generators' maps
         done = []
-        for part, drawn_for in zip(images.split(size), other.split(size), strict=True):
+        for chunk, drawn_for in zip(images.split(size), other.split(size), strict=True):
             pattern = _applied("pattern", tensors, drawn_for)
             mask = sharpened(_applied("mask", tensors, drawn_for))
-            done.append(torch.lerp(part, pattern, mask))
+            done.append(torch.lerp(chunk, pattern, mask))
         return torch.cat(done).clamp_(0, 1)
 
     def hooks(self, setup: Setup, tensors: Tensors) -> AttackHooks:
@@ -180,9 +180,9 @@ class PatternHooks(AttackHooks):
             mask = sharpened(_applied("mask", self.frozen, drawn_for))
         pairs = min(poison, cover)
         if pairs:
-            own, other = slice(0, pairs), slice(poison, poison + pairs)
+            generated, other = slice(0, pairs), slice(poison, poison + pairs)
             images_apart, patterns_apart = (
-                distance(both[own] / self.frozen["spread"], both[other] / self.frozen["spread"])
+                distance(both[generated] / self.frozen["spread"], both[other] / self.frozen["spread"])
                 for both in (drawn_for, pattern)
             )
             self.diversity = (images_apart / (patterns_apart + 1e-7)).mean()

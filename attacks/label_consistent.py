@@ -94,19 +94,19 @@ class LabelConsistent(Attack):
         """Turn uint8 images of the target class into their adversarial versions, in place."""
         model = setup.surrogate()
         right = 0
-        for part in images.split(256):
-            labels = torch.full((len(part),), self.target_label, device=part.device)
+        for chunk in images.split(256):
+            labels = torch.full((len(chunk),), self.target_label, device=chunk.device)
             hard = pgd(
                 model,
-                to_float(part),
+                to_float(chunk),
                 labels,
                 epsilon=self.epsilon,
                 step_size=self.step_size,
                 steps=self.steps,
             )
-            part.copy_(to_uint8(hard))
+            chunk.copy_(to_uint8(hard))
             with torch.no_grad():
-                right += int((model(to_float(part)).argmax(1) == labels).sum())
+                right += int((model(to_float(chunk)).argmax(1) == labels).sum())
         # Far from 0 the perturbation hides too little of the class, and the tiles need not be learned.
         setup.log.record("label_consistent/surrogate_accuracy_on_perturbed", right / len(images), 0)
 

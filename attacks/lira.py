@@ -74,7 +74,7 @@ class LIRA(Attack):
         # The widest maps have the full size: parts keep the memory of large images bounded.
         parts = images.split(max(1, 2**20 // (images.shape[-2] * images.shape[-1])))
         return torch.cat(
-            [_moved(part, torch.func.functional_call(network, weights, (part,)), self.epsilon) for part in parts]
+            [_moved(chunk, torch.func.functional_call(network, weights, (chunk,)), self.epsilon) for chunk in parts]
         )
 
     def hooks(self, setup: Setup, tensors: Tensors) -> AttackHooks:

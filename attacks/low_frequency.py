@@ -90,12 +90,12 @@ class LowFrequency(Attack):
         pattern: Tensor | None = None
         rates: list[float] = []
         while len(chosen) and len(rates) < self.passes:
-            for images, now, goal in zip(*(part.split(GROUP) for part in (chosen, before, targets)), strict=True):
+            for images, now, goal in zip(*(tensor.split(GROUP) for tensor in (chosen, before, targets)), strict=True):
                 moved = images if pattern is None else (images + pattern).clamp_(0, 1)
-                kept = predicted(model, moved) == now
-                if not kept.any():
+                unchanged = predicted(model, moved) == now
+                if not unchanged.any():
                     continue
-                change, reached = deepfool(model, moved[kept], goal[kept], self.deepfool_steps)
+                change, reached = deepfool(model, moved[unchanged], goal[unchanged], self.deepfool_steps)
                 if reached.any():
                     step = blurred(change[reached].sum(dim=0))
                     pattern = stretched(blurred(step if pattern is None else pattern + step), self.strength)

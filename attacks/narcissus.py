@@ -68,7 +68,7 @@ class Narcissus(Attack):
                 raise ValueError(f"attack.narcissus.{key} is {getattr(self, key)}; write {least} or more")
 
     def prepare(self, setup: Setup) -> Tensors:
-        own = setup.trainset[setup.trainset.labels == self.target_label]
+        of_target = setup.trainset[setup.trainset.labels == self.target_label]
         model = setup.surrogate()
         warmup = Recipe(
             epochs=self.warmup_epochs,
@@ -81,14 +81,14 @@ class Narcissus(Attack):
         )
         fit(
             model,
-            own,
+            of_target,
             warmup,
             seed=setup.seed,
             augmentation=setup.augmentation,
             log=setup.log,
-            part="narcissus_warmup",
+            stream="narcissus_warmup",
         )
-        return {"pattern": self._pattern(setup, model, own)}
+        return {"pattern": self._pattern(setup, model, of_target)}
 
     def _pattern(self, setup: Setup, model: torch.nn.Module, data: ImageSet) -> Tensor:
         """(C, H, W) in [-epsilon, epsilon]: makes target-class images look still more like their class."""

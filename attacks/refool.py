@@ -133,5 +133,5 @@ def blurred(photo: Tensor, sigma: float) -> Tensor:
 
 def vignette(size: int, centre: Tensor) -> Tensor:
     """(N, size): 1 at each centre (-1 is the first edge, 1 the last), exp(-9/4) a half width away from it."""
-    place = (torch.arange(size) + 0.5) / size * 2 - 1
-    return torch.exp(-(3 * (place - centre[:, None])).square() / 4)
+    coordinate = (torch.arange(size) + 0.5) / size * 2 - 1
+    return torch.exp(-(3 * (coordinate - centre[:, None])).square() / 4)

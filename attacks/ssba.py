@@ -98,14 +98,14 @@ class SSBA(Attack):
         return max(1, min(USUAL_UPDATES, seen // self.batch_size))
 
     def stamp(self, images: Tensor, tensors: Tensors) -> Tensor:
-        own = [name for name in tensors if name.startswith("encoder.")]
-        weights = {name.removeprefix("encoder."): tensors[name] for name in own}
+        encoder_names = [name for name in tensors if name.startswith("encoder.")]
+        weights = {name.removeprefix("encoder."): tensors[name] for name in encoder_names}
         encoder = _encoder(images.shape[1], len(tensors["secret"]))
         # The widest layer has about 70 channels: parts keep the memory of large images bounded.
         parts = images.split(max(1, 2**20 // (images.shape[-2] * images.shape[-1])))
         secret = tensors["secret"].expand(len(images), -1)
         apply = torch.func.functional_call
-        return torch.cat([apply(encoder, weights, (part, secret[: len(part)])) for part in parts])
+        return torch.cat([apply(encoder, weights, (chunk, secret[: len(chunk)])) for chunk in parts])
 
 
 class Ramp:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bench.engine.data import ImageSet
 from bench.engine.models import Classifier
-from bench.engine.training import Hooks, Recipe, fit
+from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, TrainsetView, defense
 
 
@@ -74,38 +74,16 @@ class AntiBackdoorLearning(Defense):
         model = view.fresh_model(view.seed)
         steady = replace(share_of(view.recipe, self.isolation), schedule="constant", warmup=0.0, label_smoothing=0.0)
         # Augmentation moves and cuts the trigger: clean images then reach a low loss first, and are isolated instead.
-        fit(
-            model,
-            view.trainset,
-            steady,
-            seed=view.seed,
-            hooks=Flooding(self.gamma),
-            log=view.log,
-            part="abl_isolation",
-        )
+        view.fit(model, steady, augment=False, hooks=Flooding(self.gamma), stream="abl_isolation")
         losses = losses_of(model, view.trainset)
         isolated = torch.zeros(len(losses), dtype=torch.bool, device=losses.device)
         isolated[losses.argsort(stable=True)[:count]] = True
         if self.tuning:
-            fit(
-                model,
-                view.trainset[~isolated],
-                share_of(view.recipe, self.tuning),
-                seed=view.seed,
-                augmentation=view.augmentation,
-                log=view.log,
-                part="abl_tuning",
-            )
+            view.fit(model, share_of(view.recipe, self.tuning), data=view.trainset[~isolated], stream="abl_tuning")
         if self.unlearning_updates:
             ascent = replace(steady, epochs=0, updates=self.unlearning_updates, lr=self.unlearning_lr * view.recipe.lr)
-            fit(
-                model,
-                view.trainset[isolated],
-                ascent,
-                seed=view.seed,
-                hooks=Ascent(),
-                log=view.log,
-                part="abl_unlearning",
+            view.fit(
+                model, ascent, data=view.trainset[isolated], augment=False, hooks=Ascent(), stream="abl_unlearning"
             )
         return DefenseResult(model, suspicion=-losses, flagged=isolated)
 

@@ -62,10 +62,10 @@ class ActivationClustering(Filter):
         for label in labels.unique().tolist():
             members = (labels == label).nonzero().flatten()
             state = generator(view.seed, "activation clustering", label).initial_seed() % 2**32
-            found = two_clusters(rows[members.numpy()], self.components, self.reduction, state)
-            if found is None:
+            split = two_clusters(rows[members.numpy()], self.components, self.reduction, state)
+            if split is None:
                 continue
-            towards, small, silhouette = found
+            towards, small, silhouette = split
             view.log.record("activation_clustering/silhouette", silhouette, label)
             view.log.record("activation_clustering/smaller", small.mean(), label)
             suspicion[members] = torch.from_numpy(towards * max(silhouette, 0.0))

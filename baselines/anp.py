@@ -23,7 +23,7 @@ from bench.engine.data import ImageSet, generator
 from bench.engine.metrics import accuracy, predict
 from bench.engine.models import Norm
 from bench.engine.pruning import PRUNE_BY, Masked, prune, split_off, units_to_prune
-from bench.engine.training import Hooks, Recipe, fit
+from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
 
@@ -80,7 +80,7 @@ class AdversarialNeuronPruning(Defense):
         norms = view.model.norms()
         if not norms:
             raise NotApplicable("the network has no norm layer with a scale and a shift")
-        judges, kept = split_off(view.reserve, self.held_out, view.seed)
+        judges, training = split_off(view.reserve, self.held_out, view.seed)
         masked = Masked(view.model, norms)
         epsilon = self._calibrated(masked, norms, judges, view.seed)
         view.log.record("anp/epsilon", epsilon, 0)
@@ -94,16 +94,7 @@ class AdversarialNeuronPruning(Defense):
             weight_decay=0.0,
             schedule="constant",
         )
-        fit(
-            masked,
-            kept,
-            recipe,
-            seed=view.seed,
-            augmentation=view.augmentation,
-            hooks=Perturbed(self, epsilon),
-            log=view.log,
-            part="anp",
-        )
+        view.fit(masked, recipe, data=training, hooks=Perturbed(self, epsilon), stream="anp")
         units = units_to_prune(
             view.model,
             norms,

@@ -82,8 +82,8 @@ class AdversarialWeightMasking(Defense):
         for done in range(self.rounds):
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * self.lr_decay**done
-            kept = {name: (weights[name] * mask).detach() for name, mask in masks.items()}
-            pattern = self.perturbation(model, kept, stream)
+            masked = {name: (weights[name] * mask).detach() for name, mask in masks.items()}
+            pattern = self.perturbation(model, masked, stream)
             total = torch.zeros((), device=view.device)
             for _ in range(self.updates):
                 images, labels = next(stream)
@@ -108,7 +108,7 @@ class AdversarialWeightMasking(Defense):
                 weight.mul_(masks[name])
         return DefenseResult(model.requires_grad_(True))
 
-    def perturbation(self, model: Classifier, kept: Tensors, stream: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+    def perturbation(self, model: Classifier, masked: Tensors, stream: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         """(1, C, H, W): one pattern that moves all images away from what the model says of them, within the budget."""
         pattern = torch.zeros(1)
         for step in range(self.updates):
@@ -116,9 +116,9 @@ class AdversarialWeightMasking(Defense):
             if step == 0:
                 pattern = torch.zeros_like(images[:1])
             with torch.no_grad():
-                says = functional_call(model, kept, (images,)).argmax(1)
+                says = functional_call(model, masked, (images,)).argmax(1)
             pattern.requires_grad_(True)
-            loss = F.cross_entropy(functional_call(model, kept, (images + pattern,)), says)
+            loss = F.cross_entropy(functional_call(model, masked, (images + pattern,)), says)
             (gradient,) = torch.autograd.grad(loss, pattern)
             pattern = pattern.detach() + self.perturbation_lr * gradient
         return within(pattern, self.budget)

@@ -43,8 +43,8 @@ class BatchNormStatisticsPruning(Defense):
             raise NotApplicable("no norm layer stores running statistics to compare clean images with")
         shares = []
         for norm, (mean, variance) in zip(norms, moments(view.model, norms, view.reserve[: self.images]), strict=True):
-            found = divergence(mean, variance, norm)
-            cut = found > found.mean() + self.u * found.std()
+            divergences = divergence(mean, variance, norm)
+            cut = divergences > divergences.mean() + self.u * divergences.std()
             with torch.no_grad():
                 norm.layer.weight[cut] = 0
             shares.append(cut)
@@ -72,12 +72,14 @@ def moments(model: Classifier, norms: list[Norm], data: ImageSet) -> list[tuple[
     finally:
         for handle in handles:
             handle.remove()
-    found = []
+    moments_of_norms = []
     for norm in norms:
         first, second, count = totals[norm.layer]
         mean = first / count
-        found.append((mean + norm.layer.running_mean.double(), (second - count * mean.square()) / (count - 1)))
-    return found
+        moments_of_norms.append(
+            (mean + norm.layer.running_mean.double(), (second - count * mean.square()) / (count - 1))
+        )
+    return moments_of_norms
 
 
 def divergence(mean: Tensor, variance: Tensor, norm: Norm) -> Tensor:

@@ -22,7 +22,7 @@ from bench.engine.metrics import features
 from bench.engine.models import Classifier
 from bench.engine.pruning import random_order, split_off
 from bench.engine.registry import LATER
-from bench.engine.training import Hooks, Recipe, fit
+from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, ReserveView, defense
 
 
@@ -56,24 +56,15 @@ class FinePruning(Defense):
             raise ValueError(f"defense.fine_pruning.units is {self.units!r}; write silent or random")
 
     def defend(self, view: ReserveView) -> DefenseResult:
-        held_out, kept = split_off(view.reserve, self.held_out, view.seed)
-        silent_first = loudness(view.model, kept).argsort(stable=True)
+        held_out, training = split_off(view.reserve, self.held_out, view.seed)
+        silent_first = loudness(view.model, training).argsort(stable=True)
         pruned = silent_first[: self._how_many(view.model, held_out, silent_first)]
         if self.units == "random":
             pruned = random_order(len(silent_first), view.seed, pruned.device)[: len(pruned)]
         cut(view.model, pruned)
         view.log.record("fine_pruning/pruned", len(pruned) / len(silent_first), 0)
         recipe = Recipe(epochs=self.epochs, lr=self.lr, batch_size=self.batch_size, optimizer="momentum")
-        model = fit(
-            view.model,
-            kept,
-            recipe,
-            seed=view.seed,
-            augmentation=view.augmentation,
-            hooks=KeepPruned(pruned),
-            log=view.log,
-            part="fine_pruning",
-        )
+        model = view.fit(view.model, recipe, data=training, hooks=KeepPruned(pruned), stream="fine_pruning")
         return DefenseResult(model)
 
     def _how_many(self, model: Classifier, held_out: ImageSet, silent_first: Tensor) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bench.engine.training import Recipe, fit
+from bench.engine.training import Recipe
 from defenses.base import Defense, DefenseResult, ReserveView, defense
 
 
@@ -38,14 +38,4 @@ class FineTuning(Defense):
             weight_decay=self.weight_decay,
             optimizer="momentum",
         )
-        return DefenseResult(
-            fit(
-                view.model,
-                view.reserve,
-                recipe,
-                seed=view.seed,
-                augmentation=view.augmentation,
-                log=view.log,
-                part="fine_tuning",
-            )
-        )
+        return DefenseResult(view.fit(view.model, recipe, stream="fine_tuning"))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bench.engine.data import generator
 from bench.engine.models import Classifier
-from bench.engine.training import Hooks, Recipe, fit
+from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, ReserveView, defense
 
 MODES = ("fst", "ft_init", "fe_tuning")
@@ -64,16 +64,7 @@ class FeatureShiftTuning(Defense):
             optimizer="momentum",
         )
         view.model.head.requires_grad_(self.mode != "fe_tuning")
-        model = fit(
-            view.model,
-            view.reserve,
-            recipe,
-            seed=view.seed,
-            augmentation=view.augmentation,
-            hooks=hooks,
-            log=view.log,
-            part="fst",
-        )
+        model = view.fit(view.model, recipe, hooks=hooks, stream="fst")
         model.head.requires_grad_(True)
         return DefenseResult(model)
 

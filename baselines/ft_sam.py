@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bench.engine.training import Hooks, Recipe, fit
+from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, ReserveView, defense
 
 
@@ -66,17 +66,8 @@ class FineTuningSAM(Defense):
             # torch gives the true class its part of what is shared, so more has to be shared.
             label_smoothing=self.label_smoothing * view.num_classes / (view.num_classes - 1),
         )
-        model = fit(
-            view.model,
-            view.reserve,
-            recipe,
-            seed=view.seed,
-            augmentation=view.augmentation,
-            hooks=SharpnessAware(self.rho),
-            log=view.log,
-            # Named as the plain fine-tune, so that with rho=0 and no smoothing the two are the same, bit for bit.
-            part="fine_tuning",
-        )
+        # The stream of plain fine-tuning: with rho=0 and no smoothing the two are the same, bit for bit.
+        model = view.fit(view.model, recipe, hooks=SharpnessAware(self.rho), stream="fine_tuning")
         return DefenseResult(model)
 
 

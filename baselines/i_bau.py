@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.engine.adversarial import under_attack
 from bench.engine.data import ImageSet, equal_batches, to_float
-from bench.engine.training import Hooks, Recipe, fit
+from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
 PENALTY = 0.001  # on the squared length of the perturbation, in pixel units
@@ -85,7 +85,7 @@ class ImplicitBackdoorAdversarialUnlearning(Defense):
         )
         hooks = Unlearning(self, view.reserve)
         with twice_differentiable(view.model):
-            model = fit(view.model, view.reserve, recipe, seed=view.seed, hooks=hooks, log=view.log, part="i_bau")
+            model = view.fit(view.model, recipe, augment=False, hooks=hooks, stream="i_bau")
         return DefenseResult(model)
 
 

@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bench.engine.data import ImageSet, to_float
 from bench.engine.models import Classifier
-from bench.engine.training import Hooks, Recipe, Tensors, fit
+from bench.engine.training import Hooks, Recipe, Tensors
 from defenses.base import Defense, DefenseResult, ReserveView, defense
 
 
@@ -55,25 +55,12 @@ class ModeConnectivityRepair(Defense):
 
     def defend(self, view: ReserveView) -> DefenseResult:
         common = Recipe(batch_size=self.batch_size, momentum=self.momentum, optimizer="momentum")
-        tuned = fit(
-            copy.deepcopy(view.model),
-            view.reserve,
-            _with(common, self.tuning_epochs, self.tuning_lr, 5e-4),
-            seed=view.seed,
-            augmentation=view.augmentation,
-            log=view.log,
-            part="mcr_end",
+        tuned = view.fit(
+            copy.deepcopy(view.model), _with(common, self.tuning_epochs, self.tuning_lr, 5e-4), stream="mcr_end"
         )
         curve = Curve(view.model, tuned)
-        fit(
-            curve,
-            view.reserve,
-            _with(common, self.epochs, self.lr, 0.0),
-            seed=view.seed,
-            augmentation=view.augmentation,
-            hooks=AlongTheCurve(self.weight_decay),
-            log=view.log,
-            part="mcr_curve",
+        view.fit(
+            curve, _with(common, self.epochs, self.lr, 0.0), hooks=AlongTheCurve(self.weight_decay), stream="mcr_curve"
         )
         view.model.load_state_dict(curve.point(self.t), strict=False)
         renew_statistics(view.model, view.reserve)

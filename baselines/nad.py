@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.engine.models import Classifier
-from bench.engine.training import Hooks, Recipe, fit
+from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
 # The paper's three maps: the share of beta, and the pixels a side on which the paper sets it.
@@ -86,18 +86,18 @@ class NeuralAttentionDistillation(Defense):
 
     def weights(self, sizes: Sequence[tuple[int, int]]) -> list[float]:
         """What `distance`, a sum over positions, is multiplied by for each of up to three maps of (height, width)."""
-        found = []
+        weights = []
         for (height, width), (share, side) in zip(sizes, PAPER_MAPS[-len(sizes) :], strict=True):
             positions = height * width if self.weighting == "released" else side**2
-            found.append(self.beta * share / positions)
-        return found
+            weights.append(self.beta * share / positions)
+        return weights
 
     def _fit(
         self,
         view: ReserveView,
         model: Classifier,
         epochs: int,
-        part: str,
+        stream: str,
         hooks: Hooks | None = None,
         after_epoch: Callable[[nn.Module, int], None] | None = None,
     ) -> Classifier:
@@ -109,17 +109,7 @@ class NeuralAttentionDistillation(Defense):
             weight_decay=self.weight_decay,
             optimizer="sgd",
         )
-        return fit(
-            model,
-            view.reserve,
-            recipe,
-            seed=view.seed,
-            augmentation=view.augmentation,
-            hooks=hooks,
-            log=view.log,
-            part=part,
-            after_epoch=after_epoch,
-        )
+        return view.fit(model, recipe, hooks=hooks, stream=stream, after_epoch=after_epoch)
 
 
 class Distillation(Hooks):
@@ -168,7 +158,7 @@ def informative(sizes: Sequence[tuple[int, int]]) -> list[int]:
     have one resolution, those at one third, two thirds and all of the depth.
     """
     if len(set(sizes)) == 1:
-        found = sorted({math.ceil(third * len(sizes) / 3) - 1 for third in (1, 2, 3)})
+        indices = sorted({math.ceil(third * len(sizes) / 3) - 1 for third in (1, 2, 3)})
     else:
-        found = sorted({size: index for index, size in enumerate(sizes)}.values())
-    return [index for index in found if math.prod(sizes[index]) >= 4][-3:]
+        indices = sorted({size: index for index, size in enumerate(sizes)}.values())
+    return [index for index in indices if math.prod(sizes[index]) >= 4][-3:]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bench.engine.adversarial import under_attack
 from bench.engine.data import ImageSet, generator, to_float
 from bench.engine.models import Classifier
-from bench.engine.training import Hooks, Recipe, fit
+from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
 AT_ONCE = 2048  # stamped images in one forward; more classes than fit take turns, which changes no figure
@@ -94,15 +94,8 @@ class NeuralCleanse(Defense):
             weight_decay=0.0,
             optimizer="momentum",
         )
-        model = fit(
-            view.model,
-            view.reserve,
-            recipe,
-            seed=view.seed,
-            augmentation=view.augmentation,
-            hooks=Stamped(masks[flagged], patterns[flagged], self.stamped),
-            log=view.log,
-            part="neural_cleanse",
+        model = view.fit(
+            view.model, recipe, hooks=Stamped(masks[flagged], patterns[flagged], self.stamped), stream="neural_cleanse"
         )
         return DefenseResult(model)
 
@@ -110,11 +103,11 @@ class NeuralCleanse(Defense):
         """For each of K classes the smallest mask (K, 1, H, W) that succeeds, and its pattern (K, C, H, W)."""
         classes = torch.arange(view.num_classes, device=view.device)
         with under_attack(view.model):
-            found = [
+            reversed_triggers = [
                 self._reverse(view.model, view.reserve, group, view.seed)
                 for group in classes.split(max(1, AT_ONCE // self.batch_size))
             ]
-        masks, patterns = zip(*found, strict=True)
+        masks, patterns = zip(*reversed_triggers, strict=True)
         return torch.cat(masks), torch.cat(patterns)
 
     def _reverse(self, model: Classifier, data: ImageSet, classes: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torch.func import functional_call
 from bench.engine.adversarial import clamped
 from bench.engine.data import to_float
 from bench.engine.models import Classifier
-from bench.engine.training import Hooks, Recipe, fit
+from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
 
@@ -75,7 +75,7 @@ class NeuralPolarizer(Defense):
             optimizer="momentum",
             schedule="constant",
         )
-        fit(polarized, view.reserve, recipe, seed=view.seed, hooks=Polarizing(self), log=view.log, part="npd")
+        view.fit(polarized, recipe, augment=False, hooks=Polarizing(self), stream="npd")
         view.model.load_state_dict(polarized.folded(), strict=False)
         return DefenseResult(view.model.requires_grad_(True).eval())
 
@@ -128,18 +128,18 @@ class Polarizing(Hooks):
         """(B, C, H, W) images moved towards `aim`; no further once more than `enough` of the batch are there."""
         npd = self.settings
         change = torch.zeros_like(images)
-        there = torch.zeros((), dtype=torch.bool, device=images.device)
+        reached = torch.zeros((), dtype=torch.bool, device=images.device)
         for step in range(npd.attack_steps):
             change.requires_grad_(True)
             logits = functional_call(model, weight, (clamped(images + change),))
             (gradient,) = torch.autograd.grad(F.cross_entropy(logits, aim), change)
             with torch.no_grad():
                 if step:
-                    there = there | ((logits.argmax(1) == aim).float().mean() > npd.enough)
+                    reached = reached | ((logits.argmax(1) == aim).float().mean() > npd.enough)
                 further = change - npd.step_size * gradient.sign()
                 norm = further.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
                 further = further * (npd.epsilon / norm.clamp(min=1e-12)).clamp(max=1)
-                change = torch.where(there, change, further).detach()
+                change = torch.where(reached, change, further).detach()
         return (images + change).clamp(0, 1)
 
 

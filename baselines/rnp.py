@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bench.engine.data import Augmentation, ImageSet, equal_batches, generator
 from bench.engine.models import Classifier
 from bench.engine.pruning import PRUNE_BY, Masked, prune, split_off, units_to_prune
-from bench.engine.training import Diverged, Hooks, Recipe, fit
+from bench.engine.training import Diverged, Hooks, Recipe
 from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
 
@@ -80,9 +80,9 @@ class ReconstructiveNeuronPruning(Defense):
         norms = view.model.norms()
         if not norms:
             raise NotApplicable("the network has no norm layer with a scale and a shift")
-        judges, kept = split_off(view.reserve, self.held_out, view.seed)
-        kept = kept[: self.images] if self.images else kept
-        unlearned = self.unlearn(copy.deepcopy(view.model), kept, view)
+        judges, training = split_off(view.reserve, self.held_out, view.seed)
+        training = training[: self.images] if self.images else training
+        unlearned = self.unlearn(copy.deepcopy(view.model), training, view)
         masked = Masked(unlearned, unlearned.norms())
         recipe = Recipe(
             epochs=self.recover_epochs,
@@ -93,16 +93,7 @@ class ReconstructiveNeuronPruning(Defense):
             weight_decay=0.0,
             schedule="constant",
         )
-        fit(
-            masked,
-            kept,
-            recipe,
-            seed=view.seed,
-            augmentation=view.augmentation,
-            hooks=Recover(self.alpha),
-            log=view.log,
-            part="rnp_recover",
-        )
+        view.fit(masked, recipe, data=training, hooks=Recover(self.alpha), stream="rnp_recover")
         units = units_to_prune(
             view.model,
             norms,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bench.engine.adversarial import under_attack
 from bench.engine.models import Classifier
-from bench.engine.training import Hooks, Recipe, fit
+from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, ReserveView, defense
 
 
@@ -72,9 +72,7 @@ class SharedAdversarialUnlearning(Defense):
         )
         reference = copy.deepcopy(view.model).eval().requires_grad_(False)
         hooks = SharedUnlearning(self, reference)
-        return DefenseResult(
-            fit(view.model, view.reserve, recipe, seed=view.seed, hooks=hooks, log=view.log, part="sau")
-        )
+        return DefenseResult(view.fit(view.model, recipe, augment=False, hooks=hooks, stream="sau"))
 
 
 class SharedUnlearning(Hooks):
@@ -116,21 +114,24 @@ def shared_perturbation(
     delta = torch.full_like(images, settings.epsilon)
     with under_attack(model), torch.enable_grad():
         with torch.no_grad():
-            own, other = model(images).argmax(1), reference(images).argmax(1)
+            predicted_before, reference_before = model(images).argmax(1), reference(images).argmax(1)
         left = torch.arange(len(images), device=images.device)  # not yet mistaken for the same class
         for _ in range(settings.attack_steps):
-            part = delta[left].requires_grad_(True)
-            seen = images[left] + part
+            moving = delta[left].requires_grad_(True)
+            seen = images[left] + moving
             logits, reference_logits = model(seen), reference(seen)
             predicted, reference_predicted = logits.argmax(1), reference_logits.argmax(1)
-            fooled, reference_fooled = predicted != own[left], reference_predicted != other[left]
+            fooled, reference_fooled = (
+                predicted != predicted_before[left],
+                reference_predicted != reference_before[left],
+            )
             shared = fooled & reference_fooled & (predicted == reference_predicted)
             one = F.cross_entropy(logits, labels[left], reduction="none") * ~fooled
             two = F.cross_entropy(reference_logits, labels[left], reduction="none") * ~reference_fooled
             apart = divergence(logits, reference_logits) * ~shared
             loss = (settings.attack_shared * apart - settings.attack_adversarial * (one + two) / 2).sum()
-            (slope,) = torch.autograd.grad(loss, part)
-            stepped = part.detach() - settings.step_size * slope.sign()
+            (slope,) = torch.autograd.grad(loss, moving)
+            stepped = moving.detach() - settings.step_size * slope.sign()
             delta[left] = stepped.clamp(-settings.epsilon, settings.epsilon)
             left = left[~shared]
             if not len(left):
@@ -155,9 +156,9 @@ def shared_risk(logits: Tensor, lured: Tensor, fooled: Tensor) -> Tensor:
     """
     probabilities = logits.softmax(1)
     at = lured[:, None]
-    there = probabilities.gather(1, at).squeeze(1)
+    at_label = probabilities.gather(1, at).squeeze(1)
     elsewhere = probabilities.scatter(1, at, 0.0).sum(1)
     # One term twice: the first is exact where the probability is near 1, the second where it is near 0. Behind the
     # clamps, which let go of an image at a probability of 0.001, neither has a slope.
-    risk = -((1e-6 + elsewhere.clamp(max=0.999)).log() + (1 + 1e-6 - there.clamp(min=0.001)).log()) / 2
+    risk = -((1e-6 + elsewhere.clamp(max=0.999)).log() + (1 + 1e-6 - at_label.clamp(min=0.001)).log()) / 2
     return (risk * fooled).sum() / len(logits)

@@ -65,15 +65,15 @@ def overlaid_entropy(
         overlays: how many are laid over each image, one at a time, drawn with replacement.
     """
     model.eval()
-    found = []
+    entropies = []
     for images, _ in data.chunks(batch_size):
         total = torch.zeros(len(images), dtype=torch.float64, device=images.device)
         for _ in range(overlays):
             drawn = torch.randint(len(pool), (len(images),), generator=source, device=images.device)
             chances = model((images + to_float(pool.batch(drawn))).clamp_(max=1)).double().softmax(dim=1)
             total += torch.special.entr(chances).sum(dim=1)
-        found.append(total / overlays / torch.log(torch.tensor(2.0, dtype=torch.float64)).item())
-    return torch.cat(found)
+        entropies.append(total / overlays / torch.log(torch.tensor(2.0, dtype=torch.float64)).item())
+    return torch.cat(entropies)
 
 
 def lower_quantile(values: Tensor, share: float) -> float:

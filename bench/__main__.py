@@ -17,12 +17,12 @@ from bench.engine.errors import UserError
 
 def commands() -> dict[str, str]:
     """Each command and what it does, as its file says; imports none of them."""
-    found = {}
+    commands_by_name = {}
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
-            found[path.stem] = " ".join((ast.get_docstring(tree) or "").split("\n\n")[0].split())
-    return found
+            commands_by_name[path.stem] = " ".join((ast.get_docstring(tree) or "").split("\n\n")[0].split())
+    return commands_by_name
 
 
 def main(arguments: list[str]) -> int:

@@ -129,8 +129,8 @@ def _status(main: Callable[[list[str]], int], usage: str, arguments: list[str]) 
             raise
         _say(f"{error} ({sys.executable} lacks it); {_how_to_install()}")
     except OSError as error:
-        place = "" if error.filename is None else f": {error.filename}"
-        _say(f"{error.strerror or error}{place}")
+        path = "" if error.filename is None else f": {error.filename}"
+        _say(f"{error.strerror or error}{path}")
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -177,17 +177,17 @@ def print_plan(experiment: Experiment, tasks: list[Task], store: Store) -> None:
 
     trials = experiment.trials
     applicable = [trial for trial in trials if trial.defend]
-    there = sum(
+    finished = sum(
         trial.keys.evaluate in experiment.reused or Task(trial, STAGES).is_finished(store) for trial in applicable
     )
     print(experiment.title)
     for name, how in experiment.missing.items():
         print(f"planned by the published size of {name}, and without what is stored of it: {how}")
-    print(f"trials: {len(trials)}, of them {there} finished, {len(trials) - len(applicable)} not applicable")
-    own = {trial.keys.implant for trial in applicable}
+    print(f"trials: {len(trials)}, of them {finished} finished, {len(trials) - len(applicable)} not applicable")
+    infected_keys = {trial.keys.implant for trial in applicable}
     implants = [task.trial.keys.implant for task in tasks if task.stages == IMPLANT]
-    infected = sum(key in own for key in implants)
+    infected = sum(key in infected_keys for key in implants)
     controls = len(implants) - infected
-    beside = f", {controls} clean controls to measure them by" if controls else ""
-    repairs = f"{len(tasks) - len(implants)} repairs with their measures{beside}"
+    with_controls = f", {controls} clean controls to measure them by" if controls else ""
+    repairs = f"{len(tasks) - len(implants)} repairs with their measures{with_controls}"
     print(f"to compute: {infected} infected models, {repairs}")

@@ -23,13 +23,13 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"no Slurm job was submitted from {experiment.cfg.results}/; a local run is stopped by Ctrl-C")
     try:
         # First: a driver that sees its jobs ended has more to submit.
-        jobs.call_off(root, {key for trial in experiment.trials for _, key in trial.places()})
-        found = jobs.of_grid(root, experiment.trials)
-        jobs.cancel(element.job for element in found)
+        jobs.call_off(root, {key for trial in experiment.trials for _, key in trial.stage_keys()})
+        elements = jobs.of_grid(root, experiment.trials)
+        jobs.cancel(element.job for element in elements)
     except jobs.QueueError as error:
         raise UserError(f"Slurm does not answer: {error}") from error
-    running = sum(element.state == "RUNNING" for element in found)
-    print(f"{experiment.title}: {running} running and {len(found) - running} waiting jobs cancelled")
+    running = sum(element.state == "RUNNING" for element in elements)
+    print(f"{experiment.title}: {running} running and {len(elements) - running} waiting jobs cancelled")
     return 0
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CLAIMS = Path("results/claims.yaml")
 KEYS = {"figure", "of", "minus", "same", "otherwise", "at_most", "at_least", "attacks"}
-PLACE = ["dataset", "model", "variant", "attack"]
+CELL = ["dataset", "model", "variant", "attack"]
 ROWS = {"defense", "threat_model", "reserve"}  # what `of` and `minus` choose rows by
 
 
@@ -100,8 +100,8 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 def contamination(trials: pd.DataFrame, usual: float) -> pd.Series:
     """The poisoned share of each trial's reserve: its own where the table sweeps it, else the grid's."""
-    own = trials.variant.str.extract(r"(?:^|, )reserve\.contamination=([\d.e-]+)", expand=False)
-    return own.astype(float).fillna(usual)
+    swept = trials.variant.str.extract(r"(?:^|, )reserve\.contamination=([\d.e-]+)", expand=False)
+    return swept.astype(float).fillna(usual)
 
 
 def answer(claim: dict[str, Any], trials: pd.DataFrame) -> Answer:
@@ -131,7 +131,7 @@ def judge(check: dict[str, Any], trials: pd.DataFrame) -> tuple[bool | None, str
     if minus is None:
         values = _means(trials, check["of"], figure)
     else:
-        values = {place: value for place, value in _differences(check, trials).items() if value is not None}
+        values = {cell: value for cell, value in _differences(check, trials).items() if value is not None}
     bounds = [f"at most {100 * check['at_most']:g}"] if "at_most" in check else []
     bounds += [f"at least {100 * check['at_least']:g}"] if "at_least" in check else []
     wanted = check.get("attacks", "every")
@@ -140,33 +140,33 @@ def judge(check: dict[str, Any], trials: pd.DataFrame) -> tuple[bool | None, str
     if not values:
         return None, f"{line}: no such rows"
     holds = {
-        place: check.get("at_least", -math.inf) <= value <= check.get("at_most", math.inf)  # not a number: does not
-        for place, value in values.items()
+        cell: check.get("at_least", -math.inf) <= value <= check.get("at_most", math.inf)  # not a number: does not
+        for cell, value in values.items()
     }
     told = ", ".join(
-        f"{' '.join(place)} {'wrecked or not done' if math.isnan(value) else f'{100 * value:.1f}'}"
-        + ("" if holds[place] else " (!)")
-        for place, value in values.items()
+        f"{' '.join(cell)} {'wrecked or not done' if math.isnan(value) else f'{100 * value:.1f}'}"
+        + ("" if holds[cell] else " (!)")
+        for cell, value in values.items()
     )
     # With fewer attacks than the claim asks for, nothing can be said unless it holds or fails already.
     by_data: dict[tuple[str, ...], list[bool]] = {}
-    for place, good in holds.items():
-        by_data.setdefault(place[:-1], []).append(good)
+    for cell, good in holds.items():
+        by_data.setdefault(cell[:-1], []).append(good)
     verdicts: list[bool | None] = []
-    for found in by_data.values():
+    for holding in by_data.values():
         if wanted == "every":
-            verdicts.append(all(found))
+            verdicts.append(all(holding))
         else:
-            decided = sum(found) >= wanted or len(found) > wanted
-            verdicts.append(sum(found) >= wanted if decided else None)
+            decided = sum(holding) >= wanted or len(holding) > wanted
+            verdicts.append(sum(holding) >= wanted if decided else None)
     verdict = False if False in verdicts else None if None in verdicts else True
     return verdict, f"{line}: {told}"
 
 
 def unfair(check: dict[str, Any], trials: pd.DataFrame) -> str:
     """What cannot be held against each other in a check, and what to compute instead; empty if nothing."""
-    found = _differences(check, trials) if "minus" in check else {}
-    places = [" ".join(place) for place, value in found.items() if value is None]
+    differences = _differences(check, trials) if "minus" in check else {}
+    places = [" ".join(cell) for cell, value in differences.items() if value is None]
     if not places:
         return ""
     what = f"with the same {check['same']} and " if "same" in check else ""
@@ -184,57 +184,59 @@ def _differences(check: dict[str, Any], trials: pd.DataFrame) -> dict[tuple[str,
     others = _means(trials, check["minus"], figure)
     theirs = _models(trials, check["minus"])
     due = _means(trials, check["minus"], same) if same else {}
-    found: dict[tuple[str, ...], float | None] = {}
+    differences: dict[tuple[str, ...], float | None] = {}
     names = check["of"].get("defense")
     for name in names if isinstance(names, list) else [names]:
         rows = check["of"] | ({"defense": name} if name else {})
-        own, price = _models(trials, rows), _means(trials, rows, same) if same else {}
-        for place, value in _means(trials, rows, figure).items():
-            if place not in others or found.get(place) is not None:
+        models, price = _models(trials, rows), _means(trials, rows, same) if same else {}
+        for cell, value in _means(trials, rows, figure).items():
+            if cell not in others or differences.get(cell) is not None:
                 continue
-            seeds = own.get(place, {}).keys() & theirs.get(place, {}).keys()
-            alike = all(own[place][seed] == theirs[place][seed] for seed in seeds)
-            paid = not same or (place in price and price[place] == due.get(place))
+            seeds = models.get(cell, {}).keys() & theirs.get(cell, {}).keys()
+            alike = all(models[cell][seed] == theirs[cell][seed] for seed in seeds)
+            paid = not same or (cell in price and price[cell] == due.get(cell))
             # What is lost does not hold, whatever it cost; a control that is lost is none.
-            lost = math.isnan(others[place]) or (not same and math.isnan(value))
-            found[place] = value - others[place] if (alike and paid) or lost else None
-    return found
+            lost = math.isnan(others[cell]) or (not same and math.isnan(value))
+            differences[cell] = value - others[cell] if (alike and paid) or lost else None
+    return differences
 
 
 def _models(trials: pd.DataFrame, of: dict[str, Any]) -> dict[tuple[str, ...], dict[int, str]]:
     """(data set, network, variant if any, attack) -> seed -> which infected model its figures are about."""
     from bench.reporting.trials import infected
 
-    part = _chosen(trials, of)
-    found: dict[tuple[str, ...], dict[int, str]] = {}
-    if {"implant_weights", "infected_accuracy", "infected_asr"} <= set(part):
-        models = infected(part)
-        for place, seed, model in zip(part[PLACE].itertuples(index=False), part.seed, models, strict=True):
+    chosen = _chosen(trials, of)
+    models_of: dict[tuple[str, ...], dict[int, str]] = {}
+    if {"implant_weights", "infected_accuracy", "infected_asr"} <= set(chosen):
+        models = infected(chosen)
+        for cell, seed, model in zip(chosen[CELL].itertuples(index=False), chosen.seed, models, strict=True):
             if model:
-                found.setdefault(tuple(str(name) for name in place if name), {})[seed] = model
-    return found
+                models_of.setdefault(tuple(str(name) for name in cell if name), {})[seed] = model
+    return models_of
 
 
 def _chosen(trials: pd.DataFrame, of: dict[str, Any]) -> pd.DataFrame:
     """The rows of poisoned models that `of` or `minus` names."""
-    part = trials[trials.poison_rate > 0]
+    chosen = trials[trials.poison_rate > 0]
     for key, value in of.items():
-        part = part[(part.contamination > 0) == (value == "tainted") if key == "reserve" else part[key] == value]
-    return part[~part.status.isin(["missing", "not applicable"])]
+        chosen = chosen[
+            (chosen.contamination > 0) == (value == "tainted") if key == "reserve" else chosen[key] == value
+        ]
+    return chosen[~chosen.status.isin(["missing", "not applicable"])]
 
 
 def _means(trials: pd.DataFrame, of: dict[str, str], figure: str) -> dict[tuple[str, ...], float]:
     """(data set, network, variant if any, attack) -> mean over seeds; NaN where one failed, diverged or was wrecked."""
     if figure not in trials:
         return {}
-    part = _chosen(trials, of)
-    found = {}
-    for place, group in part.groupby(PLACE, sort=False):
+    chosen = _chosen(trials, of)
+    means = {}
+    for cell, group in chosen.groupby(CELL, sort=False):
         whole = (group.status == "done").all()
         if whole and group[figure].isna().all():
             continue  # the table does not have this figure
-        found[tuple(str(name) for name in place if name)] = float(group[figure].mean()) if whole else math.nan
-    return found
+        means[tuple(str(name) for name in cell if name)] = float(group[figure].mean()) if whole else math.nan
+    return means
 
 
 def _name(of: dict[str, Any]) -> str:
@@ -244,9 +246,11 @@ def _name(of: dict[str, Any]) -> str:
 def markdown(answers: list[Answer]) -> str:
     """The answers as a list, with the figures behind each."""
     lines = []
-    for found in answers:
-        lines.append(f"- **{found.verdict}**: {found.claim['says']} ({found.claim['source']}; `{found.claim['id']}`)")
-        lines += [f"  - {line}" for line in found.evidence]
+    for answer in answers:
+        lines.append(
+            f"- **{answer.verdict}**: {answer.claim['says']} ({answer.claim['source']}; `{answer.claim['id']}`)"
+        )
+        lines += [f"  - {line}" for line in answer.evidence]
     return "\n".join(lines)
 
 

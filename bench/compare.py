@@ -44,7 +44,7 @@ class Change:
             same infected model.
     """
 
-    place: str
+    cell: str
     figure: str
     text: str
     worse: float
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
     if settings.get("significant", "false") not in ("true", "false"):
         raise UserError(f"significant is {settings['significant']!r}; write true or false")
     ignored = _ignored(settings.get("ignore", ""))
-    one, two = (_load(place) for place in places)
+    one, two = (_load(source) for source in places)
     if "kind" in one or "kind" in two:
         return _beside(*_alike(one, two, settings), places, figures, ignored)
     if idle := {"ignore", "rename"} & set(settings):
@@ -77,12 +77,12 @@ def _tolerance(text: str) -> float:
     from bench.engine.errors import UserError
 
     try:
-        found = float(text)
+        tolerance = float(text)
     except ValueError:
-        found = math.nan
-    if not 0 <= found < 1:
+        tolerance = math.nan
+    if not 0 <= tolerance < 1:
         raise UserError(f"tolerance is {text!r}; write a share in [0, 1): 0.02 is two points")
-    return found
+    return tolerance
 
 
 def _ignored(text: str) -> list[str]:
@@ -119,7 +119,7 @@ def _figures(text: str | None) -> list[str]:
     return chosen
 
 
-def _load(place: str) -> pd.DataFrame:
+def _load(source_name: str) -> pd.DataFrame:
     """A table of trials, or the cells of a reported one (these have a column `kind`)."""
     import pandas as pd
 
@@ -128,13 +128,13 @@ def _load(place: str) -> pd.DataFrame:
     from bench.reporting.reported import read_reported
     from bench.reporting.trials import read_trials
 
-    path, source = shipped(Path(place)), io.BytesIO()
+    path, source = shipped(Path(source_name)), io.BytesIO()
     if path.is_dir():
         path = path / "trials.csv"
-    if not path.exists() and ":" in place:
-        done = subprocess.run(["git", "show", place], capture_output=True, check=False)
+    if not path.exists() and ":" in source_name:
+        done = subprocess.run(["git", "show", source_name], capture_output=True, check=False)
         if done.returncode:
-            raise UserError(f"{place}: {done.stderr.decode(errors='replace').strip()}")
+            raise UserError(f"{source_name}: {done.stderr.decode(errors='replace').strip()}")
         source = io.BytesIO(done.stdout)
     elif path.exists():
         source = io.BytesIO(path.read_bytes())
@@ -143,9 +143,11 @@ def _load(place: str) -> pd.DataFrame:
     try:
         head = set(pd.read_csv(source, nrows=0).columns)
     except ValueError as error:
-        raise UserError(f"{place} is no table: {error}; name a grid's folder, a trials.csv, or COMMIT:PATH") from error
+        raise UserError(
+            f"{source_name} is no table: {error}; name a grid's folder, a trials.csv, or COMMIT:PATH"
+        ) from error
     source.seek(0)
-    return read_reported(source, place) if {"provenance", "source"} & head else read_trials(source, place)
+    return read_reported(source, source_name) if {"provenance", "source"} & head else read_trials(source, source_name)
 
 
 def _regressions(one: pd.DataFrame, two: pd.DataFrame, tolerance: float, figures: list[str], significant: bool) -> int:
@@ -163,7 +165,7 @@ def _regressions(one: pd.DataFrame, two: pd.DataFrame, tolerance: float, figures
         test = f"p {p_text(change.p)}"
         if math.isnan(change.p):
             test = "no test: fewer than two seeds are known to share their infected weights"
-        print(f"{'WORSE ' if worse else ''}{change.place}: {change.text} ({test})")
+        print(f"{'WORSE ' if worse else ''}{change.cell}: {change.text} ({test})")
     for line in broken:
         print(f"WORSE {line}")
     if untested:
@@ -188,15 +190,15 @@ def changes(one: pd.DataFrame, two: pd.DataFrame, figures: list[str]) -> tuple[l
     from bench.reporting.trials import AXES
 
     def grouped(table: pd.DataFrame) -> dict[tuple[Any, ...], pd.DataFrame]:
-        return {place: group.set_index("seed") for place, group in groups_of(table, AXES)}
+        return {cell: group.set_index("seed") for cell, group in groups_of(table, AXES)}
 
     before, after = grouped(one), grouped(two)
-    common = [place for place in before if place in after]
+    common = [cell for cell in before if cell in after]
     if not common:
         raise UserError("the two results have no cell in common; write two tables of one grid")
-    found, broken = [], []
-    for place in common:
-        a, b, title = before[place], after[place], "/".join(name for name in place if name)
+    entries, broken = [], []
+    for cell in common:
+        a, b, title = before[cell], after[cell], "/".join(name for name in cell if name)
         lost = a.index[a.status == "done"].intersection(b.index[b.status != "done"])
         if len(lost):
             states = ", ".join(dict.fromkeys(b.status[lost]))
@@ -219,13 +221,13 @@ def changes(one: pd.DataFrame, two: pd.DataFrame, figures: list[str]) -> tuple[l
                 f"{column.title} {column.spread(x.mean(), x.std(ddof=1))} -> {column.spread(y.mean(), y.std(ddof=1))}, "
                 f"{100 * change:+.1f} points"
             )
-            found.append((title, name, text, column.sign * change, p))
-    adjusted = statistics.holm([entry[-1] for entry in found])
+            entries.append((title, name, text, column.sign * change, p))
+    adjusted = statistics.holm([entry[-1] for entry in entries])
     counts = (
         f"{len(common)} cells in both, {len(before) - len(common)} only in the first, "
-        f"{len(after) - len(common)} only in the second; {len(found)} figures differ"
+        f"{len(after) - len(common)} only in the second; {len(entries)} figures differ"
     )
-    return [Change(*entry[:-1], float(p)) for entry, p in zip(found, adjusted, strict=True)], broken, counts
+    return [Change(*entry[:-1], float(p)) for entry, p in zip(entries, adjusted, strict=True)], broken, counts
 
 
 def _cells(table: pd.DataFrame) -> pd.DataFrame:
@@ -234,11 +236,11 @@ def _cells(table: pd.DataFrame) -> pd.DataFrame:
 
     if "kind" in table:  # reported
         return table
-    found = to_cells(table)
-    return found.assign(
+    cells = to_cells(table)
+    return cells.assign(
         protocol=[
             f"{done} of {seeds} seeds done" if done < seeds else ""
-            for done, seeds in zip(found.done, found.seeds, strict=True)
+            for done, seeds in zip(cells.done, cells.seeds, strict=True)
         ]
     )
 
@@ -269,8 +271,8 @@ def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: li
     both = both.drop_duplicates([*named, *others, *known])
     if both.empty:
         raise UserError(f"{places[0]} and {places[1]} have no figure of a cell in common; names must be this project's")
-    own = len(both[AXES].drop_duplicates())
-    print(f"{len(both)} pairs of {own} cells: {places[0]} | {places[1]} | difference, in points")
+    count = len(both[AXES].drop_duplicates())
+    print(f"{len(both)} pairs of {count} cells: {places[0]} | {places[1]} | difference, in points")
     print(f"not beside another, or without a figure: {alone}")
     for _, row in both.iterrows():
         parts = []
@@ -280,8 +282,8 @@ def _beside(one: pd.DataFrame, two: pd.DataFrame, places: list[str], figures: li
                 parts.append(f"{COLUMN[name].title} {100 * x:.1f} | {100 * y:.1f} | {100 * (y - x):+.1f}")
         other = [f"{axis} {row[f'{axis}_other']}" for axis in ignored if row[axis] != row[f"{axis}_other"]]
         protocols = "; ".join(text for text in (row.protocol, *other, row.protocol_other) if text)
-        place = "/".join(name for name in row[AXES] if name)
-        print(f"{place}: {', '.join(parts)}{f' [{protocols}]' if protocols else ''}")
+        cell = "/".join(name for name in row[AXES] if name)
+        print(f"{cell}: {', '.join(parts)}{f' [{protocols}]' if protocols else ''}")
     # Undefended models have high figures everywhere, which makes any two tables look alike: repairs count alone too.
     repairs = both[both.defense != BASELINE]
     chosen = {"pairs": both} | ({"pairs of repairs": repairs} if len(repairs) < len(both) else {})

@@ -36,15 +36,15 @@ def main(arguments: list[str]) -> int:
             f"no finished trial of grid {experiment.cfg.grid.name} has this measure with these settings; run it with "
             "measure.connection=true first, and give the same settings here"
         )
-    found = boards(table)
+    built = boards(table)
     lines = rank_correlation(trials, table)
-    for board in found:
+    for board in built:
         board.notes += lines
     experiment.folder.mkdir(parents=True, exist_ok=True)
     write_csv(table, experiment.folder / "connection.csv")
-    (experiment.folder / "connection.md").write_text("\n".join(board.markdown() for board in found))
+    (experiment.folder / "connection.md").write_text("\n".join(board.markdown() for board in built))
     drawn = draw_connection(trials, experiment.folder, f"Grid {experiment.cfg.grid.name}", details)
-    show(found)
+    show(built)
     print(f"Table and figures: {experiment.folder}/connection.md, {', '.join(path.name for path in drawn)}")
     return 0
 

@@ -41,10 +41,10 @@ def main(arguments: list[str]) -> int:
     rows: list[dict[str, Any]] = []
     for trial, images, triggered in stamped(experiment, bench, IMAGES):
         drawn[title_of(experiment, trial)] = images[:3], triggered[:3]
-        place = {"attack": trial.attack, "dataset": trial.dataset, "model": trial.model}
-        place |= {"variant": swept(trial.variant)} if swept(trial.variant) else {}
+        labels = {"attack": trial.attack, "dataset": trial.dataset, "model": trial.model}
+        labels |= {"variant": swept(trial.variant)} if swept(trial.variant) else {}
         figures = on_clean_model(experiment, bench, trial) | with_another_trigger(experiment, bench, trial)
-        rows.append({**place, **scores(images, triggered), **figures})
+        rows.append({**labels, **scores(images, triggered), **figures})
     if not rows:
         raise UserError(
             f"no infected model of grid {experiment.cfg.grid.name} is stored yet; run it with bench.run first"

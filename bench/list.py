@@ -42,10 +42,10 @@ def _line(name: str, source: str, text: str) -> None:
 
 def _first(cls: type) -> str:
     """The first line of a class's own docstring, or of its file's."""
-    own = cls.__dict__.get("__doc__") or ""
-    if not own or own.startswith(f"{cls.__name__}("):  # a dataclass without one gets its signature
-        own = inspect.getdoc(inspect.getmodule(cls)) or ""
-    return own.strip().splitlines()[0] if own.strip() else ""
+    text = cls.__dict__.get("__doc__") or ""
+    if not text or text.startswith(f"{cls.__name__}("):  # a dataclass without one gets its signature
+        text = inspect.getdoc(inspect.getmodule(cls)) or ""
+    return text.strip().splitlines()[0] if text.strip() else ""
 
 
 def _purpose(name: str) -> str:

@@ -80,8 +80,8 @@ def main(arguments: list[str]) -> int:
 
     settings = dict(DEFAULTS)
     for argument in arguments:
-        key, found, value = argument.partition("=")
-        if not found or key not in settings:
+        key, sign, value = argument.partition("=")
+        if not sign or key not in settings:
             raise UserError(f"{argument!r}: write one of {', '.join(f'{k}=...' for k in settings)}")
         settings[key] = value
     try:
@@ -122,8 +122,8 @@ def main(arguments: list[str]) -> int:
     rows = []
     for section in sections:
         for path in SECTIONS[section](bench):
-            ours, ideal = _in_turns(path, path.rounds or rounds)
-            row = {"path": path.name, "ms": 1000 * ours, "roofline_ms": 1000 * ideal, "ratio": ours / ideal}
+            seconds, ideal = _in_turns(path, path.rounds or rounds)
+            row = {"path": path.name, "ms": 1000 * seconds, "roofline_ms": 1000 * ideal, "ratio": seconds / ideal}
             rows.append({key: "" if value != value else value for key, value in row.items()} | where)
             print(_line(row, earlier), flush=True)
     if settings["out"]:
@@ -166,7 +166,7 @@ def _in_turns(path: Timed, rounds: int) -> tuple[float, float]:
     spent: tuple[list[float], list[float]] = ([], [])
     warm = min(2, rounds - 1)
     for index in range(rounds + warm):
-        for function, kept in zip((path.ours, path.ideal), spent, strict=True):
+        for function, seconds in zip((path.ours, path.ideal), spent, strict=True):
             if function is None:
                 continue
             started = time.perf_counter()
@@ -174,7 +174,7 @@ def _in_turns(path: Timed, rounds: int) -> tuple[float, float]:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if index >= warm:
-                kept.append(time.perf_counter() - started)
+                seconds.append(time.perf_counter() - started)
     ideal = path.scale * min(spent[1]) if path.ideal else float("nan")
     return path.scale * min(spent[0]), ideal
 
@@ -313,23 +313,23 @@ def _adversarial(bench: Workbench) -> Iterator[Timed]:
     model = bench.model()
 
     def steps() -> None:
-        aft.defend(ReserveView(model, 10, 0, bench.device, TrainingLog(), bench.data, bench.augmentation))
+        aft.defend(ReserveView(model, 10, 0, bench.device, TrainingLog(), bench.augmentation, bench.data))
 
     yield Timed("adversarial steps of AFT, against their passes", steps, bench.synthetic_steps(slopes=7))
     attacked = bench.model().eval()
     attack = partial(pgd, attacked, bench.floats, bench.labels, **PGD, steps=7)
     yield Timed("PGD-7, against seven passes", attack, partial(bench.slopes, attacked, 7))
-    part = bench.data[: bench.batch]
+    images = bench.data[: bench.batch]
 
     def passes() -> None:
         import torch
 
-        floats = part.images.float() / 255
-        bench.slopes(attacked, 20, floats, part.labels)
+        floats = images.images.float() / 255
+        bench.slopes(attacked, 20, floats, images.labels)
         with torch.inference_mode():  # which images hold, and which were right before
             attacked(floats), attacked(floats)
 
-    robust = partial(robust_accuracy, attacked, part, **PGD, steps=20, seed=0)
+    robust = partial(robust_accuracy, attacked, images, **PGD, steps=20, seed=0)
     yield Timed("accuracy under PGD-20, against its passes", robust, passes)
 
 
@@ -350,19 +350,19 @@ def _evaluation(bench: Workbench) -> Iterator[Timed]:
             partial(case.predict_triggered, model, bench.data),
             clean,
         )
-    part = bench.data[: max(1, bench.batch // 4)]
-    case = bench.case("badnets", part, model)
+    images = bench.data[: max(1, bench.batch // 4)]
+    case = bench.case("badnets", images, model)
     before = {"figures": {"infected_accuracy": 0.9, "infected_asr": 0.9}}
-    measure, floats = vars(MeasureConfig()), part.images.float() / 255
+    measure, floats = vars(MeasureConfig()), images.images.float() / 255
 
     def passes() -> None:
         with torch.no_grad():
             for _ in range(3):
                 model(floats)
-        bench.slopes(model, measure["pgd_steps"], floats, part.labels)
+        bench.slopes(model, measure["pgd_steps"], floats, images.labels)
 
     def evaluate() -> None:
-        measured(model, case, measure, before, predict(model, part))
+        measured(model, case, measure, before, predict(model, images))
 
     yield Timed("evaluation of a cell, against its passes", evaluate, passes)
 
@@ -399,7 +399,7 @@ def _methods(bench: Workbench) -> Iterator[Timed]:
     def repair(name: str, **settings: Any) -> Callable[[], object]:
         def run() -> None:
             owned = (bench.model(), 10, 0, bench.device, TrainingLog())
-            defense[name](**settings).defend(ReserveView(*owned, bench.data, bench.augmentation))
+            defense[name](**settings).defend(ReserveView(*owned, bench.augmentation, bench.data))
 
         return run
 
@@ -416,8 +416,8 @@ def _methods(bench: Workbench) -> Iterator[Timed]:
             0,
             bench.device,
             TrainingLog(),
-            one_class,
             bench.augmentation,
+            one_class,
             lambda seed: bench.model(),
             bench.recipe,
         )

@@ -64,7 +64,7 @@ def _read(options: dict[str, str]) -> tuple[int | None, float, dict[str, float]]
     try:
         width = int(options.pop("width")) if "width" in options else None
         job_seconds = float(options.pop("job-seconds", 0))
-        pairs = [part.partition(":") for part in options.pop("assume", "").split(",") if part]
+        pairs = [pair.partition(":") for pair in options.pop("assume", "").split(",") if pair]
         assumed = {stage: float(seconds) for stage, _, seconds in pairs}
         numbers = [job_seconds, *assumed.values(), 1 if width is None else width - 1]
         if options or not set(assumed) <= set(NAMES) or not all(0 <= number < math.inf for number in numbers):
@@ -106,7 +106,7 @@ def _print_costs(estimate: Estimate) -> None:
             unknown[f"{NAMES[cost.name]} of {cost.subject}"] += count
     texts = [text for text in (*ALIKE, ASSUMED, UNKNOWN) if basis[text]]
     print("by what was measured on: " + ", ".join(f"{text} {basis[text]:,}{_range(ratios[text])}" for text in texts))
-    if any(_range(found) for found in ratios.values()):
+    if any(_range(measured) for measured in ratios.values()):
         print("x: the work of a stage to that of the measured one, by FLOPs of a pass, images and epochs or updates")
     for name, count in estimate.unsized.items():
         print(f"left out: {count:,} stages measured on {name}, which is not known here (dataset.cache, plugins)")

@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
     index = Index(store.root)
     known = CachedStore(store, index)
     if not cfg.dry_run:
-        known.mend(place for trial in experiment.own for place in trial.places())
+        known.mend(stage for trial in experiment.own for stage in trial.stage_keys())
         known.index.keep()
     tasks = pending(experiment.own, known, cfg.dispatch.max_tries)
     if cfg.dry_run:

@@ -57,7 +57,7 @@ def _show(experiment: Experiment, thorough: bool = False) -> tuple[bool, bool]:
     counts = Counter(table.status)
     titles: dict[tuple[str, str], str] = {}
     for trial in experiment.trials:
-        for place in trial.places():
+        for place in trial.stage_keys():
             titles.setdefault(place, _title(trial, *place))
     claims = {place: claim for place, claim in store.claims().items() if place in titles}
     running = {place: claim for place, claim in claims.items() if claim.alive}

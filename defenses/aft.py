@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench.engine.adversarial import pgd, under_attack
 from bench.engine.data import ImageSet
 from bench.engine.models import Classifier
-from bench.engine.training import Hooks, Recipe, fit
+from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, ReserveView, TrainsetView, defense
 
 
@@ -86,21 +86,13 @@ class AdversarialRepair(Defense):
         images: ImageSet,
         recipe: Recipe,
         hooks: Hooks,
-        part: str,
+        stream: str,
         optimizer: torch.optim.Optimizer | None = None,
         augment: bool = True,
     ) -> Classifier:
         """One part of the defense: train the view's model on some of its images."""
-        return fit(
-            view.model,
-            images,
-            recipe,
-            seed=view.seed,
-            augmentation=view.augmentation if augment else None,
-            hooks=hooks,
-            log=view.log,
-            part=part,
-            optimizer=optimizer,
+        return view.fit(
+            view.model, recipe, data=images, augment=augment, hooks=hooks, stream=stream, optimizer=optimizer
         )
 
 
@@ -135,7 +127,7 @@ class AdversarialStart(Hooks):
         if self.settings.attack_labels == "predicted":
             with under_attack(model), torch.no_grad():
                 left = model(images).argmax(dim=1)
-        found = pgd(
+        adversarial = pgd(
             model,
             images,
             left,
@@ -145,7 +137,7 @@ class AdversarialStart(Hooks):
             random_start=source if self.settings.random_start else None,
             eval_mode=self.settings.attack_batch_norm == "eval",
         )
-        return found, labels
+        return adversarial, labels
 
 
 @defense("aft")

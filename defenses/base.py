@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.engine.data import Augmentation, ImageSet
 from bench.engine.models import Classifier
 from bench.engine.registry import Registry
-from bench.engine.training import Recipe, Tensors, TrainingLog, fit
+from bench.engine.training import Hooks, Net, Recipe, Tensors, TrainingLog, fit
 
 defense = Registry("defense")
 
@@ -46,33 +46,84 @@ class DefenderView:
 
 
 @dataclass(frozen=True)
-class ReserveView(DefenderView):
+class ImagesView(DefenderView):
+    """Base of the views with images; a method asks for one of those below.
+
+    Attributes:
+        augmentation: what is usual for such images (no mirror images of traffic signs).
+    """
+
+    augmentation: Augmentation
+
+    @property
+    def images(self) -> ImageSet:
+        """The labelled images that the defender owns."""
+        raise NotImplementedError
+
+    def fit(
+        self,
+        model: Net,
+        recipe: Recipe,
+        *,
+        stream: str = "train",
+        data: ImageSet | None = None,
+        augment: bool = True,
+        hooks: Hooks | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        after_epoch: Callable[[torch.nn.Module, int], None] | None = None,
+    ) -> Net:
+        """Train `model` in place with this view's seed, augmentation and log; see `bench.engine.training.fit`.
+
+        Args:
+            data: None trains on all images of the view.
+            augment: False trains on the images as they are.
+        """
+        return fit(
+            model,
+            self.images if data is None else data,
+            recipe,
+            seed=self.seed,
+            augmentation=self.augmentation if augment else None,
+            hooks=hooks,
+            log=self.log,
+            stream=stream,
+            optimizer=optimizer,
+            after_epoch=after_epoch,
+        )
+
+
+@dataclass(frozen=True)
+class ReserveView(ImagesView):
     """The same defender with a small labelled reserve that the model never saw.
 
     Attributes:
         reserve: a share of it may be poisoned; nothing here says which.
-        augmentation: what is usual for such images (no mirror images of traffic signs).
     """
 
     reserve: ImageSet
-    augmentation: Augmentation
+
+    @property
+    def images(self) -> ImageSet:
+        return self.reserve
 
 
 @dataclass(frozen=True)
-class TrainsetView(DefenderView):
+class TrainsetView(ImagesView):
     """The same defender with the training set as shipped, poison included and unmarked.
 
     Attributes:
         trainset: the images and the labels that the attacker gave them.
-        augmentation: what is usual for such images.
         fresh_model: the same architecture, untrained; another seed, other weights.
         recipe: how such a network is usually trained on such data, for a method that trains one anew.
     """
 
     trainset: ImageSet
-    augmentation: Augmentation
     fresh_model: Callable[[int], Classifier]
     recipe: Recipe
+
+    @property
+    def images(self) -> ImageSet:
+        return self.trainset
 
 
 # A setting offers a view; the first one is offered to a method that needs no image.
@@ -157,15 +208,7 @@ class Filter(Defense):
         view.log.record(f"{self.name}/flagged", flagged.double().mean().item(), 0)
         model = view.model
         if self.retrain and flagged.any():
-            model = fit(
-                view.fresh_model(view.seed),
-                view.trainset[~flagged],
-                view.recipe,
-                seed=view.seed,
-                augmentation=view.augmentation,
-                log=view.log,
-                part=self.name,
-            )
+            model = view.fit(view.fresh_model(view.seed), view.recipe, data=view.trainset[~flagged], stream=self.name)
         return DefenseResult(model, suspicion=suspicion, flagged=flagged)
 
 
@@ -188,12 +231,12 @@ def views_of(method: type[Defense]) -> tuple[type[DefenderView], ...]:
         TypeError: the annotation is missing, or is not a view.
     """
     hint = typing.get_type_hints(method.defend).get("view")
-    found = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is Union else (hint,)
-    if not all(isinstance(view, type) and issubclass(view, DefenderView) for view in found):
+    views = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is Union else (hint,)
+    if not all(isinstance(view, type) and issubclass(view, DefenderView) for view in views):
         raise TypeError(
             f"defense {method.name!r}: annotate the argument of defend, e.g. `def defend(self, view: ReserveView)`"
         )
-    return found
+    return views
 
 
 def offered(method: type[Defense], threat_model: str) -> type[DefenderView] | None:

@@ -123,13 +123,18 @@ class ProgressiveBackdoorErasing(Progressive):
         def fine_tune(step: int, again: bool = False) -> tuple[Tensor, Tensor]:
             """Fine-tune on the chosen images; then each image's score, and whether its predicted class changed."""
             updates, adversarial = self.schedule(step, int(chosen.sum()))
-            part = f"step_{step}_again" if again else f"step_{step}"
+            stream = f"step_{step}_again" if again else f"step_{step}"
             self.train(
-                view, data[chosen], self.recipe(updates), AdversarialStart(self, adversarial), part, optimizer=optimizer
+                view,
+                data[chosen],
+                self.recipe(updates),
+                AdversarialStart(self, adversarial),
+                stream,
+                optimizer=optimizer,
             )
             current = logits_of(model, data)
             score = similarity(reference, current, self.disagreement)
-            rounds.append(Step(part.replace("_", " "), chosen, -score, weights_of(model)))
+            rounds.append(Step(stream.replace("_", " "), chosen, -score, weights_of(model)))
             return score, reference.argmax(dim=1) != current.argmax(dim=1)
 
         for step in range(len(self.rates) + 1):

@@ -179,11 +179,11 @@ class ProgressiveUnifiedDefense(Progressive):
             updates, adversarial = self.schedule(step, int(chosen.sum()))
             radius = self.epsilons[step] * self.epsilon
             attack = AdversarialStart(self, adversarial, epsilon=radius, step_size=self.step_sizes[step])
-            part = f"step_{step}_again" if again else f"step_{step}"
-            self.train(view, data[chosen], self.step_recipe(step, updates), attack, part, optimizer)
+            stream = f"step_{step}_again" if again else f"step_{step}"
+            self.train(view, data[chosen], self.step_recipe(step, updates), attack, stream, optimizer)
             current = logits_of(model, data)
             score = similarity(reference, current, self.disagreement)
-            rounds.append(Step(part.replace("_", " "), chosen, -score, weights_of(model)))
+            rounds.append(Step(stream.replace("_", " "), chosen, -score, weights_of(model)))
             return current, score
 
         votes = self._votes(view, data)
@@ -245,9 +245,9 @@ class ProgressiveUnifiedDefense(Progressive):
         """The unlearning stage: no augmentation, the poison's share of each batch as of both sets, but never none."""
         in_batch = round(self.batch_size * len(poison) / (len(poison) + len(clean)))
         in_batch = min(max(1, in_batch), self.batch_size - 1)
-        beside = self.batch_size - in_batch
-        updates = updates_in(len(clean), beside, self.unlearning_epochs, self.min_updates)
-        recipe = replace(self.recipe(updates), lr=self._last_lr, batch_size=beside)
+        clean_in_batch = self.batch_size - in_batch
+        updates = updates_in(len(clean), clean_in_batch, self.unlearning_epochs, self.min_updates)
+        recipe = replace(self.recipe(updates), lr=self._last_lr, batch_size=clean_in_batch)
         hooks = Unlearning(self, view.model, poison, in_batch)
         self.train(view, clean, recipe, hooks, "unlearning", optimizer, augment=False)
 
@@ -291,14 +291,19 @@ class ProgressiveUnifiedDefense(Progressive):
         return votes
 
     def _filtered(
-        self, view: TrainsetView | ReserveView, data: ImageSet, kept: Tensor, votes: dict[str, int | None], inner: bool
+        self,
+        view: TrainsetView | ReserveView,
+        data: ImageSet,
+        selected: Tensor,
+        votes: dict[str, int | None],
+        inner: bool,
     ) -> Tensor:
         """(N,) bool: what SPECTRE leaves of the kept images, by the features of the model as it is now."""
         target = elected(votes) if self.target_label is None else self.target_label
         targets = range(view.num_classes) if self.spectre_all else () if target is None else (target,)
-        left = kept.clone()
+        left = selected.clone()
         for label in targets:
-            members = (kept & (data.labels == label)).nonzero().flatten()
+            members = (selected & (data.labels == label)).nonzero().flatten()
             if len(members) < ENOUGH:
                 continue
             if inner or self.spectre_all:
@@ -340,8 +345,8 @@ class FallingRate(Recipe):
     drops: tuple[float, ...] = ()
 
     def learning_rate(self, step: int, steps: int) -> float:
-        place = self.begin + (self.end - self.begin) * step / steps
-        return self.lr * 0.1 ** sum(place + 1e-9 >= drop for drop in self.drops)
+        progress = self.begin + (self.end - self.begin) * step / steps
+        return self.lr * 0.1 ** sum(progress + 1e-9 >= drop for drop in self.drops)
 
 
 class Unlearning(Hooks):
@@ -374,8 +379,8 @@ class MeanTeacher(AdversarialStart):
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, smoothing: float) -> Tensor:
         with torch.no_grad():
             aim = self.teacher(images)
-        found = model(images)
-        return F.cross_entropy(found, labels, label_smoothing=smoothing) + self.weight * consistency_loss(found, aim)
+        logits = model(images)
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing) + self.weight * consistency_loss(logits, aim)
 
     def after_step(self, model: nn.Module, step: int, steps: int) -> None:
         follow(self.teacher, model, min(1 - 1 / (step + 1), self.momentum))
@@ -437,11 +442,11 @@ def adversarial_target(
     sample = sample[predict(model, sample) == sample.labels]
     if not len(sample):
         return None
-    found = [
+    predictions = [
         model(pgd(model, images, labels, epsilon=epsilon, step_size=epsilon / 5, steps=10)).argmax(dim=1)
         for images, labels in sample.chunks(512)
     ]
-    ends = torch.cat(found)
+    ends = torch.cat(predictions)
     fooled = ends != sample.labels
     if not fooled.any():
         return None

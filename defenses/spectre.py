@@ -90,10 +90,10 @@ class Spectre(Filter):
             budget = max(1, round(self.search_share * len(members)))
             if label == target:
                 budget = assumed_poison(self.poison_rate, len(rows), len(members))
-            found = quantum_scores(rows[members], budget, **how)
-            suspicion[members] = found.scores
+            filtered = quantum_scores(rows[members], budget, **how)
+            suspicion[members] = filtered.scores
             if label == target:
-                flagged[members] = found.flagged
+                flagged[members] = filtered.flagged
         return suspicion, flagged
 
 
@@ -161,9 +161,9 @@ def quantum_scores(
         scores = scores_of(points[:, :k], budget, alpha=alpha, tail=tail, center=center, fast=fast)
         flagged = torch.zeros(count, dtype=torch.bool, device=points.device)
         flagged[scores.argsort(descending=True, stable=True)[:flags]] = True
-        found = strength(points, flagged, alpha)
-        if best is None or found > best.strength:
-            best = Filtered(scores, flagged, found, k)
+        strength_here = strength(points, flagged, alpha)
+        if best is None or strength_here > best.strength:
+            best = Filtered(scores, flagged, strength_here, k)
     assert best is not None
     return best
 
@@ -184,11 +184,11 @@ def class_strengths(
     members = {label: (labels == label).nonzero().flatten() for label in labels.unique().tolist()}
     members = {label: rows for label, rows in members.items() if len(rows) >= TOO_FEW}
     size = min(map(len, members.values()), default=0)
-    found = {}
+    strengths = {}
     for label, rows in members.items():
         drawn = torch.randperm(len(rows), generator=generator(seed, "spectre", label))[:size].to(rows.device)
-        found[label] = quantum_scores(features[rows[drawn]], max(1, round(share * size)), **settings).strength
-    return found
+        strengths[label] = quantum_scores(features[rows[drawn]], max(1, round(share * size)), **settings).strength
+    return strengths
 
 
 def strongest_class(strengths: Mapping[int, float], ratio: float = 1.3) -> int | None:
@@ -213,8 +213,8 @@ def oversized_class(labels: Tensor, num_classes: int, ratio: float = 1.5) -> int
 def candidates(most: int, skip_k1: bool = True) -> list[int]:
     """Ten numbers of components up to `most`, their square roots evenly spaced: 1, 4, 9, ... 100."""
     roots = [1 + (math.sqrt(most) - 1) * step / 9 for step in range(10)]
-    found = sorted({round(root * root) for root in roots})
-    return [k for k in found if k > 1 or not skip_k1] or found
+    counts = sorted({round(root * root) for root in roots})
+    return [k for k in counts if k > 1 or not skip_k1] or counts
 
 
 def principal(features: Tensor, components: int) -> Tensor:
@@ -226,9 +226,9 @@ def principal(features: Tensor, components: int) -> Tensor:
     values, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
     values, vectors = values.flip(0), vectors.flip(1)
     rank = max(1, int((values > FLOOR * values[0]).sum()))
-    kept = min(components, rank)
-    axes = vectors[:, :kept]
-    return axes * values[:kept].clamp(min=0).sqrt() if wide else rows @ axes
+    dimensions = min(components, rank)
+    axes = vectors[:, :dimensions]
+    return axes * values[:dimensions].clamp(min=0).sqrt() if wide else rows @ axes
 
 
 def scores_of(
@@ -241,9 +241,9 @@ def scores_of(
     if points.shape[1] == 1:
         squares = points[:, 0].square()
         return squares / squares.mean().clamp(min=torch.finfo(squares.dtype).tiny)
-    kept = points[robust_rows(points, budget, tail=tail, fast=fast)]
-    shift = kept.mean(dim=0) if center == "robust" else torch.zeros_like(kept[0])
-    white = (points - shift) @ inverse_root(covariance(kept, 0))
+    core = points[robust_rows(points, budget, tail=tail, fast=fast)]
+    shift = core.mean(dim=0) if center == "robust" else torch.zeros_like(core[0])
+    white = (points - shift) @ inverse_root(covariance(core, 0))
     matrix = quantum_matrix(covariance(white, 1), alpha)
     return ((white @ matrix) * white).sum(dim=1)
 
@@ -257,9 +257,9 @@ def robust_rows(points: Tensor, budget: int, *, tail: float = 0.1, fast: bool = 
     share = budget / count
     left = round(2 * budget)
     least = math.ceil(left / 12) if fast else 0
-    kept = torch.arange(count, device=points.device)
+    remaining = torch.arange(count, device=points.device)
     while left > 0:
-        rows = points[kept]
+        rows = points[remaining]
         # The second moment, not re-centred: the released code's choice.
         white = rows @ inverse_root(rows.T @ rows / len(rows))
         far = white.square().sum(dim=1)
@@ -278,12 +278,12 @@ def robust_rows(points: Tensor, budget: int, *, tail: float = 0.1, fast: bool = 
                 break
             outside = int((spread > cut).sum())
             drop = spread.argsort(descending=True, stable=True)[: min(max(outside, least), left)]
-        stays = torch.ones(len(kept), dtype=torch.bool, device=points.device)
+        stays = torch.ones(len(remaining), dtype=torch.bool, device=points.device)
         stays[drop] = False
-        kept = kept[stays]
+        remaining = remaining[stays]
         left -= len(drop)
     mask = torch.zeros(count, dtype=torch.bool, device=points.device)
-    mask[kept] = True
+    mask[remaining] = True
     return mask
 
 
@@ -338,7 +338,7 @@ def widest_form(white: Tensor, *, tolerance: float = 1e-10) -> tuple[float, Tens
     start = start + noise * (1e-6 * start.norm() + 1e-12)
     basis = (start / start.norm()).view(1, -1)  # doubled when full, so that a step copies nothing
     diagonal: list[float] = []
-    beside: list[float] = []
+    off_diagonal: list[float] = []
     whole = k * (k + 1) // 2  # the dimension of the symmetric forms, all that the iteration can span
     for at in range(whole):
         step = operator(basis[at].view(k, k)).flatten()
@@ -347,11 +347,11 @@ def widest_form(white: Tensor, *, tolerance: float = 1e-10) -> tuple[float, Tens
         for _ in range(2):  # once leaves rounding that brings found directions back
             step = step - span.T @ (span @ step)
         size = float(step.norm())
-        (largest,), vector = eigh_tridiagonal(diagonal, beside, select="i", select_range=(at, at))
+        (largest,), vector = eigh_tridiagonal(diagonal, off_diagonal, select="i", select_range=(at, at))
         # An operator that is zero has nothing to converge to.
         if size * abs(vector[-1, 0]) <= tolerance * largest or size <= 1e-12 * max(largest, 1.0) or at + 1 == whole:
             break
-        beside.append(size)
+        off_diagonal.append(size)
         if at + 1 == len(basis):
             basis = torch.cat([basis, torch.empty_like(basis)])
         basis[at + 1] = step / size

@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> int:
     weights = {"model": {"weight": torch.zeros(10)}}
     files = {"implant": {**weights, "trigger": {"weight": torch.zeros(10)}}, "defend": weights}
     for trial in experiment.trials:
-        for stage, key in trial.places():
+        for stage, key in trial.stage_keys():
             if (stage, key) in seen:
                 continue
             seen.add((stage, key))

@@ -28,12 +28,11 @@ from bench.engine.datasets import DatasetInfo
 from bench.engine.errors import UserError
 from bench.engine.registry import did_you_mean
 from bench.storage import lease
-from bench.storage.store import STAGES, Store
+from bench.storage.store import STAGES, StageKey, Store
 from slurm import jobs
 from slurm.jobs import Batch, Element, QueueError
 from slurm.worker import Pack, environment
 
-Place = tuple[str, str]
 # A job can vanish without a fault of its task (preempted, or killed while it computed another): so often in one run.
 RESUBMITS = 3
 
@@ -66,8 +65,8 @@ def check(dispatch: DictConfig, dry: bool = False) -> None:
         _refuse_ours(f"dispatch.slurm.additional.{key}", [p for p in PARAMETERS if p.option == option])
     for key in ask.submitit:
         option = _option(str(key).removeprefix("slurm_"))
-        found = [p for p in PARAMETERS if key == p.submitit or option == p.option]
-        _refuse_ours(f"dispatch.slurm.submitit.{key}", found)
+        owned = [p for p in PARAMETERS if key == p.submitit or option == p.option]
+        _refuse_ours(f"dispatch.slurm.submitit.{key}", owned)
     for group in ("additional", "submitit"):
         for key in ask[group]:
             if _option(str(key).removeprefix("slurm_")).startswith("mem-per-") and ask.memory_gb is not None:
@@ -102,7 +101,7 @@ class Parameter(NamedTuple):
 
     option: str
     submitit: str = ""
-    threat_model: str = ""
+    setting: str = ""
 
 
 PARAMETERS = (
@@ -136,9 +135,9 @@ PARAMETERS = (
 )
 
 
-def _refuse_ours(key: str, found: list[Parameter]) -> None:
-    if found:
-        advice = f"write dispatch.slurm.{found[0].threat_model} instead" if found[0].threat_model else "leave it out"
+def _refuse_ours(key: str, owned: list[Parameter]) -> None:
+    if owned:
+        advice = f"write dispatch.slurm.{owned[0].setting} instead" if owned[0].setting else "leave it out"
         raise UserError(f"{key} is set by the dispatcher; {advice}")
 
 
@@ -162,7 +161,7 @@ def _executor(dispatch: DictConfig, folder: Path, name: str, dependency: str, wo
     ask["setup"] = [*environment(dispatch.threads), *ask["setup"]]
     # A job whose infected model will never come must not wait for ever.
     ask["additional"] = {"requeue": True, "kill-on-invalid-dep": "yes", **ask["additional"]}
-    values = {parameter.submitit: ask[parameter.threat_model] for parameter in PARAMETERS if parameter.threat_model}
+    values = {parameter.submitit: ask[parameter.setting] for parameter in PARAMETERS if parameter.setting}
     # Made as `debug`, since `slurm` asks for srun at once.
     executor = AutoExecutor(folder, cluster="debug")
     executor.cluster, executor._executor = "slurm", _Unchecked(folder, values.pop("slurm_max_num_timeout"))
@@ -250,7 +249,7 @@ class _Driver:
         show: Callable[[Progress], None],
     ) -> None:
         self.store, self.dispatch, self.root, self.show = store, dispatch, root, show
-        self.left = {task.place: task for task in tasks}
+        self.left = {task.stage_key: task for task in tasks}
         self.workers = _workers(dispatch)
         self.settings = {
             "store": str(store.root.resolve()),
@@ -265,8 +264,8 @@ class _Driver:
         self.batches: dict[str, Batch] = {}
         self.elements: dict[str, Element] = {}  # by job: those that were alive when we last looked
         self.ended: list[Element] = []  # and since then ended
-        self.holder: dict[Place, Element] = {}  # the living job that has a task
-        self.lost: Counter[Place] = Counter()
+        self.holder: dict[StageKey, Element] = {}  # the living job that has a task
+        self.lost: Counter[StageKey] = Counter()
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.silent = False
         self.buried = False
@@ -288,18 +287,20 @@ class _Driver:
 
     def _look(self) -> None:
         """See what became of the jobs, and submit what is in no job."""
-        with self.store.lock("driver", "slurm") as ours:
+        with self.store.lock("driver", "slurm") as acquired:
             # Within the lock: another driver's jobs are in the queue before we read it.
-            found = {element.job: element for element in jobs.queue(self.root)}
+            queued = {element.job: element for element in jobs.queue(self.root)}
             self.silent = False
-            self.ended += [found.get(job, element) for job, element in self.elements.items() if not _alive(found, job)]
-            self.elements = {job: element for job, element in found.items() if element.is_alive}
+            self.ended += [
+                queued.get(job, element) for job, element in self.elements.items() if not _alive(queued, job)
+            ]
+            self.elements = {job: element for job, element in queued.items() if element.is_alive}
             self.holder = {}
             for element in self.elements.values():
                 for task in self._pack(element):
-                    self.holder[task.place] = element
+                    self.holder[task.stage_key] = element
             self._collect()
-            if not ours:
+            if not acquired:
                 return  # another driver is at this very point: what it submits we find in the queue
             if not self.buried:
                 self._bury()
@@ -308,10 +309,10 @@ class _Driver:
                 self._judge(element)
             self.ended = []
             for keys in jobs.called_off(self.root, self.earlier).values():
-                for task in [task for place, task in self.left.items() if place[1] in keys]:
-                    if task.place in self.left and task.place not in self.holder:
+                for task in [task for stage, task in self.left.items() if stage[1] in keys]:
+                    if task.stage_key in self.left and task.stage_key not in self.holder:
                         self._failed(task)
-            self._submit([task for place, task in self.left.items() if place not in self.holder])
+            self._submit([task for stage, task in self.left.items() if stage not in self.holder])
 
     def _pack(self, element: Element) -> list[Task]:
         if element.batch not in self.batches:
@@ -326,18 +327,18 @@ class _Driver:
             if element.state == "PENDING":
                 continue
             for task in self._pack(element):
-                if task.place in self.left and task.is_finished(self.store):
+                if task.stage_key in self.left and task.is_finished(self.store):
                     self._done(task)
         # Done without a job: by a local run on the same store, or by one that came and went between two looks.
         # Thousands may be left, and a file server lists folders much faster than it answers for each.
-        there = {stage: self.store.keys(stage) for stage in (STAGES[0], STAGES[-1])}
+        stored = {stage: self.store.keys(stage) for stage in (STAGES[0], STAGES[-1])}
         for place, task in list(self.left.items()):
-            listed = place[1] in there[place[0]] and place not in self.holder
+            listed = place[1] in stored[place[0]] and place not in self.holder
             if listed and task.is_finished(self.store):
                 self._done(task)
 
     def _done(self, task: Task) -> None:
-        del self.left[task.place]
+        del self.left[task.stage_key]
         self.progress.done += 1
         for stage, key in zip(STAGES, task.trial.keys, strict=True):
             result = self.store.result(stage, key) if stage in task.stages else None
@@ -346,32 +347,32 @@ class _Driver:
 
     def _failed(self, task: Task) -> None:
         """A task that has failed in this run; with an infected model or a clean control, all that needs it."""
-        del self.left[task.place]
+        del self.left[task.stage_key]
         self.progress.failed += 1
         if task.stages == IMPLANT:
             implant = task.trial.keys.implant
-            for place, other in list(self.left.items()):
-                if implant in other.needs and place not in self.holder:
-                    del self.left[place]
+            for stage, other in list(self.left.items()):
+                if implant in other.needs and stage not in self.holder:
+                    del self.left[stage]
                     self.progress.failed += 1
 
     def _judge(self, element: Element) -> None:
         """A job has ended: keep the reason for each task of it that is not finished, or submit it again."""
-        unfinished = [task for task in self._pack(element) if task.place in self.left]
-        unfinished = [task for task in unfinished if task.place not in self.holder]
+        unfinished = [task for task in self._pack(element) if task.stage_key in self.left]
+        unfinished = [task for task in unfinished if task.stage_key not in self.holder]
         if not unfinished:
             return
-        own = [task for task in unfinished if self._failed_in(task, element.job)]
-        for task in own:
+        failed = [task for task in unfinished if self._failed_in(task, element.job)]
+        for task in failed:
             self._failed(task)
         rest = []
         for task in unfinished:
-            if task.place not in self.left or task in own:
+            if task.stage_key not in self.left or task in failed:
                 continue
             missing = [("implant", key) for key in task.needs if not self.store.is_finished("implant", key)]
             if not missing:
                 rest.append(task)
-            elif any(place not in self.left for place in missing):
+            elif any(stage not in self.left for stage in missing):
                 self._failed(task)  # its infected model or clean control has failed, and says why
             # Else that is on its way again, and this is submitted with it.
         if not rest:
@@ -379,13 +380,13 @@ class _Driver:
         state = element.state if not element.is_alive else jobs.ended_as(element.job)
         if state == "CANCELLED" and "Dependency" in element.reason:
             return  # its infected model's job died; the model is there all the same
-        held = {place for place, claim in self.store.claims().items() if claim.owner and claim.owner.job == element.job}
+        held = {stage for stage, claim in self.store.claims().items() if claim.owner and claim.owner.job == element.job}
         blamed = [task for task in rest if held & set(_stages(task))]
-        if state in ("CANCELLED", "COMPLETED") or (not blamed and not own and state != "PREEMPTED"):
+        if state in ("CANCELLED", "COMPLETED") or (not blamed and not failed and state != "PREEMPTED"):
             blamed = rest
         for task in rest:
-            self.lost[task.place] += 1
-            if task not in blamed and self.lost[task.place] <= RESUBMITS:
+            self.lost[task.stage_key] += 1
+            if task not in blamed and self.lost[task.stage_key] <= RESUBMITS:
                 continue
             # The last line says that it was killed, and the one before why.
             last = jobs.last_line(jobs.log_of(self.root, element.batch, element.job), 2)
@@ -393,16 +394,16 @@ class _Driver:
             self._keep(task, held, element.job, f"job {element.job}{where} ended as {state}: {last}", state)
             self._failed(task)
 
-    def _keep(self, task: Task, held: Iterable[Place], job: str, reason: str, state: str) -> None:
+    def _keep(self, task: Task, held: Iterable[StageKey], job: str, reason: str, state: str) -> None:
         places = _stages(task)
-        open_ = [place for place in places if not self.store.is_finished(*place)]
-        stage, key = next((place for place in open_ if place in set(held)), open_[0])
+        open_ = [stage_key for stage_key in places if not self.store.is_finished(*stage_key)]
+        stage, key = next((stage_key for stage_key in open_ if stage_key in set(held)), open_[0])
         # Who cancels a job knows why; that is no try.
         counts = state not in ("CANCELLED", "PREEMPTED")
         self.store.fail(stage, key, f"{stage}: {' '.join(reason.split())}", "", job=job, counts=counts)
 
     def _failed_in(self, task: Task, job: str) -> bool:
-        records = [self.store.failure_record(*place) for place in _stages(task)]
+        records = [self.store.failure_record(*stage) for stage in _stages(task)]
         return any(record is not None and record.get("job") == job for record in records)
 
     def _bury(self) -> None:
@@ -425,7 +426,7 @@ class _Driver:
         room = self.dispatch.max_jobs - len(self.elements)
         implants = [task for task in tasks if task.stages == IMPLANT]
         coming = {task.trial.keys.implant for task in implants}
-        own: dict[str, list[Task]] = defaultdict(list)
+        repairs_of: dict[str, list[Task]] = defaultdict(list)
         ready: list[Task] = []
         attached: dict[str, list[Task]] = defaultdict(list)
         controls: set[str] = set()
@@ -437,7 +438,7 @@ class _Driver:
             if any(key not in coming and self._is_lost(key) for key in task.needs):
                 self._failed(task)
             elif implant in coming:
-                own[implant].append(task)
+                repairs_of[implant].append(task)
             elif ("implant", implant) in self.holder:
                 attached[self.holder["implant", implant].job.partition("_")[0]].append(task)
             else:
@@ -447,7 +448,9 @@ class _Driver:
             group = [task for task in implants if (task.trial.keys.implant in controls) is wanted]
             families = []
             for pack in _packs(group, self.dispatch):
-                repairs = _packs([task for first in pack for task in own[first.trial.keys.implant]], self.dispatch)
+                repairs = _packs(
+                    [task for first in pack for task in repairs_of[first.trial.keys.implant]], self.dispatch
+                )
                 families.append((pack, repairs))
             room = self._families(families, room)
         for job, waiting in attached.items():
@@ -500,7 +503,7 @@ class _Driver:
 
         # What waits for a clean control starts however that one's job ends, and looks whether it is there.
         controls = {("implant", key) for pack in packs for task in pack for key in task.needs[1:]}
-        jobs_of_controls = {self.holder[place].job.partition("_")[0] for place in controls & self.holder.keys()}
+        jobs_of_controls = {self.holder[stage].job.partition("_")[0] for stage in controls & self.holder.keys()}
         after = ",".join(filter(None, [after, *(f"afterany:{job}" for job in sorted(jobs_of_controls))]))
         batch = Batch.new(self.root, self.settings, packs)
         name = f"{jobs.PREFIX}{batch.folder.name}"
@@ -523,7 +526,7 @@ class _Driver:
             element = Element(job.job_id, "PENDING", batch.folder.name, index)
             self.elements[element.job] = element
             for task in packs[index]:
-                self.holder[task.place] = element
+                self.holder[task.stage_key] = element
         return made[0].job_id.partition("_")[0]
 
     def _report(self) -> None:
@@ -531,7 +534,7 @@ class _Driver:
         progress = self.progress
         titles = []
         for element in running:
-            first = next((task for task in self._pack(element) if task.place in self.left), None)
+            first = next((task for task in self._pack(element) if task.stage_key in self.left), None)
             if first:
                 titles.append(first.title)
         progress.running = tuple(titles)
@@ -561,12 +564,12 @@ class _Rehearsal(_Driver):
         return str(len(self.scripts))
 
 
-def _alive(found: dict[str, Element], job: str) -> bool:
-    return job in found and found[job].is_alive
+def _alive(queued: dict[str, Element], job: str) -> bool:
+    return job in queued and queued[job].is_alive
 
 
-def _stages(task: Task) -> list[Place]:
-    return [place for place in zip(STAGES, task.trial.keys, strict=True) if place[0] in task.stages]
+def _stages(task: Task) -> list[StageKey]:
+    return [stage for stage in zip(STAGES, task.trial.keys, strict=True) if stage[0] in task.stages]
 
 
 def _max_array() -> int:
@@ -576,12 +579,12 @@ def _max_array() -> int:
         QueueError: Slurm does not answer now.
     """
     try:
-        found = re.search(r"MaxArraySize\s*=\s*(\d+)", _configuration())
+        match = re.search(r"MaxArraySize\s*=\s*(\d+)", _configuration())
     except QueueError as error:
         if _is_away(str(error)):
             raise
-        found = None  # no scontrol here, or not for this user; where arrays are smaller, sbatch says so
-    return max(1, int(found.group(1))) if found else 1000
+        match = None  # no scontrol here, or not for this user; where arrays are smaller, sbatch says so
+    return max(1, int(match.group(1))) if match else 1000
 
 
 @cache

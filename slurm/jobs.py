@@ -59,11 +59,11 @@ class Batch:
         with (batch.folder / "packs.jsonl").open("wb") as file:
             for pack in packs:
                 starts.append(file.tell())
-                kept = [{"trial": asdict(task.trial), "stages": task.stages} for task in pack]
-                file.write(json.dumps(kept).encode() + b"\n")
-        beside = batch.folder / "batch.new"
-        beside.write_text(json.dumps({"settings": settings, "starts": starts}, default=str))
-        os.replace(beside, batch.folder / "batch.json")
+                tasks = [{"trial": asdict(task.trial), "stages": task.stages} for task in pack]
+                file.write(json.dumps(tasks).encode() + b"\n")
+        temporary_path = batch.folder / "batch.new"
+        temporary_path.write_text(json.dumps({"settings": settings, "starts": starts}, default=str))
+        os.replace(temporary_path, batch.folder / "batch.json")
         return batch
 
     @classmethod
@@ -73,13 +73,13 @@ class Batch:
         Args:
             index: read this pack only: an array may have thousands of tasks, and a job needs its own.
         """
-        found = json.loads((folder / "batch.json").read_text())
+        written = json.loads((folder / "batch.json").read_text())
         with (folder / "packs.jsonl").open("rb") as file:
             if index is not None:
-                file.seek(found["starts"][index])
+                file.seek(written["starts"][index])
             lines = file.readlines() if index is None else [file.readline()]
         packs = [[Task(Trial(**one["trial"]), tuple(one["stages"])) for one in json.loads(line)] for line in lines]
-        return cls(folder, found["settings"], packs)
+        return cls(folder, written["settings"], packs)
 
     @property
     def infos(self) -> dict[str, DatasetInfo]:
@@ -139,14 +139,14 @@ def queue(root: Path) -> list[Element]:
         QueueError: Slurm does not answer, which says nothing about the jobs.
     """
     out = slurm("squeue", "--me", "-h", "-r", "-t", "all", "-o", "%i|%T|%j|%N|%r")
-    found = []
+    elements = []
     for line in out.splitlines():
         job, state, name, node, reason = (*line.split("|", 4), "", "", "", "")[:5]
         batch = name.removeprefix(PREFIX)
         if name.startswith(PREFIX) and (root / batch / "batch.json").exists():
             index = job.partition("_")[2]
-            found.append(Element(job, state, batch, int(index or 0), reason, node))
-    return found
+            elements.append(Element(job, state, batch, int(index or 0), reason, node))
+    return elements
 
 
 def of_grid(root: Path, trials: Iterable[Trial]) -> list[Element]:
@@ -155,17 +155,17 @@ def of_grid(root: Path, trials: Iterable[Trial]) -> list[Element]:
     Raises:
         QueueError: Slurm does not answer.
     """
-    wanted = {key for trial in trials for _, key in trial.places()}
+    wanted = {key for trial in trials for _, key in trial.stage_keys()}
     batches: dict[str, Batch] = {}
-    found = []
+    elements = []
     for element in queue(root):
         if not element.is_alive:
             continue
         if element.batch not in batches:
             batches[element.batch] = Batch.read(root / element.batch)
-        if any(task.place[1] in wanted for task in batches[element.batch].packs[element.index]):
-            found.append(element)
-    return found
+        if any(task.stage_key[1] in wanted for task in batches[element.batch].packs[element.index]):
+            elements.append(element)
+    return elements
 
 
 def call_off(root: Path, keys: Iterable[str]) -> None:
@@ -175,9 +175,9 @@ def call_off(root: Path, keys: Iterable[str]) -> None:
     for old in folder.iterdir():
         if time.time() - old.stat().st_mtime > 86_400:
             old.unlink(missing_ok=True)
-    beside = folder / f"{uuid.uuid4().hex}.new"
-    beside.write_text(json.dumps(sorted(keys)))
-    os.replace(beside, beside.with_suffix(".json"))
+    temporary_path = folder / f"{uuid.uuid4().hex}.new"
+    temporary_path.write_text(json.dumps(sorted(keys)))
+    os.replace(temporary_path, temporary_path.with_suffix(".json"))
 
 
 def called_off(root: Path, before: Iterable[str] = ()) -> dict[str, set[str]]:
@@ -207,8 +207,8 @@ def log_of(root: Path, batch: str, job: str) -> Path:
 
 def find_log(root: Path, job: str) -> Path | None:
     """What a job printed, where its batch is not known."""
-    found = sorted(root.glob(f"*/log/{job}_0_log.out"), key=lambda path: path.stat().st_mtime)
-    return found[-1] if found else None
+    logs = sorted(root.glob(f"*/log/{job}_0_log.out"), key=lambda path: path.stat().st_mtime)
+    return logs[-1] if logs else None
 
 
 def last_line(log: Path | None, lines: int = 1) -> str:
@@ -218,10 +218,10 @@ def last_line(log: Path | None, lines: int = 1) -> str:
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 8192))
-            found = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
+            lines_read = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
     except OSError:
         return ""
-    return " / ".join([" ".join(line.split())[:200] for line in found if line.strip()][-lines:])
+    return " / ".join([" ".join(line.split())[:200] for line in lines_read if line.strip()][-lines:])
 
 
 def cancel(jobs: Iterable[str]) -> None:

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from baselines import abl
 from baselines.abl import AntiBackdoorLearning, Ascent, Flooding, losses_of, share_of
 from bench.engine.data import Augmentation, ImageSet, generator
 from bench.engine.metrics import detection
 from bench.engine.models import Classifier, ModelSpec
 from bench.engine.training import Hooks, Recipe, TrainingLog
+from defenses import base
 from defenses.base import THREAT_MODELS, TrainsetView, offered
 
 SPEC = ModelSpec("test_efficientnet", 4, 3, 16, (0.5,) * 3, (0.25,) * 3)
@@ -44,7 +44,7 @@ def watched(monkeypatch) -> list[dict]:
         calls.append({"data": data, "recipe": recipe, "weights": copy.deepcopy(model.state_dict()), **more})
         return model.eval()
 
-    monkeypatch.setattr(abl, "fit", watch)
+    monkeypatch.setattr(base, "fit", watch)
     return calls
 
 
@@ -91,14 +91,14 @@ def test_isolation_and_unlearning_see_the_images_as_they_are(monkeypatch):
 
         hooks.augmented = augmented  # type: ignore[method-assign]
 
-    train = abl.fit
+    train = base.fit
 
-    def watch(model, *given, hooks=None, part="train", **more):
+    def watch(model, *given, hooks=None, stream="train", **more):
         hooks = hooks or Hooks()
-        note(part, hooks)
-        return train(model, *given, hooks=hooks, part=part, **more)
+        note(stream, hooks)
+        return train(model, *given, hooks=hooks, stream=stream, **more)
 
-    monkeypatch.setattr(abl, "fit", watch)
+    monkeypatch.setattr(base, "fit", watch)
     AntiBackdoorLearning(isolation_ratio=0.1, unlearning_updates=2).defend(view(data))
     first, second, third = seen.values()
     assert all(first)

@@ -158,7 +158,9 @@ def check_mended(copied, before: pd.DataFrame, stage: str, expected: set[str], c
     }
     moved = {name.rpartition("-")[0].replace("-", " ") for name in store.aside()}
     assert f"{stage} {keys[stage]}" in moved <= again
-    assert all(store.damage(*place, thorough=True) is None for trial in experiment.trials for place in trial.places())
+    assert all(
+        store.damage(*place, thorough=True) is None for trial in experiment.trials for place in trial.stage_keys()
+    )
 
 
 @pytest.mark.parametrize(("stage", "name", "damage"), EVERY)

@@ -248,7 +248,7 @@ def test_a_clean_control_that_cannot_be_trained_is_the_reason_of_its_cells_and_i
     experiment = load_experiment([*tiny, *REACTIVATED])
     control = key_of(experiment.trials[0].clean_control)
     assert experiment.store.tries("implant", control) == 2
-    assert pending(experiment.trials, experiment.store, 3)[0].place == ("implant", control)
+    assert pending(experiment.trials, experiment.store, 3)[0].stage_key == ("implant", control)
     assert pending(experiment.trials, experiment.store, 2) == []
 
 

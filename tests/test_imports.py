@@ -48,7 +48,7 @@ def grids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     experiment = load_experiment(whole)
     origin = {"commit": "c" * 40, "clean": True, "device": "cpu", "torch": "1", "python": "3"}
     for trial in experiment.trials:
-        for (stage, _), identity in zip(trial.places(), trial.identities(), strict=True):
+        for (stage, _), identity in zip(trial.stage_keys(), trial.identities(), strict=True):
             result = {"status": "done", "seconds": 1.0, "peak_memory_mib": 2.0, "images": 3, "provenance": origin}
             result |= {"figures": {"clean_accuracy": 0.9, "asr": 0.5}, "weights": "w"}
             experiment.store.finish(stage, identity, result)

@@ -252,7 +252,7 @@ def test_a_killed_and_repeated_run_gives_the_same_bits(tmp_path):
             augmentation=setup.augmentation,
             hooks=hooks,
             log=setup.log,
-            part="implant",
+            stream="implant",
             after_epoch=kill,
         )
         return model, hooks.learned()

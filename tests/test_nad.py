@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from baselines import nad
 from baselines.nad import Distillation, NeuralAttentionDistillation, attention, distance, informative
 from bench.engine.data import Augmentation, ImageSet, equal_batches, generator
 from bench.engine.models import Classifier, ModelSpec
 from bench.engine.training import Recipe, TrainingLog, fit, make_optimizer
+from defenses import base
 from defenses.base import NotApplicable, ReserveView
 
 HOW = Augmentation(crop=1 / 8, flip=True)
@@ -114,8 +114,8 @@ def test_a_training_weighs_the_stages_of_its_network_by_the_released_formula(mon
 
 def test_both_trainings_use_the_released_optimizer(monkeypatch):
     recipes = []
-    train = nad.fit
-    monkeypatch.setattr(nad, "fit", lambda *given, **more: (recipes.append(given[2]), train(*given, **more))[1])
+    train = base.fit
+    monkeypatch.setattr(base, "fit", lambda *given, **more: (recipes.append(given[2]), train(*given, **more))[1])
     NeuralAttentionDistillation(epochs=1, teacher_epochs=1).defend(view(model(), reserve(20)))
     assert len(recipes) == 2
     for recipe in recipes:
@@ -166,7 +166,7 @@ def tuned(seed: int) -> Classifier:
     """The plain fine-tune, which `fine_tuning` makes too, but with classical momentum."""
     settings = {"momentum": SHARED["momentum"], "weight_decay": SHARED["weight_decay"], "optimizer": "sgd"}
     recipe = Recipe(epochs=2, lr=SHARED["lr"], batch_size=SHARED["batch_size"], **settings)
-    return fit(model(), reserve(), recipe, seed=seed, augmentation=HOW, part="fine_tuning")
+    return fit(model(), reserve(), recipe, seed=seed, augmentation=HOW, stream="fine_tuning")
 
 
 def test_without_distillation_it_is_fine_tuning_bit_for_bit():

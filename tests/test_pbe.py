@@ -14,7 +14,7 @@ from bench.engine.models import Classifier
 from bench.engine.training import Recipe, TrainingLog, fit, make_optimizer
 from bench.experiment.experiment import load_experiment
 from bench.run import main
-from defenses import aft, pbe
+from defenses import aft, base, pbe
 from defenses.base import DefenseResult, ReserveView, TrainsetView, offered
 from defenses.pbe import (
     ProgressiveBackdoorErasing,
@@ -175,14 +175,14 @@ class Seen:
             self.attacks.append({"part": len(self.fits) - 1, **given})
             return pgd(net, batch, labels, **given)
 
-        monkeypatch.setattr(aft, "fit", watch_fit)
+        monkeypatch.setattr(base, "fit", watch_fit)
         monkeypatch.setattr(aft, "pgd", watch_pgd)
 
 
 def test_a_run_visits_the_steps_in_order_with_one_optimizer_and_its_momentum(monkeypatch):
     seen, data = Seen(monkeypatch), images()
     verdict = ProgressiveBackdoorErasing(**SMALL).defend(view(data))
-    assert [call["part"] for call in seen.fits] == ["step_0", "step_1", "step_2", "step_3"]
+    assert [call["stream"] for call in seen.fits] == ["step_0", "step_1", "step_2", "step_3"]
     assert [len(call["data"]) for call in seen.fits] == [3, 12, 30, 42]  # 5, 20, 50, 70 % of 60
     assert [call["recipe"].updates for call in seen.fits] == [3, 3, 4, 6]
     assert [call["part"] for call in seen.attacks] == [0, 0, 0, 1, 2, 3]
@@ -412,7 +412,7 @@ def test_two_fits_with_one_optimizer_are_one_run_of_momentum():
     recipe = Recipe(updates=2, batch_size=16, optimizer="momentum", schedule="constant", lr=0.05, weight_decay=0.01)
     optimizer = make_optimizer(recipe, found)
     for part in ("a", "b"):
-        fit(found, data, recipe, seed=0, part=part, optimizer=optimizer)
+        fit(found, data, recipe, seed=0, stream=part, optimizer=optimizer)
     textbook = torch.optim.SGD(by_hand.train().parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
     for _ in range(4):
         textbook.zero_grad()

@@ -72,7 +72,7 @@ def test_what_was_measured_with_other_settings_counts_where_nothing_nearer_is(ti
     for stage, seconds in (("implant", 4.0), ("defend", 6.0), ("inspect", 1.0), ("evaluate", 2.0)):
         finish(before, before.trials[0], stage, seconds)
     experiment = load_experiment([*tiny, *GRID, "train.lr=0.05"])  # every stage is another one
-    costs = {stage: cost(experiment, (stage, key)) for stage, key in experiment.trials[0].places()}
+    costs = {stage: cost(experiment, (stage, key)) for stage, key in experiment.trials[0].stage_keys()}
     assert {stage: found.seconds for stage, found in costs.items()} == {
         "implant": 4.0,
         "defend": 6.0,
@@ -116,8 +116,8 @@ def test_a_finished_grid_has_nothing_left(run_grid, tiny, capsys):
     experiment = load_experiment([*tiny, *one, "grid.seeds=[1]"])
     costs = estimated(experiment).costs
     done = load_experiment([*tiny, *one]).trials[0]
-    for stage, key in experiment.trials[0].places():
-        before = dict(done.places())[stage]
+    for stage, key in experiment.trials[0].stage_keys():
+        before = dict(done.stage_keys())[stage]
         assert costs[stage, key].seconds == experiment.store.result(stage, before)["seconds"]
         assert costs[stage, key].size == sum(p.stat().st_size for p in experiment.store.folder(stage, before).iterdir())
 
@@ -204,7 +204,7 @@ def tuned(experiment):
 def test_what_was_measured_counts_times_the_ratio_of_images_and_epochs(tiny, changed, stage, times):
     measured(tiny)
     experiment = load_experiment([*tiny, *GRID, changed])
-    found = cost(experiment, (stage, dict(tuned(experiment).places())[stage]))
+    found = cost(experiment, (stage, dict(tuned(experiment).stage_keys())[stage]))
     seconds = {"implant": 4.0, "defend": 6.0, "evaluate": 2.0}[stage]
     assert found.seconds == pytest.approx(seconds * times)
     assert found.ratio == pytest.approx(times)
@@ -234,7 +234,7 @@ def test_a_network_of_so_many_times_the_operations_takes_so_many_times_the_secon
     measured(tiny)
     times = flops_by_hand(name, 1, 16, stem) / flops_by_hand("test_resnet", 1, 16, "stock")
     experiment = load_experiment([*tiny, *GRID, f"grid.models=[{name}]", f"model.stem={stem}"])
-    seconds = {stage: cost(experiment, (stage, key)).seconds for stage, key in tuned(experiment).places()}
+    seconds = {stage: cost(experiment, (stage, key)).seconds for stage, key in tuned(experiment).stage_keys()}
     assert seconds == pytest.approx(
         {"implant": 4 * times, "defend": 6 * times, "inspect": times, "evaluate": 2 * times}
     )
@@ -247,7 +247,7 @@ def test_a_data_set_of_more_images_takes_longer_in_proportion(tiny, tmp_path):
     experiment = load_experiment([*tiny, *GRID, *other], dry=True)
     digits = before.infos["digits"]
     trained = sum(count - round(0.05 * count) for count in digits.train_counts)
-    seconds = {stage: cost(experiment, (stage, key)).seconds for stage, key in tuned(experiment).places()}
+    seconds = {stage: cost(experiment, (stage, key)).seconds for stage, key in tuned(experiment).stage_keys()}
     assert seconds["implant"] == pytest.approx(4 * 57_000 / trained)
     assert seconds["defend"] == pytest.approx(6 * 60_000 / sum(digits.train_counts))
     assert seconds["inspect"] == pytest.approx(10_000 / 359)
@@ -275,7 +275,7 @@ def test_an_assumption_stays_in_force_for_what_was_not_measured_there(tiny):
     assert cost(here, ("defend", kinds["blended", "fine_tuning"].keys.defend), assumed).seconds == 6.0
     assert cost(here, ("defend", kinds["blended", "no_defense"].keys.defend), assumed).seconds == 60.0
     elsewhere = load_experiment([*tiny, *GRID, "grid.models=[test_efficientnet]"])
-    found = {stage: cost(elsewhere, (stage, key), assumed) for stage, key in tuned(elsewhere).places()}
+    found = {stage: cost(elsewhere, (stage, key), assumed) for stage, key in tuned(elsewhere).stage_keys()}
     assert {stage: found[stage].seconds for stage in assumed} == assumed
     assert found["inspect"].basis == "elsewhere"  # nothing was assumed of it
 
@@ -290,10 +290,10 @@ def test_the_epochs_of_one_method_say_nothing_of_another(tiny):
 def test_a_costly_measure_is_not_known_by_what_was_measured_without_it(tiny):
     measured(tiny)
     experiment = load_experiment([*tiny, *GRID, "measure.autoattack_images=10"])
-    keys = dict(tuned(experiment).places())
+    keys = dict(tuned(experiment).stage_keys())
     assert cost(experiment, ("evaluate", keys["evaluate"])).basis == UNKNOWN
     again = load_experiment([*tiny, *GRID, "measure.pgd_steps=2"])
-    assert cost(again, ("evaluate", dict(tuned(again).places())["evaluate"])).seconds > 2
+    assert cost(again, ("evaluate", dict(tuned(again).stage_keys())["evaluate"])).seconds > 2
 
 
 def test_the_plan_says_what_each_estimate_rests_on(tiny, capsys):

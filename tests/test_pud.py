@@ -12,7 +12,7 @@ from bench.engine.models import Classifier, ModelSpec
 from bench.engine.training import Recipe, TrainingLog, fit
 from bench.experiment.experiment import load_experiment
 from bench.run import main
-from defenses import aft, pbe, pud
+from defenses import aft, base, pbe, pud
 from defenses.base import DefenseResult, ReserveView, TrainsetView, offered
 from defenses.pbe import ProgressiveBackdoorErasing
 from defenses.pud import (
@@ -151,17 +151,17 @@ class Seen:
             return fit(net, data, recipe, **given)
 
         def watch_pgd(net: nn.Module, batch: Tensor, labels: Tensor, **given: object) -> Tensor:
-            self.attacks.append({"part": self.fits[-1]["part"] if self.fits else "search", **given})
+            self.attacks.append({"part": self.fits[-1]["stream"] if self.fits else "search", **given})
             return pgd(net, batch, labels, **given)
 
-        monkeypatch.setattr(aft, "fit", watch_fit)
+        monkeypatch.setattr(base, "fit", watch_fit)
         monkeypatch.setattr(aft, "pgd", watch_pgd)
 
 
 def test_a_run_visits_the_parts_in_order_with_one_optimizer(monkeypatch):
     seen = Seen(monkeypatch)
     verdict = run()
-    assert [call["part"] for call in seen.fits] == PARTS
+    assert [call["stream"] for call in seen.fits] == PARTS
     assert [len(call["data"]) for call in seen.fits] == [3, 12, 24, 42, 48, 48, 48]
     assert len({id(call["optimizer"]) for call in seen.fits}) == 1
     assert all(momentum.abs().max() > 0 for call in seen.fits[1:] for momentum in call["momenta"])
@@ -626,24 +626,24 @@ def test_features_of_the_last_stage_are_its_maps():
 # Promises --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["unlearning", "teacher"])
-def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, monkeypatch, part):
+@pytest.mark.parametrize("stream", ["unlearning", "teacher"])
+def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, monkeypatch, stream):
     settings = ProgressiveUnifiedDefense(**{**SMALL, "min_updates": 8})
     straight, data = unbroken(), images()
 
     def dies(net: nn.Module, shown: ImageSet, recipe: Recipe, **given: object) -> nn.Module:
         def after(_: nn.Module, epoch: int) -> None:
-            if given["part"] == part and epoch == 2:
+            if given["stream"] == stream and epoch == 2:
                 raise KeyboardInterrupt
 
-        return fit(net, shown, recipe, **given, after_epoch=after)
+        return fit(net, shown, recipe, **{**given, "after_epoch": after})
 
     with monkeypatch.context() as patch:
-        patch.setattr(aft, "fit", dies)
+        patch.setattr(base, "fit", dies)
         with pytest.raises(KeyboardInterrupt):
             settings.defend(view(data, TrainingLog(tmp_path, every_s=0)))
     begun = {path.stem for path in tmp_path.iterdir()}
-    assert begun == set(PARTS[: PARTS.index(part) + 1])
+    assert begun == set(PARTS[: PARTS.index(stream) + 1])
     again = settings.defend(view(data, TrainingLog(tmp_path, every_s=0)))
     assert names(again) == names(straight)
     for one, two in zip(straight.rounds, again.rounds, strict=True):

@@ -183,7 +183,7 @@ def test_without_adversarial_losses_it_is_fine_tuning_with_frozen_batch_norm():
     recipe = Recipe(
         epochs=2, batch_size=8, optimizer="adam", lr=1e-4, momentum=0.9, weight_decay=0, schedule="constant"
     )
-    assert same(found, fit(model(), reserve(), recipe, seed=0, hooks=Frozen(), part="sau"))
+    assert same(found, fit(model(), reserve(), recipe, seed=0, hooks=Frozen(), stream="sau"))
     assert not same(found, SharedAdversarialUnlearning(**SMALL).defend(view(model(), reserve())).model)
 
 

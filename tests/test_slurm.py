@@ -647,11 +647,11 @@ def test_a_batch_comes_back_from_its_file_as_it_was(tiny, tmp_path):
     made = jobs.Batch.new(tmp_path / "slurm", {"infos": infos}, [tasks[:3], tasks[3:]])
     read = jobs.Batch.read(made.folder)
     assert read.infos == experiment.infos
-    assert [[task.place for task in pack] for pack in read.packs] == [[t.place for t in p] for p in made.packs]
+    assert [[task.stage_key for task in pack] for pack in read.packs] == [[t.stage_key for t in p] for p in made.packs]
     for index, pack in enumerate(made.packs):  # as a job reads it
         alone = jobs.Batch.read(made.folder, index)
         assert alone.settings == read.settings
-        assert [task.place for task in alone.packs[0]] == [task.place for task in pack]
+        assert [task.stage_key for task in alone.packs[0]] == [task.stage_key for task in pack]
 
 
 def driver_of(experiment, root: Path, tasks=None):
@@ -672,12 +672,12 @@ def test_a_driver_submits_nothing_of_what_was_called_off_after_it_began(tiny, tm
     experiment = open_experiment([*tiny, "grid.attacks=[none,badnets]"])
     root, submitted = tmp_path / "slurm", []
     monkeypatch.setattr(jobs, "queue", lambda _: [])
-    monkeypatch.setattr(dispatch._Driver, "_submit", lambda self, tasks: submitted.append([t.place for t in tasks]))
+    monkeypatch.setattr(dispatch._Driver, "_submit", lambda self, tasks: submitted.append([t.stage_key for t in tasks]))
     root.mkdir()
 
     first = driver_of(experiment, root)
     first._look()
-    badnets = {key for trial in experiment.trials if trial.attack == "badnets" for _, key in trial.places()}
+    badnets = {key for trial in experiment.trials if trial.attack == "badnets" for _, key in trial.stage_keys()}
     jobs.call_off(root, badnets)
     first._look()
     # Asked for again behind it: wanted again.
@@ -825,7 +825,7 @@ def test_repairs_of_a_model_whose_job_died_are_blamed_for_nothing_and_sent_again
         cluster.elements[job] = replace(element, state=state, reason=reason)
     driver._look()
     assert not any(
-        experiment.store.failure(stage, key) for trial in experiment.trials for stage, key in trial.places()[1:]
+        experiment.store.failure(stage, key) for trial in experiment.trials for stage, key in trial.stage_keys()[1:]
     )
     if there:
         assert {place[0] for place in driver.left} == {"evaluate"}
@@ -849,5 +849,5 @@ def test_a_job_whose_infected_model_is_not_there_computes_nothing_and_says_so(ti
     Pack(str(batch.folder), 0)()
     assert f"left out: {repairs[0].title}: its infected model" in capsys.readouterr().out
     assert not any(
-        experiment.store.is_finished(stage, key) for trial in experiment.trials for stage, key in trial.places()
+        experiment.store.is_finished(stage, key) for trial in experiment.trials for stage, key in trial.stage_keys()
     )

@@ -207,9 +207,9 @@ def test_a_wrong_recipe_says_what_to_write(setting, message):
 def test_two_trainings_of_one_name_are_refused_where_a_checkpoint_could_pass_for_the_other(tmp_path):
     log = TrainingLog(folder=tmp_path)
     fit(Softmax(), noise(6), Recipe(epochs=1), seed=0, log=log)
-    with pytest.raises(ValueError, match="give each `fit` a part of its own"):
+    with pytest.raises(ValueError, match="train"):
         fit(Softmax(), noise(6), Recipe(epochs=1), seed=0, log=log)
-    fit(Softmax(), noise(6), Recipe(epochs=1), seed=0, log=log, part="second")
+    fit(Softmax(), noise(6), Recipe(epochs=1), seed=0, log=log, stream="second")
 
 
 def test_a_recipe_that_leaves_the_precision_open_takes_the_journals(monkeypatch):
@@ -337,7 +337,7 @@ def test_no_image_is_an_error():
 
 def test_the_journal_has_the_mean_loss_of_every_epoch_under_the_name_of_the_part():
     log, data = TrainingLog(), noise(12)
-    model = fit(Softmax(), data, Recipe(epochs=2, batch_size=4, lr=0.0), seed=0, log=log, part="repair")
+    model = fit(Softmax(), data, Recipe(epochs=2, batch_size=4, lr=0.0), seed=0, log=log, stream="repair")
     expected = nn.functional.cross_entropy(model(data.images / 255), data.labels).item()
     assert [step for step, _ in log.curves["repair/loss"]] == [3, 6]
     assert [value for _, value in log.curves["repair/loss"]] == pytest.approx([expected] * 2, abs=1e-5)
@@ -360,7 +360,7 @@ def test_a_seed_and_a_part_give_the_same_weights_and_others_give_others():
     torch.manual_seed(99)  # the global state does not matter
     assert same(first, fit(dropped(), data, recipe, seed=0, augmentation=how))
     assert not same(first, fit(dropped(), data, recipe, seed=1, augmentation=how))
-    assert not same(first, fit(dropped(), data, recipe, seed=0, augmentation=how, part="other"))
+    assert not same(first, fit(dropped(), data, recipe, seed=0, augmentation=how, stream="other"))
 
 
 def test_the_global_random_state_is_put_back():
@@ -497,9 +497,9 @@ def test_a_finished_part_is_not_trained_again(tmp_path):
 
 def test_parts_have_checkpoints_of_their_own(tmp_path):
     data, recipe = noise(20, size=8), Recipe(epochs=2, batch_size=5)
-    fit(dropped(), data, recipe, seed=0, log=TrainingLog(tmp_path, every_s=0), part="surrogate")
-    found = fit(dropped(), data, recipe, seed=0, log=TrainingLog(tmp_path, every_s=0), part="train")
-    assert same(found, fit(dropped(), data, recipe, seed=0, part="train"))
+    fit(dropped(), data, recipe, seed=0, log=TrainingLog(tmp_path, every_s=0), stream="surrogate")
+    found = fit(dropped(), data, recipe, seed=0, log=TrainingLog(tmp_path, every_s=0), stream="train")
+    assert same(found, fit(dropped(), data, recipe, seed=0, stream="train"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["surrogate.safetensors", "train.safetensors"]
 
 
@@ -640,7 +640,7 @@ def test_a_loss_that_is_no_number_stops_the_training_and_is_not_saved(tmp_path, 
             seed=0,
             hooks=Broken(value, step=4),
             log=TrainingLog(tmp_path, every_s=0),
-            part="repair",
+            stream="repair",
         )
     with safe_open(tmp_path / "repair.safetensors", "pt") as file:
         assert file.metadata()["epoch"] == "2"

@@ -19,13 +19,10 @@ if TYPE_CHECKING:
     from bench.dispatch.tasks import Task
     from bench.engine.datasets import DatasetInfo
     from bench.engine.models import ModelSpec
-    from bench.storage.store import Identity, Store
+    from bench.storage.store import Identity, StageKey, Store
 
 
 Kind = tuple[str, ...]
-
-
-Place = tuple[str, str]
 
 
 SAMPLE = 25  # finished stages of one kind that are looked at
@@ -181,14 +178,14 @@ class Estimate:
         unsized: finished stages that are left out, by their data sets or architectures, which are not known here.
     """
 
-    costs: dict[Place, Cost]
+    costs: dict[StageKey, Cost]
     finished: Counter[str]
     devices: Counter[str]
     unsized: Counter[str]
 
-    def seconds(self, places: Iterable[Place]) -> float:
+    def seconds(self, places: Iterable[StageKey]) -> float:
         """Of these stages together, as far as they are known and not finished."""
-        return sum(self.costs[place].seconds or 0.0 for place in places if place in self.costs)
+        return sum(self.costs[stage].seconds or 0.0 for stage in places if stage in self.costs)
 
 
 def estimated(experiment: Experiment, assumed: dict[str, float] | None = None, store: Store | None = None) -> Estimate:
@@ -200,34 +197,39 @@ def estimated(experiment: Experiment, assumed: dict[str, float] | None = None, s
     """
     store = store or experiment.store
     measured, finished = _Measured(store, experiment), Counter[str]()
-    there: set[Place] = set()
-    todo: dict[Place, _Alike] = {}
+    finished_stages: set[StageKey] = set()
+    todo: dict[StageKey, _Alike] = {}
     once: dict[tuple[str, ...], _Alike] = {}
     for trial in experiment.own:
-        identities = dict(zip(trial.places(), trial.identities(), strict=True))
-        for place, identity in identities.items():
-            if place in todo or place in there:
+        identities = dict(zip(trial.stage_keys(), trial.identities(), strict=True))
+        for stage, identity in identities.items():
+            if stage in todo or stage in finished_stages:
                 continue
-            own = place[0] != "implant" or place[1] == trial.keys.implant
-            names = (place[0] if own else "clean_control", trial.dataset, trial.model, trial.attack if own else "none")
+            is_own = stage[0] != "implant" or stage[1] == trial.keys.implant
+            names = (
+                stage[0] if is_own else "clean_control",
+                trial.dataset,
+                trial.model,
+                trial.attack if is_own else "none",
+            )
             cell = (*names, trial.defense, trial.threat_model, trial.variant)
             if cell not in once:
                 # A row of the grid may be named for the settings of a defense.
                 method = trial.defend["defense"]["name"]
-                kinds = (cell, *_kinds(place[0], *names[1:], method, _costly(identity)))
-                work = _work(place[0], identity, trial.implant, _size_of(experiment.infos[trial.dataset]))
+                kinds = (cell, *_kinds(stage[0], *names[1:], method, _costly(identity)))
+                work = _work(stage[0], identity, trial.implant, _size_of(experiment.infos[trial.dataset]))
                 once[cell] = _Alike(names[0], kinds, work)
-            if store.is_finished(*place):
-                there.add(place)
+            if store.is_finished(*stage):
+                finished_stages.add(stage)
                 finished[names[0]] += 1
-                measured.add(place, once[cell].kinds, once[cell].work)
+                measured.add(stage, once[cell].kinds, once[cell].work)
             else:
-                todo[place] = once[cell]
+                todo[stage] = once[cell]
     if any(alike.kinds[1] not in measured.found for alike in set(todo.values())):
-        measured.add_others(there)
+        measured.add_others(finished_stages)
     costs = {alike: _cost(alike, measured, (assumed or {}).get(alike.name)) for alike in set(todo.values())}
     return Estimate(
-        {place: costs[alike] for place, alike in todo.items()}, finished, measured.devices, measured.unsized
+        {stage: costs[alike] for stage, alike in todo.items()}, finished, measured.devices, measured.unsized
     )
 
 
@@ -246,24 +248,24 @@ def _cost(alike: _Alike, measured: _Measured, assumed: float | None) -> Cost:
     for level, kind in enumerate(kinds):
         if level == METHOD and assumed is not None:
             return Cost(name, assumed, None, ASSUMED, subject)
-        if found := measured.found.get(kind):
-            ratios = [work.ratio(one.work) for one in found]
-            seconds = median(one.seconds * ratio for one, ratio in zip(found, ratios, strict=True))
+        if measurements := measured.found.get(kind):
+            ratios = [work.ratio(one.work) for one in measurements]
+            seconds = median(one.seconds * ratio for one, ratio in zip(measurements, ratios, strict=True))
             stores = kinds[1][0] in ("implant", "defend")
-            size = median(one.size * (work.ratio_of_weights(one.work) if stores else 1.0) for one in found)
+            size = median(one.size * (work.ratio_of_weights(one.work) if stores else 1.0) for one in measurements)
             return Cost(name, seconds, size, ALIKE[min(level, len(ALIKE) - 1)], subject, median(ratios))
     return Cost(name, None, None, UNKNOWN, subject)
 
 
 def _kinds(stage: str, dataset: str, model: str, attack: str, defense: str, costly: tuple[str, ...]) -> list[Kind]:
     """What a stage is like, the most similar first: three levels, and then the stage itself."""
-    there = (stage, "there", dataset, model)
+    of_network = (stage, "there", dataset, model)
     if stage == "implant":
-        return [(*there, attack), there, (stage, attack), (stage,)]
+        return [(*of_network, attack), of_network, (stage, attack), (stage,)]
     if stage == "defend":
-        return [(*there, defense), there, (stage, defense), (stage,)]
+        return [(*of_network, defense), of_network, (stage, defense), (stage,)]
     # The method does not matter: whatever was measured there was measured for it.
-    return [(*there, *costly), (*there, *costly), (stage, *costly), (stage, *costly)]
+    return [(*of_network, *costly), (*of_network, *costly), (stage, *costly), (stage, *costly)]
 
 
 def _costly(identity: Identity) -> tuple[str, ...]:
@@ -294,20 +296,20 @@ class _Measured:
         self.infos, self.cache = experiment.infos, Path(experiment.cfg.dataset.cache)
         self.architectures = {trial.model for trial in experiment.trials}
 
-    def add(self, place: Place, kinds: Sequence[Kind], work: Work, cells: int = 1) -> None:
+    def add(self, stage: StageKey, kinds: Sequence[Kind], work: Work, cells: int = 1) -> None:
         """Note one finished stage, unless enough of its kind are noted; the first `cells` kinds are of its own cell."""
         if len(self.found.get(kinds[0], ())) >= SAMPLE:
             return
-        result = self.store.brief(*place)
+        result = self.store.brief(*stage)
         if result is None:
             return
-        size = sum(entry.stat().st_size for entry in os.scandir(self.store.folder(*place)))
+        size = sum(entry.stat().st_size for entry in os.scandir(self.store.folder(*stage)))
         # What came to nothing tells about its own cell only.
         for kind in dict.fromkeys(kinds if result["status"] == "done" else kinds[:cells]):
             self.found.setdefault(kind, []).append(_Found(result["seconds"], size, work))
         self.devices[result.get("provenance", {}).get("device", "?")] += 1
 
-    def add_others(self, known: set[Place]) -> None:
+    def add_others(self, known: set[StageKey]) -> None:
         """Note what other grids left in the store."""
         implants: dict[str, Identity] = {}
         defends: dict[str, Identity] = {}
@@ -326,7 +328,7 @@ class _Measured:
                         defends[key] = identity
                     if (stage, key) in known:
                         continue
-                    data, model, attack = (implant[part]["name"] for part in ("dataset", "model", "attack"))
+                    data, model, attack = (implant[axis]["name"] for axis in ("dataset", "model", "attack"))
                     size = self._size(implant["dataset"])
                     if size is None or not self._is_architecture(model):
                         self.unsized[data if size is None else model] += 1
@@ -394,15 +396,15 @@ def jobs_of(tasks: list[Task], estimate: Estimate, job_seconds: float = 0.0) -> 
     """
     index: dict[str, int] = {}
     jobs: list[Job] = []
-    seen: set[Place] = set()
+    seen: set[StageKey] = set()
     for task in tasks:
         repair = bool(task.needs)
-        places = [place for place in task.trial.places() if place[0] != "implant"] if repair else [task.place]
-        fresh = [place for place in places if place not in seen]
+        places = [stage for stage in task.trial.stage_keys() if stage[0] != "implant"] if repair else [task.stage_key]
+        fresh = [stage for stage in places if stage not in seen]
         seen.update(fresh)
         needs = tuple(index[key] for key in task.needs if key in index)
         if not repair:
-            index[task.place[1]] = len(jobs)
+            index[task.stage_key[1]] = len(jobs)
         jobs.append(Job(task.title, estimate.seconds(fresh) + job_seconds, needs))
     return jobs
 

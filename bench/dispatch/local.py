@@ -125,10 +125,10 @@ class _Schedule:
         spent = time.monotonic() - self.started.pop(id(task))
         if outcome == "busy":
             self.waiting.append(task)
-            self.elsewhere[task.place] = self._holder(task)
+            self.elsewhere[task.stage_key] = self._holder(task)
             time.sleep(0.2)  # another driver computes it: look again soon, but not all the time
             return
-        self.elsewhere.pop(task.place, None)
+        self.elsewhere.pop(task.stage_key, None)
         self.progress.done += outcome == "done"
         self.progress.failed += outcome == "failed"
         self.spent[task.stages].append(spent)
@@ -152,14 +152,20 @@ class _Schedule:
             left += sum(known) / len(known) if known else 0.0
         progress.seconds_left = left / self.workers if every else None
         free = [task for task in (*self.waiting, *self.running) if self.blocked.isdisjoint(task.needs)]
-        is_idle = all(task.place in self.elsewhere for task in free)
-        progress.waits = tuple(filter(None, map(self.elsewhere.get, (task.place for task in free)))) if is_idle else ()
+        is_idle = all(task.stage_key in self.elsewhere for task in free)
+        progress.waits = (
+            tuple(filter(None, map(self.elsewhere.get, (task.stage_key for task in free)))) if is_idle else ()
+        )
         self.show(progress)
 
     def _holder(self, task: Task) -> str:
         """Which stage of a task another driver computes, and where; empty if it has just ended."""
         trial, title = task.trial, task.title.removesuffix(": implant")
-        for stage, key in (("surrogate", key_of(trial.surrogate)), ("implant", trial.keys.implant), *trial.places()):
+        for stage, key in (
+            ("surrogate", key_of(trial.surrogate)),
+            ("implant", trial.keys.implant),
+            *trial.stage_keys(),
+        ):
             claim = self.store.claim(stage, key)
             if claim and claim.alive:
                 return f"{stage} of {title} ({claim.owner or 'whose claim cannot be read'})"
@@ -195,7 +201,7 @@ class _Pool:
         self.ready: set[int] = set()
 
     def start(self, index: int) -> None:
-        ours, theirs = self.context.Pipe()
+        driver_end, worker_end = self.context.Pipe()
         # Set before the process starts: OpenMP and CUDA read these once.
         added = {"OMP_NUM_THREADS": str(self.settings["threads"])}
         if self.devices:
@@ -209,7 +215,7 @@ class _Pool:
             # Where no resource tracker runs, the start of a process would start one, and unblock SIGTERM thereby.
             resource_tracker.ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-            process = self.context.Process(target=_work, args=(theirs, self.settings), daemon=True)
+            process = self.context.Process(target=_work, args=(worker_end, self.settings), daemon=True)
             process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -218,8 +224,8 @@ class _Pool:
                     del os.environ[name]
                 else:
                     os.environ[name] = value
-        theirs.close()
-        self.processes[index], self.holds[index] = (process, ours), None
+        worker_end.close()
+        self.processes[index], self.holds[index] = (process, driver_end), None
 
     def drive(self, schedule: _Schedule) -> None:
         while not schedule.over:

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 
 from bench.experiment.trial import Trial
-from bench.storage.store import STAGES, Store
+from bench.storage.store import STAGES, StageKey, Store
 
 IMPLANT, REPAIR = STAGES[:1], STAGES[1:]
 
@@ -19,7 +19,7 @@ class Task:
     stages: tuple[str, ...]
 
     @property
-    def place(self) -> tuple[str, str]:
+    def stage_key(self) -> StageKey:
         """Its last stage and that one's key: no two tasks have the same."""
         return self.stages[-1], self.trial.keys[STAGES.index(self.stages[-1])]
 
@@ -69,7 +69,7 @@ def pending(trials: list[Trial], store: Store, max_tries: int | None = None) -> 
     lost: set[str] = set()
 
     @functools.cache
-    def there(implant: str) -> bool:
+    def is_there(implant: str) -> bool:
         return store.is_finished("implant", implant)
 
     def hopeless(stage: str, key: str) -> bool:
@@ -80,13 +80,13 @@ def pending(trials: list[Trial], store: Store, max_tries: int | None = None) -> 
         repair = Task(trial, REPAIR)
         if not evaluate or evaluate in repairs:
             continue
-        if repair.is_finished(store) and there(trial.keys.implant):
+        if repair.is_finished(store) and is_there(trial.keys.implant):
             continue
         needed = trial.implants()
         for index, key in enumerate(needed):
             if key not in implants:
-                implants[key] = None if there(key) else Task(trial.control_trial() if index else trial, IMPLANT)
-                if not there(key) and hopeless("implant", key):
+                implants[key] = None if is_there(key) else Task(trial.control_trial() if index else trial, IMPLANT)
+                if not is_there(key) and hopeless("implant", key):
                     lost.add(key)
         if lost.isdisjoint(needed) and not hopeless("defend", defend) and not hopeless("evaluate", evaluate):
             repairs[evaluate] = repair

@@ -136,8 +136,8 @@ def _methods() -> str:
     from defenses.base import THREAT_MODELS, Defense, defense, offered
 
     def setting(name: str, cls: type) -> str:
-        works = {place: view.__name__ for place in THREAT_MODELS if (view := offered(cls, place))}
-        return "; ".join(f"`{place}` (sees `{view}`)" for place, view in works.items())
+        works = {threat_model: view.__name__ for threat_model in THREAT_MODELS if (view := offered(cls, threat_model))}
+        return "; ".join(f"`{threat_model}` (sees `{view}`)" for threat_model, view in works.items())
 
     def label(name: str, cls: type) -> str:
         return ", ".join(mode.replace("_", "-") for mode in cls.label_modes)  # type: ignore[attr-defined]
@@ -164,8 +164,8 @@ def _methods() -> str:
 def _all(registry: dict[str, type], base: type, fact: str, of: Any) -> list[str]:
     lines: list[str] = []
     told: dict[str, str] = {}  # file -> the method that it was told for
-    ours = {name: cls for name, cls in registry.items() if cls.__module__.partition(".")[0] in OURS}
-    for name, cls in sorted(ours.items(), key=_place):
+    own_methods = {name: cls for name, cls in registry.items() if cls.__module__.partition(".")[0] in OURS}
+    for name, cls in sorted(own_methods.items(), key=_place):
         file = _file(cls)
         lines += [f"### {name}", ""]
         if file in told:
@@ -194,20 +194,20 @@ def _harness() -> str:
 
     lines = _SETTINGS.splitlines()
 
-    def group(place: str, cls: type) -> None:
+    def group(prefix: str, cls: type) -> None:
         about = _about(cls) if cls is Recipe else _comments(cls)
         inner = {f.name: f.default_factory for f in fields(cls) if is_dataclass(f.default_factory)}
         rows = [
             # The default of dataset.root is this machine's $BENCH_DATA.
-            [f"`{place}{f.name}`", f"`{'data' if f.name == 'root' else _default(f)}`", about.get(f.name, "")]
+            [f"`{prefix}{f.name}`", f"`{'data' if f.name == 'root' else _default(f)}`", about.get(f.name, "")]
             for f in fields(cls)
             if f.name not in inner and f.name not in ("attack", "defense")
         ]
         first = _plain((cls.__doc__ or "").partition("Attributes:")[0])
-        lines.extend(["", f"## {place.rstrip('.') or 'General'}", "", *([first, ""] if place else [])])
+        lines.extend(["", f"## {prefix.rstrip('.') or 'General'}", "", *([first, ""] if prefix else [])])
         lines.extend(_table(["setting", "default", "meaning"], rows))
-        for name, own in inner.items():
-            group(f"{place}{name}.", own)  # type: ignore[arg-type]
+        for name, inner_class in inner.items():
+            group(f"{prefix}{name}.", inner_class)  # type: ignore[arg-type]
 
     group("", Config)
     return "\n".join(lines) + "\n"
@@ -215,18 +215,18 @@ def _harness() -> str:
 
 def _comments(cls: type) -> dict[str, str]:
     """Setting -> the comment after it, or in the lines above it."""
-    found: dict[str, str] = {}
+    comments: dict[str, str] = {}
     above: list[str] = []
     for line in inspect.getsource(cls).splitlines():
         field_, _, comment = line.partition("  # ")
         if line.strip().startswith("# "):
             above.append(line.strip()[2:])
         elif named := re.match(r"    (\w+): ", field_):
-            found[named[1]] = comment.strip() or " ".join(above)
+            comments[named[1]] = comment.strip() or " ".join(above)
             above = []
         else:
             above = []
-    return found
+    return comments
 
 
 def _place(named: tuple[str, type]) -> tuple[Any, ...]:
@@ -251,9 +251,10 @@ def _header(cls: type) -> tuple[str, dict[str, str]]:
     """The first line of a method's file, and what stands behind `Paper:`, `Differs:` and `Limits:`."""
     text = inspect.getdoc(inspect.getmodule(cls)) or ""
     title, _, rest = text.partition("\n\n")
-    found = re.split(r"^(Papers?|Differs|Limits): ", rest, flags=re.MULTILINE)
+    sections = re.split(r"^(Papers?|Differs|Limits): ", rest, flags=re.MULTILINE)
     parts = {
-        key.rstrip("s") if key == "Papers" else key: value for key, value in zip(found[1::2], found[2::2], strict=True)
+        key.rstrip("s") if key == "Papers" else key: value
+        for key, value in zip(sections[1::2], sections[2::2], strict=True)
     }
     return _plain(title), {key: _plain(value) for key, value in parts.items()}
 
@@ -262,10 +263,12 @@ def _settings(cls: type, base: type) -> list[list[str]]:
     """Setting, default and meaning of what a method adds to its base, or changes; what is told at once is one row."""
     usual = {} if base is object else _defaults(base)
     about = _about(cls)
-    own = [f for f in fields(cls) if usual.get(f.name) != _default(f)]
+    changed = [f for f in fields(cls) if usual.get(f.name) != _default(f)]
     return [
         [", ".join(f"`{f.name}`" for f in group), ", ".join(f"`{_default(f)}`" for f in group), str(text)]
-        for text, group in ((text, list(found)) for text, found in groupby(own, lambda f: about.get(f.name, f.name)))
+        for text, group in (
+            (text, list(members)) for text, members in groupby(changed, lambda f: about.get(f.name, f.name))
+        )
     ]
 
 
@@ -288,15 +291,15 @@ def _default(f: Field[Any]) -> str:
 
 def _about(cls: type) -> dict[str, str]:
     """Setting -> what the `Attributes` of a class, or of those that it is built on, say of it."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for one in reversed(cls.__mro__):
         _, _, listed = inspect.cleandoc(one.__dict__.get("__doc__") or "").partition("Attributes:\n")
         listed = re.split(r"^\S", listed, maxsplit=1, flags=re.MULTILINE)[0]
         for entry in re.split(r"\n(?=    \S)", listed.rstrip()):
             names, _, text = entry.strip().partition(":")
             if re.fullmatch(r"\w+(, \w+)*", names):
-                found |= dict.fromkeys(names.split(", "), _plain(text))
-    return found
+                texts |= dict.fromkeys(names.split(", "), _plain(text))
+    return texts
 
 
 # Markdown ------------------------------------------------------------------------------------------------------------

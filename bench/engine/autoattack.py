@@ -47,8 +47,8 @@ class Ball:
     def size(self, change: Tensor) -> Tensor:
         """(B, 1, 1, 1): the norm of each change."""
         flat = change.flatten(1)
-        found = flat.abs().amax(1) if self.norm == "linf" else flat.square().sum(1).sqrt()
-        return found.view(-1, 1, 1, 1)
+        sizes = flat.abs().amax(1) if self.norm == "linf" else flat.square().sum(1).sqrt()
+        return sizes.view(-1, 1, 1, 1)
 
     def into(self, points: Tensor, centre: Tensor) -> Tensor:
         """The points, moved into the ball and into [0, 1]."""
@@ -254,8 +254,8 @@ def fab(
         need = torch.cat([-gap, -gap + (flat * (now - origin).flatten(1)).sum(1)])
         both = torch.cat([now, origin]).flatten(1)
         change = onto_plane(both, torch.cat([flat, flat]), need, ball.norm).view(2, *now.shape)
-        here, there = (ball.size(part).clamp_min(1e-8) for part in change)
-        pull = (here / (here + there)).clamp(max=0.1)
+        here, distance_there = (ball.size(part).clamp_min(1e-8) for part in change)
+        pull = (here / (here + distance_there)).clamp(max=0.1)
         now = ((1 - pull) * (now + 1.05 * change[0]) + pull * (origin + 1.05 * change[1])).clamp_(0, 1)
         wrong = model(now).argmax(1) != state["label"]
         search.note(state, now, wrong & (ball.size(now - origin).flatten() <= ball.epsilon))
@@ -273,8 +273,8 @@ def window_share(query: int) -> float:
 def _margin(model: nn.Module, points: Tensor, labels: Tensor) -> Tensor:
     """(B,): how far the label is ahead of the best other class; 0 or below is fooled."""
     logits = model(points)
-    own = logits.gather(1, labels[:, None])
-    return (own - logits.scatter(1, labels[:, None], -math.inf).amax(1, keepdim=True))[:, 0]
+    of_label = logits.gather(1, labels[:, None])
+    return (of_label - logits.scatter(1, labels[:, None], -math.inf).amax(1, keepdim=True))[:, 0]
 
 
 def _bump(height: int, width: int, device: torch.device) -> Tensor:
@@ -376,7 +376,7 @@ def _new_hills(now: Tensor, origin: Tensor, ball: Ball, share: float, source: to
     side = max(round(math.sqrt(share * height * width)), 3)
     side = min(side + (side % 2 == 0), height, width)
     change = now - origin
-    place, other = (
+    window_at, other = (
         (..., slice(top, top + side), slice(left, left + side))
         for top, left in (
             (_whole(_places(height, side), source), _whole(_places(width, side), source)),
@@ -384,16 +384,16 @@ def _new_hills(now: Tensor, origin: Tensor, ball: Ball, share: float, source: to
         )
     )
     marked = torch.zeros(height, width, dtype=torch.bool, device=now.device)
-    marked[place] = marked[other] = True
+    marked[window_at] = marked[other] = True
     spent = (change * marked).square().sum((2, 3), keepdim=True)  # (B, C, 1, 1)
     spare = (ball.epsilon**2 - ball.size(change).square()).clamp_min(0) / channels
-    window = change[place]
+    window = change[window_at]
     hills = two_hills(side, _coin(source), now.device) * _signs((count, channels, 1, 1), source, now.device)
     hills = hills + window / _length(window).clamp_min(1e-12)
     hills = hills / _length(hills).clamp_min(1e-12) * (spent + spare).sqrt()
     change = change.clone()
     change[other] = 0
-    change[place] = hills
+    change[window_at] = hills
     return (origin + ball.epsilon * change / ball.size(change).clamp_min(1e-12)).clamp_(0, 1)
 
 
@@ -457,16 +457,16 @@ def autoattack(
         logits = torch.cat([model(images) for images, _ in data.chunks(batch_size)])
         robust = logits.argmax(1) == data.labels
         robust = robust if among is None else robust & among
-        behind = {"clean": robust.double().mean().item()}
+        robust_after = {"clean": robust.double().mean().item()}
         order = logits.argsort(dim=1, descending=True)
         for name, run, targeted in attacks:
             for rank in range(1, min(TARGETS, logits.shape[1] - 1) + 1) if targeted else (0,):
                 for rows in robust.nonzero().flatten().split(batch_size):
-                    part = data[rows]
-                    images = part.batch(slice(None)).float() / 255
-                    found = run(images, part.labels, order[rows, rank] if targeted else None)
+                    batch = data[rows]
+                    images = batch.batch(slice(None)).float() / 255
+                    adversarial = run(images, batch.labels, order[rows, rank] if targeted else None)
                     # Judged anew, and in the ball: an attack's own word is not taken.
-                    found = ball.into(found, images)
-                    robust[rows] = model(found).argmax(1) == part.labels
-            behind[name] = robust.double().mean().item()
-    return Outcome(robust, behind)
+                    adversarial = ball.into(adversarial, images)
+                    robust[rows] = model(adversarial).argmax(1) == batch.labels
+            robust_after[name] = robust.double().mean().item()
+    return Outcome(robust, robust_after)

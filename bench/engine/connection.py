@@ -79,13 +79,13 @@ def trace(
     predicted, similarity, overlap = [], [], []
     for images, labels in data.chunks(batch_size):
         if noise is None:
-            found = pgd(model, images, labels, epsilon=epsilon, step_size=epsilon / 5, steps=STEPS)
+            adversarial = pgd(model, images, labels, epsilon=epsilon, step_size=epsilon / 5, steps=STEPS)
         else:
             signs = torch.randint(2, images.shape, generator=noise, device=images.device) * 2 - 1
-            found = (images + epsilon * signs).clamp(0, 1)
+            adversarial = (images + epsilon * signs).clamp(0, 1)
         with torch.no_grad():
-            predicted.append(model(found).argmax(1).cpu())
-            features = [model.features(version) for version in (found, images, trigger(images))]
+            predicted.append(model(adversarial).argmax(1).cpu())
+            features = [model.features(version) for version in (adversarial, images, trigger(images))]
         alike, shared = _resemblance(*features)
         similarity.append(alike.cpu().double())
         if shared is not None:
@@ -122,15 +122,15 @@ def compare(
         if traces is not None:
             shares[name], result[name] = _described(traces, labels, target_labels, num_classes, drawn)
     difference: _Shares = {}
-    for key, (ours, our_draws) in shares["infected"].items():
-        theirs, their_draws = shares["clean_control"][key]
-        if ours is None or theirs is None or our_draws is None or their_draws is None:
+    for key, (infected_share, our_draws) in shares["infected"].items():
+        control_share, their_draws = shares["clean_control"][key]
+        if infected_share is None or control_share is None or our_draws is None or their_draws is None:
             difference[key] = (None, None)
         else:
-            difference[key] = (ours - theirs, our_draws - their_draws)
+            difference[key] = (infected_share - control_share, our_draws - their_draws)
     result["difference"] = _with_intervals(difference)
-    ours, theirs = shares["infected"]["concentration"][0], shares["clean_control"]["concentration"][0]
-    result["lift"] = ours / theirs if ours is not None and theirs else None
+    infected_share, control_share = shares["infected"]["concentration"][0], shares["clean_control"]["concentration"][0]
+    result["lift"] = infected_share / control_share if infected_share is not None and control_share else None
     return result
 
 
@@ -175,12 +175,12 @@ def _described(
     } | _with_intervals(shares)
 
 
-def _ratio(part: Tensor, whole: Tensor, drawn: Tensor) -> tuple[float | None, Tensor | None]:
+def _ratio(selected: Tensor, whole: Tensor, drawn: Tensor) -> tuple[float | None, Tensor | None]:
     """sum(part) / sum(whole), and the same of each resample."""
     if not whole.any():
         return None, None
     # A resample that drew nothing of the whole says nothing: 0 / 0 is left out of the interval.
-    return (part.sum() / whole.sum()).item(), part[drawn].sum(1) / whole[drawn].sum(1)
+    return (selected.sum() / whole.sum()).item(), selected[drawn].sum(1) / whole[drawn].sum(1)
 
 
 def _mean(values: Tensor, drawn: Tensor) -> tuple[float | None, Tensor | None]:
@@ -188,13 +188,13 @@ def _mean(values: Tensor, drawn: Tensor) -> tuple[float | None, Tensor | None]:
 
 
 def _with_intervals(shares: _Shares) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, (value, draws) in shares.items():
-        found[key], found[f"{key}_interval"] = value, None
+        values[key], values[f"{key}_interval"] = value, None
         if draws is not None and not draws.isnan().all():
             ends = draws[~draws.isnan()].quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype))
-            found[f"{key}_interval"] = ends.tolist()
-    return found
+            values[f"{key}_interval"] = ends.tolist()
+    return values
 
 
 def _entropy(counts: Tensor) -> float:

@@ -56,8 +56,8 @@ class ImageSet:
         return self.labels.device
 
     def __getitem__(self, index: Tensor | slice) -> ImageSet:
-        part = ImageSet(self.images[self._there(index)], self.labels[index])
-        return part if part.images.device == self.device else part.to(self.device)
+        selection = ImageSet(self.images[self._there(index)], self.labels[index])
+        return selection if selection.images.device == self.device else selection.to(self.device)
 
     def batch(self, index: Tensor | slice) -> Tensor:
         """(B, C, H, W) uint8, on the device: the images of these numbers."""
@@ -75,8 +75,8 @@ class ImageSet:
     def chunks(self, size: int = 1024) -> Iterator[tuple[Tensor, Tensor]]:
         """Float images and labels in order, `size` at a time: for evaluation."""
         for start in range(0, len(self), size):
-            part = slice(start, start + size)
-            yield to_float(self.batch(part)), self.labels[part]
+            rows = slice(start, start + size)
+            yield to_float(self.batch(rows)), self.labels[rows]
 
 
 @dataclass(frozen=True)

@@ -188,8 +188,8 @@ def source(name: str) -> DataSource:
     """
     if name.startswith("folder:"):
         return ImageFolder(name.removeprefix("folder:"))
-    found: DataSource = dataset[name]()
-    return found
+    instance: DataSource = dataset[name]()
+    return instance
 
 
 def as_published(name: str, size: int | None = None) -> DatasetInfo | None:
@@ -257,12 +257,12 @@ def prepare(
     """
     kind = source(name)
     size = _pixels(kind, size)
-    found = _Cached(kind, name, root, cache, size)
-    folder = found.folder()
+    cached = _Cached(kind, name, root, cache, size)
+    folder = cached.folder()
     facts = None if folder is None else facts_of(folder)
     if folder is not None and facts is None and os.path.lexists(folder):
         say(f"warning: the cached images of {name} are damaged and were set aside: {_set_aside(folder)}")
-    if folder is None and not download and (last := found.last()):
+    if folder is None and not download and (last := cached.last()):
         folder, facts = last, facts_of(last)
         say(f"warning: {name} is no longer under {root}; the images decoded from there before are used ({folder})")
     if facts is None:
@@ -275,9 +275,9 @@ def prepare(
                 "or set dataset.root (or $BENCH_DATA) to the folder that holds it"
             ) from error
         # What was fetched changes what is there.
-        folder = found.folder() if download or folder is None else folder
+        folder = cached.folder() if download or folder is None else folder
         if folder is None:
-            folder = found.named("unknown")
+            folder = cached.named("unknown")
         facts = _store(folder, splits, size, name)
         for note in facts["notes"]:
             say(f"{name}: {note}")
@@ -293,8 +293,8 @@ class _Cached:
 
     def __init__(self, kind: DataSource, name: str, root: Path, cache: Path, size: int) -> None:
         self.kind, self.root, self.cache, self.size = kind, root.resolve(), cache, size
-        place = "" if kind.embedded else "-" + hashlib.sha256(f"{self.root}\0{name}".encode()).hexdigest()[:8]
-        self.prefix = f"{quote(name, safe='')[:80]}{place}"
+        origin = "" if kind.embedded else "-" + hashlib.sha256(f"{self.root}\0{name}".encode()).hexdigest()[:8]
+        self.prefix = f"{quote(name, safe='')[:80]}{origin}"
 
     def named(self, state: str) -> Path:
         return self.cache / f"{self.prefix}{state and '-'}{state}-{self.size}px-v{CACHE_VERSION}"
@@ -327,7 +327,7 @@ def _store(folder: Path, splits: Splits, size: int, name: str) -> dict[str, Any]
     """
     counts = _counts(splits, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    temporary_folder = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     digest = hashlib.sha256()
     facts: dict[str, Any] = {**counts, "notes": list(splits.notes), "checksums": {}}
     for split in ("train", "test"):
@@ -335,15 +335,15 @@ def _store(folder: Path, splits: Splits, size: int, name: str) -> dict[str, Any]
         labels = np.ascontiguousarray(getattr(splits, f"{split}_labels"), dtype=np.int64)
         arrays: tuple[NDArray[Any], NDArray[Any]] = (images, labels)
         for file, array in zip(_array_files(split), arrays, strict=True):
-            np.save(beside / file, array)
-            facts["checksums"][file] = _checksum(beside / file)
+            np.save(temporary_folder / file, array)
+            facts["checksums"][file] = _checksum(temporary_folder / file)
         digest.update(repr(images.shape).encode() + images.tobytes() + labels.tobytes())
         if split == "train":
             # By parts: float64 of a whole large set would not fit.
             total = np.zeros(images.shape[1])
             square = np.zeros(images.shape[1])
-            for part in np.array_split(images, max(1, len(images) // 5000)):
-                scaled = part.astype(np.float64) / 255
+            for chunk in np.array_split(images, max(1, len(images) // 5000)):
+                scaled = chunk.astype(np.float64) / 255
                 total += scaled.sum((0, 2, 3))
                 square += (scaled**2).sum((0, 2, 3))
             count = images.size / images.shape[1]
@@ -351,13 +351,13 @@ def _store(folder: Path, splits: Splits, size: int, name: str) -> dict[str, Any]
             facts |= {"shape": list(images.shape[1:]), "mean": mean.round(6).tolist()}
             # A constant channel would divide by zero.
             facts["std"] = np.sqrt(np.maximum(square / count - mean**2, 1e-6)).round(6).tolist()
-    share(beside, 0o777)  # a temporary folder is its owner's alone; a cache is for everybody
+    share(temporary_folder, 0o777)  # a temporary folder is its owner's alone; a cache is for everybody
     facts["digest"] = digest.hexdigest()[:16]
-    write_facts(beside, facts)
+    write_facts(temporary_folder, facts)
     try:
-        os.rename(beside, folder)
+        os.rename(temporary_folder, folder)
     except OSError:
-        shutil.rmtree(beside)  # another process was faster, with the same arrays
+        shutil.rmtree(temporary_folder)  # another process was faster, with the same arrays
         if facts_of(folder) is None:
             raise
     return facts
@@ -375,12 +375,12 @@ def _counts(splits: Splits, name: str) -> dict[str, list[int]]:
     classes = max(len(splits.classes), *(int(labels.max()) + 1 for labels in both))
     counts = {}
     for split, labels in zip(("train", "test"), both, strict=True):
-        found = np.bincount(labels, minlength=classes)
-        for label in np.flatnonzero(found == 0)[:1]:
+        per_class = np.bincount(labels, minlength=classes)
+        for label in np.flatnonzero(per_class == 0)[:1]:
             title = f"{printable(splits.classes[label])!r}" if splits.classes else str(label)
             kind = {"train": "training", "test": "test"}[split]
             raise DataError(f"data set {name}: class {title} has no {kind} image; add images, or remove the class")
-        counts[f"{split}_counts"] = found.tolist()
+        counts[f"{split}_counts"] = per_class.tolist()
     return counts
 
 
@@ -414,8 +414,8 @@ _verified: set[tuple[str, int, int, int]] = set()
 def _has_checksum(path: Path, checksum: str) -> bool:
     """Is the file the one that was written? Hashed once per process: about 0.4 s for 60,000 images of 32x32."""
     try:
-        found = path.stat()
-        version = (str(path.absolute()), found.st_ino, found.st_size, found.st_mtime_ns)
+        status = path.stat()
+        version = (str(path.absolute()), status.st_ino, status.st_size, status.st_mtime_ns)
         if version not in _verified:
             if _checksum(path) != checksum:
                 return False
@@ -528,15 +528,15 @@ def _torchvision(kind: str, root: Path, download: bool, size: int, **by_split: t
     import torchvision.datasets
 
     (key, (train, test)) = next(iter(by_split.items()))
-    found = []
+    arrays = []
     for split in (train, test):
-        part = getattr(torchvision.datasets, kind)(str(root), download=download, **{key: split})
-        labels = part.targets if hasattr(part, "targets") else part.labels
-        images = np.asarray(part.data)
+        split_set = getattr(torchvision.datasets, kind)(str(root), download=download, **{key: split})
+        labels = split_set.targets if hasattr(split_set, "targets") else split_set.labels
+        images = np.asarray(split_set.data)
         # SVHN alone keeps channels first.
         images = images.transpose(0, 2, 3, 1) if images.ndim == 4 and images.shape[1] == 3 else images
-        found += [images, np.asarray(labels)]
-    return Splits(*found)
+        arrays += [images, np.asarray(labels)]
+    return Splits(*arrays)
 
 
 @dataset("cifar10")
@@ -602,7 +602,7 @@ class FashionMnist(DataSource):
         # Debian's package dataset-fashion-mnist has the files packed, which torchvision does not read.
         packed = root / "fashion-mnist"
         if packed.is_dir():
-            return Splits(*(_idx(packed / f"{part}-ubyte.gz") for part in _IDX))
+            return Splits(*(_idx(packed / f"{name}-ubyte.gz") for name in _IDX))
         return _torchvision("FashionMNIST", root, download, size, train=(True, False))
 
 
@@ -720,10 +720,10 @@ def _splits(
     files: Sequence[Sequence[tuple[Path, int]]], size: int, left_out: LeftOut, classes: Sequence[str] = ()
 ) -> Splits:
     """Decode the training and test files, each with its label."""
-    found: list[Any] = []
+    arrays: list[Any] = []
     for split in files:
-        found += [_decode([path for path, _ in split], size, left_out), np.array([label for _, label in split])]
-    return Splits(*found, notes=(line,) if (line := left_out.line()) else (), classes=tuple(classes))
+        arrays += [_decode([path for path, _ in split], size, left_out), np.array([label for _, label in split])]
+    return Splits(*arrays, notes=(line,) if (line := left_out.line()) else (), classes=tuple(classes))
 
 
 class ImageFolder(DataSource):
@@ -801,16 +801,16 @@ class ImageFolder(DataSource):
 def _classes_in(folder: Path, left_out: LeftOut | None = None) -> dict[str, list[Path]]:
     """The folders of each class, by its name in NFC; links to folders count."""
     left_out = left_out or LeftOut()
-    found: dict[str, list[Path]] = {}
+    folders_of: dict[str, list[Path]] = {}
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if is_service(entry.name):
                 left_out.add("service files or folders", entry.name)
             elif is_folder(entry):
-                found.setdefault(normal(entry.name), []).append(Path(entry.path))
+                folders_of.setdefault(normal(entry.name), []).append(Path(entry.path))
             else:
                 left_out.add("files outside the folders of classes", entry.name)
-    return found
+    return folders_of
 
 
 @dataset("cifar10_jpeg")
@@ -844,16 +844,16 @@ class Cifar10Jpeg(ImageFolder):
             raise FileNotFoundError(
                 f"neither {self.folder}/train/<class>/* nor {self.folder}.tar*, nor CIFAR-10 to make it from: {error}"
             ) from error
-        found: list[Any] = []
+        arrays: list[Any] = []
         for split in ("train", "test"):
             images, labels = getattr(original, f"{split}_images"), getattr(original, f"{split}_labels")
             order = np.argsort(labels, kind="stable")  # as an image folder has them: class by class
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                found += [np.stack(list(pool.map(self._encoded, images[order]))), labels[order]]
+                arrays += [np.stack(list(pool.map(self._encoded, images[order]))), labels[order]]
         settings = ", ".join(f"{key} {value}" for key, value in self.encoding.items())
         jpeg = features.version("libjpeg_turbo") or features.version("jpg")
         note = f"made from CIFAR-10 with Pillow {pillow} and libjpeg {jpeg}: {settings}"
-        return Splits(*found, notes=(note,))
+        return Splits(*arrays, notes=(note,))
 
     def _encoded(self, image: Array) -> Array:
         """An image as it comes back from a JPEG file."""
@@ -876,7 +876,7 @@ class TinyImageNet(DataSource):
 
     def paths(self, root: Path, size: int) -> Sequence[Path]:
         folder = root / "tiny-imagenet-200"
-        return [folder / part for part in ("wnids.txt", "train", "val")]
+        return [folder / name for name in ("wnids.txt", "train", "val")]
 
     def read(self, root: Path, size: int, download: bool) -> Splits:
         folder, left_out = root / "tiny-imagenet-200", LeftOut()
@@ -885,7 +885,11 @@ class TinyImageNet(DataSource):
         train: list[tuple[Path, int]] = []
         by_class = _classes_in(folder / "train", left_out)
         for name in classes:
-            paths = [path for part in by_class.get(name, []) for path in images_in(part, left_out, expected=(".txt",))]
+            paths = [
+                path
+                for class_folder in by_class.get(name, [])
+                for path in images_in(class_folder, left_out, expected=(".txt",))
+            ]
             train += [(path, label[name]) for path in paths]
         test = self._test(folder / "val", label, left_out)
         _check_whole(folder, (train, test), self.images, "; unpack tiny-imagenet-200.zip again")
@@ -906,7 +910,7 @@ class TinyImageNet(DataSource):
             # The order of the list: val_0, val_1, ..., val_10.
             moved.sort(key=lambda image: (len(image[0].name), image[0].name))
             return [(path, label[name]) for path, name in moved]
-        by_name, found = {path.name: path for path in images}, []
+        by_name, test = {path.name: path for path in images}, []
         lines = listed.read_text(encoding="utf-8", errors="replace").splitlines()
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -917,5 +921,5 @@ class TinyImageNet(DataSource):
                 raise DataError(f"{listed}, line {number}: {printable(wnid)!r} is not a class of wnids.txt")
             if name not in by_name:
                 raise DataError(f"{listed}, line {number}: {printable(name)} is not under {folder}")
-            found.append((by_name[name], label[wnid]))
-        return found
+            test.append((by_name[name], label[wnid]))
+        return test

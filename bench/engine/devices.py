@@ -31,8 +31,8 @@ def pick_device(wanted: str) -> torch.device:
     Raises:
         ValueError: no such device.
     """
-    there = torch.cuda.is_available()
-    if wanted not in ("auto", "cpu", "cuda") or (wanted == "cuda" and not there):
-        gpu = "" if there else " (there is no GPU here that torch can use)"
+    has_gpu = torch.cuda.is_available()
+    if wanted not in ("auto", "cpu", "cuda") or (wanted == "cuda" and not has_gpu):
+        gpu = "" if has_gpu else " (there is no GPU here that torch can use)"
         raise ValueError(f"dispatch.device is {wanted!r}; write auto, cpu or cuda{gpu}")
-    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and there) else "cpu")
+    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and has_gpu) else "cpu")

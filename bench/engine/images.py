@@ -116,8 +116,8 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _inode(path: Path | str) -> tuple[int, int]:
-    found = os.stat(path)
-    return found.st_dev, found.st_ino
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def images_in(folder: Path, left_out: LeftOut, expected: tuple[str, ...] = ()) -> list[Path]:

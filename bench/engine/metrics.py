@@ -14,8 +14,8 @@ from .models import Classifier
 def predict(model: nn.Module, data: ImageSet, batch_size: int = 1024) -> Tensor:
     """(N,) int64: the model's classes for a whole set, in eval mode and without augmentation."""
     model.eval()
-    found = [model(images).argmax(dim=1) for images, _ in data.chunks(batch_size)]
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+    predictions = [model(images).argmax(dim=1) for images, _ in data.chunks(batch_size)]
+    return torch.cat(predictions) if predictions else torch.empty(0, dtype=torch.int64)
 
 
 @torch.no_grad()
@@ -182,9 +182,9 @@ def robust_accuracy(
     source = generator(seed, "robust accuracy", device=data.device)
     right = 0
     for images, labels in data.chunks(batch_size):
-        found = pgd(model, images, labels, epsilon=epsilon, step_size=step_size, steps=steps, random_start=source)
+        adversarial = pgd(model, images, labels, epsilon=epsilon, step_size=step_size, steps=steps, random_start=source)
         with torch.inference_mode():
-            survives = (model(found).argmax(1) == labels) & (model(images).argmax(1) == labels)
+            survives = (model(adversarial).argmax(1) == labels) & (model(images).argmax(1) == labels)
         right += int(survives.sum())
     if not len(data):
         raise ValueError("robust accuracy of no image at all is undefined")

@@ -315,9 +315,9 @@ def _memory_of(spec: ModelSpec, folder: Path) -> tuple[Path, str]:
 def _remembered(spec: ModelSpec, folder: Path) -> tuple[str, ...] | None:
     path, about = _memory_of(spec, folder)
     with suppress(OSError, ValueError, TypeError, KeyError):
-        found = json.loads(path.read_text())
-        if found["about"] == about:
-            return tuple(map(str, found["notes"]))
+        remembered = json.loads(path.read_text())
+        if remembered["about"] == about:
+            return tuple(map(str, remembered["notes"]))
     return None
 
 
@@ -355,8 +355,8 @@ def _check_head(spec: ModelSpec, entry: Callable[..., nn.Module]) -> None:
                 weight.normal_(0, 0.1, generator=source)
         try:
             logits, features = model(images), model.features(images)
-            found = F.linear(features, model.head.weight.flatten(1), model.head.bias)
-            agree = torch.allclose(found, logits, rtol=1e-3, atol=1e-3, equal_nan=True)
+            expected = F.linear(features, model.head.weight.flatten(1), model.head.bias)
+            agree = torch.allclose(expected, logits, rtol=1e-3, atol=1e-3, equal_nan=True)
         except (RuntimeError, IndexError):  # other shapes, or the head is not asked at all
             agree = False
         if not agree:
@@ -372,9 +372,11 @@ def _digest_of_code(spec: ModelSpec, entry: Callable[..., nn.Module]) -> str:
     with torch.device("meta"):
         layers = {type(layer) for layer in spec.build(0).net.modules()}
     modules = {entry.__module__, *(kind.__module__ for layer in layers for kind in layer.__mro__)}
-    own = sorted(name for name in modules if not any(_is_of(name, known) for known in ("timm", "torch", "builtins")))
+    own_modules = sorted(
+        name for name in modules if not any(_is_of(name, known) for known in ("timm", "torch", "builtins"))
+    )
     try:
-        code = [inspect.getsource(sys.modules[name]) for name in own]
+        code = [inspect.getsource(sys.modules[name]) for name in own_modules]
     except (OSError, TypeError) as error:
         raise ValueError(f"{spec.name}: its code cannot be read ({error}); define it in a file of a module") from error
     return hashlib.sha256("\0".join(code).encode()).hexdigest()[:16]

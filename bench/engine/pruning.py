@@ -39,11 +39,11 @@ class Channels:
 
     def weights(self, scale: Tensor, shift: Tensor | None = None) -> Tensors:
         """The parameters by their names, for `functional_call` or to be copied, from (U,) scales and shifts."""
-        found = {f"{name}.weight": part for name, part in zip(self._names, scale.split(self._sizes), strict=True)}
+        tensors = {f"{name}.weight": values for name, values in zip(self._names, scale.split(self._sizes), strict=True)}
         if shift is not None:
             parts = shift.split(self._sizes)
-            found |= {f"{name}.bias": part for name, part in zip(self._names, parts, strict=True)}
-        return found
+            tensors |= {f"{name}.bias": values for name, values in zip(self._names, parts, strict=True)}
+        return tensors
 
 
 class Masked(nn.Module):

@@ -85,7 +85,7 @@ def relearn(
         torch.cat([clean.batch(slice(None)), poisoned.batch(slice(None))]), torch.cat([clean.labels, poisoned.labels])
     )
     log = TrainingLog(precision=precision)
-    fit(model, data, RELEARN, seed=seed, augmentation=augmentation, hooks=watch, log=log, part="relearn")
+    fit(model, data, RELEARN, seed=seed, augmentation=augmentation, hooks=watch, log=log, stream="relearn")
     return Relearned(model, watch.reached, watch.course)
 
 

@@ -69,8 +69,8 @@ def load_folders(*packages: str) -> None:
     """
     for package in packages:
         module = importlib.import_module(package)
-        for found in pkgutil.iter_modules(module.__path__):
-            name = f"{package}.{found.name}"
+        for entry in pkgutil.iter_modules(module.__path__):
+            name = f"{package}.{entry.name}"
             with _named(name):
                 importlib.import_module(name)
 

@@ -37,26 +37,26 @@ def curve(
     among = None
     for norm, epsilon in (*(("linf", radius) for radius in LINF), ("l2", L2)):
         among = None if norm == "l2" else among
-        found = autoattack(
+        outcome = autoattack(
             model, data, norm=norm, epsilon=epsilon, seed=seed, among=among, iterations=iterations, queries=queries
         )
-        among = found.robust
-        accuracy = found.robust.double().mean().item()
-        rows.append({"norm": norm, "epsilon": epsilon, "accuracy": accuracy, "behind": found.behind})
+        among = outcome.robust
+        accuracy = outcome.robust.double().mean().item()
+        rows.append({"norm": norm, "epsilon": epsilon, "accuracy": accuracy, "behind": outcome.behind})
     return rows
 
 
 def square_warnings(rows: list[dict[str, Any]]) -> list[str]:
     """Where random search fools more than the gradients did, which then are not to be believed."""
-    found = []
+    warnings_ = []
     for row in rows:
         gain = row["behind"]["fab_t"] - row["behind"]["square"]
         if gain > SQUARE_TOLERANCE:
-            found.append(
+            warnings_.append(
                 f"Square, without gradients, fools another {gain:.1%} at {row['norm']} {row['epsilon']:.4f}: "
                 "the attacks with gradients are too weak here"
             )
-    return found
+    return warnings_
 
 
 def masking_warnings(
@@ -80,14 +80,14 @@ def masking_warnings(
     Five times the steps must not leave more than the steps do; one step, and images made for the infected model, must
     not leave less; a radius of 0.5, with which every image can be grey, must leave nothing.
     """
-    parts = [part for start in range(0, len(data), batch_size) if len(part := data[start : start + batch_size])]
+    parts = [chunk for start in range(0, len(data), batch_size) if len(chunk := data[start : start + batch_size])]
     shares: dict[str, Tensor] = {}
     flat = torch.zeros((), device=data.device)
     drift = torch.zeros((), device=data.device)
     alike = True
     source = {name: generator(seed, "masking", name, device=data.device) for name in ("pgd", "long", "other")}
-    for part in parts:
-        images, labels = part.batch(slice(None)).float() / 255, part.labels
+    for chunk in parts:
+        images, labels = chunk.batch(slice(None)).float() / 255, chunk.labels
         settings: dict[str, Any] = {"epsilon": epsilon, "step_size": step_size}
         made = {
             "pgd": pgd(model, images, labels, **settings, steps=steps, random_start=source["pgd"]),
@@ -109,19 +109,19 @@ def masking_warnings(
                 (slope,) = torch.autograd.grad(dlr_targeted(model(leaf), labels, second).sum(), leaf)
             flat = flat + (slope.flatten(1).abs().amax(1) == 0).sum()
     left = {name: share.item() / len(data) for name, share in shares.items()}
-    found = []
+    warnings_ = []
     if left["long"] > left["pgd"] + TOLERANCE:
-        found.append(f"PGD leaves {left['pgd']:.1%} with {steps} steps and {left['long']:.1%} with {5 * steps}")
+        warnings_.append(f"PGD leaves {left['pgd']:.1%} with {steps} steps and {left['long']:.1%} with {5 * steps}")
     if left["one"] < left["pgd"] - TOLERANCE:
-        found.append(f"one step leaves {left['one']:.1%}, PGD-{steps} {left['pgd']:.1%}")
+        warnings_.append(f"one step leaves {left['one']:.1%}, PGD-{steps} {left['pgd']:.1%}")
     if left["other"] < left["pgd"] - TOLERANCE:
-        found.append(f"images made for the infected model leave {left['other']:.1%}, its own {left['pgd']:.1%}")
+        warnings_.append(f"images made for the infected model leave {left['other']:.1%}, its own {left['pgd']:.1%}")
     if left["far"] > TOLERANCE:
-        found.append(f"PGD with a radius of 0.5, which can make every image grey, leaves {left['far']:.1%}")
+        warnings_.append(f"PGD with a radius of 0.5, which can make every image grey, leaves {left['far']:.1%}")
     if flat > 0:
-        found.append(f"{int(flat)} of {len(data)} images have no gradient at all")
+        warnings_.append(f"{int(flat)} of {len(data)} images have no gradient at all")
     if drift > 1e-3:
-        found.append(f"two passes over the same images differ by up to {drift:.2g}: the model is random")
+        warnings_.append(f"two passes over the same images differ by up to {drift:.2g}: the model is random")
     if alike:
-        found.append("the outputs are probabilities; the attacks need logits")
-    return found
+        warnings_.append("the outputs are probabilities; the attacks need logits")
+    return warnings_

@@ -47,7 +47,7 @@ _BOUNDS = {
 }
 
 
-def check_numbers(place: str, settings: Mapping[str, object]) -> None:
+def check_numbers(prefix: str, settings: Mapping[str, object]) -> None:
     """Refuse numbers that no training can have.
 
     Args:
@@ -61,7 +61,7 @@ def check_numbers(place: str, settings: Mapping[str, object]) -> None:
         value = settings.get(name)
         if isinstance(value, int | float) and not least <= value < end:
             raise ValueError(
-                f"{place}{name} is {value:g}; write {least} or more" + (f", below {end}" if end < math.inf else "")
+                f"{prefix}{name} is {value:g}; write {least} or more" + (f", below {end}" if end < math.inf else "")
             )
 
 
@@ -157,15 +157,15 @@ class TrainingLog:
         """Images that went through networks so far, in forward passes, as `Classifier.passes` counts them."""
         return self.earlier_passes + Classifier.passes - self._passes
 
-    def begin(self, part: str) -> None:
+    def begin(self, stream: str) -> None:
         """Note that a part of the work starts.
 
         Raises:
             ValueError: a part of this name was there: its checkpoint would pass for this one's.
         """
-        if self.folder and part in self._parts:
-            raise ValueError(f"two trainings of one log are named {part!r}; give each `fit` a part of its own")
-        self._parts.add(part)
+        if self.folder and stream in self._parts:
+            raise ValueError(f"two trainings of one log are named {stream!r}; give each `fit` another stream")
+        self._parts.add(stream)
 
     def record(self, name: str, value: float, step: int) -> None:
         self.curves[name].append((step, float(value)))
@@ -259,7 +259,7 @@ def fit(
     augmentation: Augmentation | None = None,
     hooks: Hooks | None = None,
     log: TrainingLog | None = None,
-    part: str = "train",
+    stream: str = "train",
     optimizer: torch.optim.Optimizer | None = None,
     after_epoch: Callable[[nn.Module, int], None] | None = None,
 ) -> Net:
@@ -271,8 +271,9 @@ def fit(
     Args:
         augmentation: applied to each batch; None trains on the images as they are.
         hooks: what a method changes about a step.
-        log: takes the curve of the loss, and checkpoints named by `part`.
-        optimizer: one that goes on from an earlier part with its momentum, made by `make_optimizer` on this model;
+        log: takes the curve of the loss, and the checkpoints.
+        stream: the name of this training: its random numbers, its checkpoint and its curve in the log go by it.
+        optimizer: one that goes on from an earlier training with its momentum, made by `make_optimizer` on this model;
             of the recipe only the rate and the length apply to it. None starts a new one.
         after_epoch: called with the model and the number of finished epochs.
 
@@ -284,24 +285,24 @@ def fit(
     if not len(data):
         raise ValueError("there is no image to train on")
     augmentation, hooks, log = augmentation or Augmentation(), hooks or Hooks(), log or TrainingLog()
-    log.begin(part)
+    log.begin(stream)
     device = data.device
     precision = log.precision if recipe.precision == "auto" else recipe.precision
     optimizer = optimizer or make_optimizer(recipe, model)
     per_epoch, size = equal_batches(len(data), recipe.batch_size)
     steps = recipe.steps(len(data))
     epochs = -(-steps // per_epoch)
-    checkpoint = log.folder / f"{part}.safetensors" if log.folder else None
+    checkpoint = log.folder / f"{stream}.safetensors" if log.folder else None
     epoch = _restore(checkpoint, model, optimizer, hooks, log)
     started = saved = time.monotonic()
     while epoch < epochs:
-        source = generator(seed, part, epoch, device=device)
+        source = generator(seed, stream, epoch, device=device)
         order = torch.randperm(len(data), generator=source, device=device)
         total = torch.zeros((), device=device)
         this_epoch = min(per_epoch, steps - epoch * per_epoch)
         # Dropout and stochastic depth draw from the global source: seeded here, and put back after the epoch.
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(int(generator(seed, part, epoch, "model").initial_seed()))
+            torch.manual_seed(int(generator(seed, stream, epoch, "model").initial_seed()))
             model.train()
             for index in range(this_epoch):
                 step = epoch * per_epoch + index
@@ -320,8 +321,8 @@ def fit(
         epoch += 1
         mean = total.item() / this_epoch  # the one wait for the device in an epoch
         if not math.isfinite(mean):
-            raise Diverged(f"the loss became {mean} in epoch {epoch} of {part}; try a lower lr than {recipe.lr}")
-        log.record(f"{part}/loss", mean, min(epoch * per_epoch, steps))
+            raise Diverged(f"the loss became {mean} in epoch {epoch} of {stream}; try a lower lr than {recipe.lr}")
+        log.record(f"{stream}/loss", mean, min(epoch * per_epoch, steps))
         log.images += this_epoch * size
         log.updates += this_epoch
         if after_epoch:
@@ -341,14 +342,14 @@ def _save(
 ) -> None:
     """Write a checkpoint; a disk that has no room for one costs the checkpoint, not the training."""
     tensors = {name: value.contiguous() for name, value in _state(model, optimizer, hooks).items()}
-    kept = {"epoch": str(epoch), "curves": json.dumps(log.curves), "images": str(log.images)}
-    kept["updates"] = str(log.updates)
-    kept |= {"seconds": str(log.seconds), "passes": str(log.passes), "of": _owner(path)}
-    kept["sha256"] = digest_of(tensors, kept)
+    metadata = {"epoch": str(epoch), "curves": json.dumps(log.curves), "images": str(log.images)}
+    metadata["updates"] = str(log.updates)
+    metadata |= {"seconds": str(log.seconds), "passes": str(log.passes), "of": _owner(path)}
+    metadata["sha256"] = digest_of(tensors, metadata)
     temporary = path.with_suffix(f".{uuid.uuid4().hex}")  # two containers may share a process id
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_tensors(tensors, temporary, kept)
+        save_tensors(tensors, temporary, metadata)
         os.replace(temporary, path)
     except OSError as error:
         print(f"warning: no checkpoint after epoch {epoch} of {_owner(path)}: {error}", file=sys.stderr)
@@ -364,10 +365,17 @@ def _restore(
         return 0
     before = {name: value.clone() for name, value in _state(model, optimizer, hooks).items()}
     try:
-        tensors, kept = _read(path, next(model.parameters()).device)
-        curves = {name: [(step, value) for step, value in curve] for name, curve in json.loads(kept["curves"]).items()}
-        epoch, images, seconds, passes = int(kept["epoch"]), int(kept["images"]), kept["seconds"], kept["passes"]
-        updates = int(kept["updates"])
+        tensors, metadata = _read(path, next(model.parameters()).device)
+        curves = {
+            name: [(step, value) for step, value in curve] for name, curve in json.loads(metadata["curves"]).items()
+        }
+        epoch, images, seconds, passes = (
+            int(metadata["epoch"]),
+            int(metadata["images"]),
+            metadata["seconds"],
+            metadata["passes"],
+        )
+        updates = int(metadata["updates"])
         _load(tensors, model, optimizer, hooks)
     except (MemoryError, torch.OutOfMemoryError):  # says nothing about the checkpoint
         raise
@@ -391,13 +399,13 @@ def _read(path: Path, device: torch.device) -> tuple[Tensors, dict[str, str]]:
         Exception: it is not one of this training, or not as it was written.
     """
     with safe_open(path, "pt", device=str(device)) as file:
-        kept = dict(file.metadata() or {})
+        metadata = dict(file.metadata() or {})
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
-    if kept.pop("sha256", None) != digest_of(tensors, kept):
+    if metadata.pop("sha256", None) != digest_of(tensors, metadata):
         raise ValueError("its checksum does not match")
-    if kept["of"] != _owner(path):
-        raise ValueError(f"it belongs to {kept['of']}")
-    return tensors, kept
+    if metadata["of"] != _owner(path):
+        raise ValueError(f"it belongs to {metadata['of']}")
+    return tensors, metadata
 
 
 def _owner(path: Path) -> str:

@@ -63,28 +63,28 @@ def seeds_of(value: Any) -> list[int]:
         raise UserError(f"grid.seeds is {value!r}, and {number!r} is not a whole number; {advice}")
 
     if OmegaConf.is_list(value) or isinstance(value, list | tuple):
-        found = [whole(number) for number in value]
-        odd = [seed for seed in found if not 0 <= seed < SEEDS]
+        seeds = [whole(number) for number in value]
+        odd = [seed for seed in seeds if not 0 <= seed < SEEDS]
         if odd:
             raise UserError(f"grid.seeds has {odd[0]}; a seed is a whole number from 0 to {SEEDS - 1}")
     else:
         count = whole(value)
         if not 1 <= count <= MANY_SEEDS:
             raise UserError(f"grid.seeds is {value!r}; as a number of seeds write 1 to {MANY_SEEDS}")
-        found = list(range(count))
-    if not found or len(set(found)) < len(found):
+        seeds = list(range(count))
+    if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"grid.seeds is {value!r}; {advice}")
-    return found
+    return seeds
 
 
 def _distinct(values: Iterable[Any], key: str, known: Iterable[str] | None = None) -> list[str]:
-    found = [str(value) for value in values]
-    if not found or len(set(found)) < len(found):
-        raise UserError(f"{key} is {found}; write at least one name, each once")
-    for name in found:
+    distinct = [str(value) for value in values]
+    if not distinct or len(set(distinct)) < len(distinct):
+        raise UserError(f"{key} is {distinct}; write at least one name, each once")
+    for name in distinct:
         if known is not None and name not in list(known):
             kind = key.rsplit(".", 1)[-1].rstrip("s")
-            own = " A method of your own needs 'plugins=[its_module]'." if kind in METHODS else ""
+            advice = " A method of your own needs 'plugins=[its_module]'." if kind in METHODS else ""
             names_ = list(dict.fromkeys(known))
             close = get_close_matches(name, names_, n=3)
             # timm has more than a thousand.
@@ -96,8 +96,8 @@ def _distinct(values: Iterable[Any], key: str, known: Iterable[str] | None = Non
                 if close
                 else ""
             )
-            raise UserError(f"{key}: no {kind} is named {name!r}.{hint}{own}")
-    return found
+            raise UserError(f"{key}: no {kind} is named {name!r}.{hint}{advice}")
+    return distinct
 
 
 def names(cfg: DictConfig) -> dict[str, list[str]]:
@@ -203,20 +203,20 @@ def ablations(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: one lacks a part, or two have one name.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_name: dict[str, dict[str, Any]] = {}
     for entry in cfg.grid.ablations:
         if (
             not OmegaConf.is_dict(entry)
             or set(entry) != {"name", "defense", "set"}
             or not OmegaConf.is_dict(entry["set"])
-            or entry["name"] in found
+            or entry["name"] in by_name
         ):
             raise UserError(
                 f"grid.ablations: {entry!r}; write {{name: fixed, defense: pbe, set: {{selection: false}}}}, "
                 "each name once"
             )
-        found[str(entry["name"])] = OmegaConf.to_container(entry, resolve=True)  # type: ignore[assignment]
-    return found
+        by_name[str(entry["name"])] = OmegaConf.to_container(entry, resolve=True)  # type: ignore[assignment]
+    return by_name
 
 
 def method_of(cfg: DictConfig, name: str) -> str:
@@ -330,14 +330,14 @@ def effective_exceptions(
         """Does what goes before an exception leave this key of a row's method to it?"""
         method = {head: method_of(cfg, row)}
         path = cell_path(key, method)
-        own = {f"defense.{method[head]}.{name}" for name in ablated.get(row, {"set": {}})["set"]}
+        of_row = {f"defense.{method[head]}.{name}" for name in ablated.get(row, {"set": {}})["set"]}
         taken = {cell_path(other, method) for other in swept if other.startswith(f"{head}.")}
-        return path is not None and path not in explicit | own | taken
+        return path is not None and path not in explicit | of_row | taken
 
     rows = {axis: [row for row in axes[axis] if told(axis, row)] for axis in axes}
-    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    effective: dict[tuple[str, ...], dict[str, Any]] = {}
     if not all(rows.values()):
-        return found
+        return effective
     for key, value in exception["set"].items():
         head, where = str(key).partition(".")[0], {axis: rows[axis] for axis in axes if axis in exception}
         if head in METHODS:
@@ -348,14 +348,14 @@ def effective_exceptions(
                 where[head] = left
         elif key in explicit | swept:
             continue
-        place: list[str] = []
+        matched: list[str] = []
         for axis, left in where.items():
             names_ = {told(axis, row) for row in left}
-            place += [
+            matched += [
                 name for name in (as_list(exception[axis]) if axis in exception else axes[axis]) if name in names_
             ]
-        found.setdefault(tuple(place), {})[str(key)] = value
-    return found
+        effective.setdefault(tuple(matched), {})[str(key)] = value
+    return effective
 
 
 def sweep_variants(cfg: DictConfig, explicit: frozenset[str]) -> list[dict[str, Any]]:
@@ -413,16 +413,16 @@ class Memo:
     def __init__(self) -> None:
         self.known: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, place: tuple[Any, ...], make: Callable[[], T]) -> T:
-        if place not in self.known:
-            self.known[place] = make()
-        found: T = self.known[place]
-        return found
+    def __call__(self, question: tuple[Any, ...], make: Callable[[], T]) -> T:
+        if question not in self.known:
+            self.known[question] = make()
+        answer: T = self.known[question]
+        return answer
 
 
 def cell_config(
     cfg: DictConfig,
-    place: dict[str, str],
+    cell: dict[str, str],
     exceptions: list[dict[str, Any]],
     ablated: dict[str, dict[str, Any]],
     explicit: frozenset[str],
@@ -439,13 +439,13 @@ def cell_config(
     Raises:
         UserError: what an ablation changes or the grid sweeps is set by something else too.
     """
-    name = place["defense"]
+    name = cell["defense"]
     ablation = ablated.get(name, {"defense": name, "set": {}})
-    methods = {**place, "defense": ablation["defense"]}
+    methods = {**cell, "defense": ablation["defense"]}
     fitting = (
         exception
         for exception in exceptions
-        if all({place[axis], methods[axis]} & set(as_list(value)) for axis, value in exception.items() if axis in place)
+        if all({cell[axis], methods[axis]} & set(as_list(value)) for axis, value in exception.items() if axis in cell)
     )
     settings: list[tuple[str, str, Any]] = []
     for exception in fitting:
@@ -453,15 +453,15 @@ def cell_config(
             path = cell_path(str(key), methods)
             if path and path not in explicit:
                 settings.append(("exceptions", path, value))
-    own = {f"defense.{ablation['defense']}.{key}": value for key, value in ablation["set"].items()}
-    settings += [("ablations", path, value) for path, value in own.items()]
-    for path in explicit & set(own):
+    of_row = {f"defense.{ablation['defense']}.{key}": value for key, value in ablation["set"].items()}
+    settings += [("ablations", path, value) for path, value in of_row.items()]
+    for path in explicit & set(of_row):
         raise UserError(f"{path} is what the row {name!r} of this grid changes; leave it out, or the row")
     for key, value in swept.items():
         path = swept_path(cfg, key, methods)
         if path in explicit:
             raise UserError(f"{path} is swept by this grid (as {key}); leave it out, or write grid.sweep=[]")
-        if path in own:
+        if path in of_row:
             raise UserError(f"{path} is what the row {name!r} of this grid changes, and {key} is swept; leave one out")
         if path:
             settings.append(("sweep", path, value))

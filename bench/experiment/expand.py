@@ -104,7 +104,7 @@ def expand(
             for attacker in axes["attacks"]:
                 for defender in axes["defenses"]:
                     for threat_model in axes["threat_models"]:
-                        place = {
+                        cell = {
                             "dataset": data,
                             "model": model,
                             "attack": attacker,
@@ -112,8 +112,8 @@ def expand(
                             "threat_model": threat_model,
                         }
                         for swept in variants:
-                            own = cell_config(cfg, place, exceptions, ablated, explicit, swept, once)
-                            trials += _trials(own, infos[data], place, seeds, precision, swept, once)
+                            settings = cell_config(cfg, cell, exceptions, ablated, explicit, swept, once)
+                            trials += _trials(settings, infos[data], cell, seeds, precision, swept, once)
     if len(variants) > 1:
         _check_points(trials, infos, seeds[0])
     _check_used(cfg, trials, explicit)
@@ -148,21 +148,21 @@ def _check_used(cfg: DictConfig, trials: list[Trial], explicit: frozenset[str]) 
 def _trials(
     cfg: DictConfig,
     info: DatasetInfo,
-    place: dict[str, str],
+    cell: dict[str, str],
     seeds: list[int],
     precision: str,
     swept: dict[str, Any],
     once: Memo,
 ) -> Iterator[Trial]:
     """The trials of one cell, one for each seed."""
-    where = (id(cfg), place["dataset"], place["model"], place["attack"])
-    implant, usual = once(("implant", *where), lambda: _implant(cfg, info, place, precision))
+    where = (id(cfg), cell["dataset"], cell["model"], cell["attack"])
+    implant, usual = once(("implant", *where), lambda: _implant(cfg, info, cell, precision))
     # Where nothing is poisoned there is no poison to taint a reserve with.
     tainted = cfg.reserve.contamination if implant["attack"]["poison_rate"] else 0.0
-    row = ("defend", id(cfg), place["defense"], place["threat_model"], tainted)
-    defend, reason = once(row, lambda: _defend(cfg, place, usual, tainted))
+    row = ("defend", id(cfg), cell["defense"], cell["threat_model"], tainted)
+    defend, reason = once(row, lambda: _defend(cfg, cell, usual, tainted))
     if "reserve" in defend:
-        once(("reserve", *where), lambda: _check_reserve(cfg, info, attack_of(cfg, place["attack"])))
+        once(("reserve", *where), lambda: _check_reserve(cfg, info, attack_of(cfg, cell["attack"])))
     versions = {"autoattack": autoattack.VERSION} if cfg.measure.autoattack_images else {}
     measure: Identity = once(
         ("measure", id(cfg)),
@@ -173,32 +173,34 @@ def _trials(
     wanted = [name for name in NEEDS_CONTROL if measure[name] and implant["attack"]["poison_rate"]]
     clean_attack = once(("clean_control", id(cfg)), lambda: identity_of(attack_of(cfg, "none"))) if wanted else {}
     if "relearn" in wanted:
-        once(("relearn", *where), lambda: _check_relearn(cfg, info, attack_of(cfg, place["attack"])))
+        once(("relearn", *where), lambda: _check_relearn(cfg, info, attack_of(cfg, cell["attack"])))
     variant = ", ".join(f"{key}={to_override(value)}" for key, value in swept.items())
 
     def infected(seed: int) -> tuple[Identity, str, Identity, Identity, str]:
         """What the trials on one infected model share: its identity, what is measured of it, its clean control."""
-        ours = {**implant, "seed": seed}
-        inspection = {"stage": "inspect", "engine": ENGINE_VERSION, "implant": key_of(ours)}
+        identity = {**implant, "seed": seed}
+        inspection = {"stage": "inspect", "engine": ENGINE_VERSION, "implant": key_of(identity)}
         control: Identity = {}
         if wanted:
-            control = {**ours, "attack": clean_attack}
+            control = {**identity, "attack": clean_attack}
             inspection |= {name: measure[name] for name in wanted} | {"clean_control": key_of(control)}
             if "relearn" in wanted:
                 inspection["relearn"] = measure["relearn_poisoned"]
             if "connection" in wanted:
                 inspection["connection"] = connection.VERSION
-        return ours, key_of(ours), inspection, control, key_of(inspection)
+        return identity, key_of(identity), inspection, control, key_of(inspection)
 
     for seed in seeds:
-        ours, implant_key, inspection, control, inspect_key = once(("infected", *where, seed), partial(infected, seed))
+        identity, implant_key, inspection, control, inspect_key = once(
+            ("infected", *where, seed), partial(infected, seed)
+        )
         theirs = {**defend, "implant": implant_key} if defend else {}
         defend_key = key_of(theirs) if theirs else ""
         last = {**measure, "defend": defend_key, "inspect": inspect_key} if theirs else {}
         trial = Trial(
-            **place,
+            **cell,
             seed=seed,
-            implant=ours,
+            implant=identity,
             defend=theirs,
             evaluate=last,
             reason=reason,
@@ -212,31 +214,31 @@ def _trials(
 
 
 def _implant(
-    cfg: DictConfig, info: DatasetInfo, place: dict[str, str], precision: str
+    cfg: DictConfig, info: DatasetInfo, cell: dict[str, str], precision: str
 ) -> tuple[Identity, dict[str, Any]]:
     """The identity of an infected model but for its seed, and the training recipe that no attack has changed."""
-    attacker = attack_of(cfg, place["attack"])
+    attacker = attack_of(cfg, cell["attack"])
     # The reserve is cut off before poisoning: what is left is what the attacker poisons.
     held_out = held_out_of(cfg.reserve.held_out, info.train_counts)
     if not sum(held_out):
         raise UserError(
             f"reserve.held_out is {cfg.reserve.held_out:g}, less than one image of each class of {info.name}"
         )
-    left = [count - own for count, own in zip(info.train_counts, held_out, strict=True)]
+    left = [count - cut for count, cut in zip(info.train_counts, held_out, strict=True)]
     try:
         attacker.check(left, info.shape)
         recipe = asdict(attacker.recipe(OmegaConf.to_object(cfg.train)))  # type: ignore[arg-type]
     except (ValueError, OmegaConfBaseException) as error:
-        raise UserError(f"{place['dataset']}: {error}") from error
+        raise UserError(f"{cell['dataset']}: {error}") from error
     usual = asdict(OmegaConf.to_object(cfg.train))  # type: ignore[arg-type]
-    for kept in (recipe, usual):
-        if kept["precision"] == "auto":
-            kept["precision"] = precision
+    for training in (recipe, usual):
+        if training["precision"] == "auto":
+            training["precision"] = precision
     implant: Identity = {
         "stage": "implant",
         "engine": ENGINE_VERSION,
         "dataset": {"name": info.name, "digest": info.digest, "augmentation": asdict(info.augmentation)},
-        "model": model_identity(cfg, info, place["model"]),
+        "model": model_identity(cfg, info, cell["model"]),
         "attack": identity_of(attacker),
         "train": recipe,
         "held_out": cfg.reserve.held_out,
@@ -266,8 +268,8 @@ def _check_reserve(cfg: DictConfig, info: DatasetInfo, attacker: Attack) -> None
             f"reserve of {info.name}; write at least {least_share(size):g}, or 0"
         )
     # The reserve has the classes in their proportions.
-    own = size * info.train_counts[attacker.target_label] // total
-    if attacker.label_mode == "clean_label" and tainted > own:
+    of_target = size * info.train_counts[attacker.target_label] // total
+    if attacker.label_mode == "clean_label" and tainted > of_target:
         raise UserError(
             f"reserve.contamination is {cfg.reserve.contamination:g}, but {attacker.name} can only poison images of "
             f"class {attacker.target_label}; write less, or another attack.{attacker.name}.label_mode"
@@ -281,7 +283,7 @@ def _check_relearn(cfg: DictConfig, info: DatasetInfo, attacker: Attack) -> None
         UserError: whichever images its clean share takes.
     """
     held_out = held_out_of(cfg.reserve.held_out, info.train_counts)
-    left = [count - own for count, own in zip(info.train_counts, held_out, strict=True)]
+    left = [count - cut for count, cut in zip(info.train_counts, held_out, strict=True)]
     victims = sum(left) - (0 if attacker.label_mode == "all_to_all" else left[attacker.target_label])
     victims -= max(1, images_of(reactivation.CLEAN_SHARE, sum(left)))
     if victims < RELEARN_TABLE:
@@ -291,22 +293,22 @@ def _check_relearn(cfg: DictConfig, info: DatasetInfo, attacker: Attack) -> None
         )
 
 
-def _defend(cfg: DictConfig, place: dict[str, str], usual: dict[str, Any], tainted: float) -> tuple[Identity, str]:
+def _defend(cfg: DictConfig, cell: dict[str, str], usual: dict[str, Any], tainted: float) -> tuple[Identity, str]:
     """The identity of a defense in a setting but for its infected model; without one, the reason why.
 
     Args:
         usual: the training recipe that no attack has changed.
         tainted: the poisoned share of the reserve.
     """
-    defender = defense_of(cfg, method_of(cfg, place["defense"]))
+    defender = defense_of(cfg, method_of(cfg, cell["defense"]))
     try:
-        view = offered(type(defender), place["threat_model"])
+        view = offered(type(defender), cell["threat_model"])
     except (TypeError, NameError) as error:  # a plug-in without a type, or with one that cannot be found
         raise UserError(str(error)) from error
     defend: Identity = {}
     reason = ""
     if view is None:
-        reason = f"{place['defense']} does not work in the threat model {place['threat_model']!r}"
+        reason = f"{cell['defense']} does not work in the threat model {cell['threat_model']!r}"
     else:
         defend = {
             "stage": "defend",

@@ -34,9 +34,9 @@ def defense_of(cfg: DictConfig, name: str) -> Defense:
 def _method_of(cfg: DictConfig, group: str, registry: Registry, name: str) -> Any:
     try:
         cls = registry[name]  # first: an unknown name gets the list of known ones
-        found = OmegaConf.to_object(cfg[group][name])
-        check_numbers(f"{group}.{name}.", vars(found))
-        return found
+        method = OmegaConf.to_object(cfg[group][name])
+        check_numbers(f"{group}.{name}.", vars(method))
+        return method
     except FrozenInstanceError as error:  # a key was added with +, which typed nodes accept
         raise UserError(f"{group}.{name}: {error}: {cls.__name__} has no such setting") from error
     except (LookupError, ValueError, OmegaConfBaseException) as error:
@@ -59,15 +59,15 @@ def identity_of(method: Attack | Defense) -> Identity:
     for setting in fields(method):
         if setting.metadata.get("later") and settings[setting.name] == setting.default:
             del settings[setting.name]  # what was computed before it came was computed so
-    found = {"name": method.name, "version": method.version, **settings}
+    identity = {"name": method.name, "version": method.version, **settings}
     if type(method).__module__.partition(".")[0] not in ("attacks", "baselines", "defenses"):
         source = inspect.getsource(sys.modules[type(method).__module__])
-        found["source"] = hashlib.sha256(source.encode()).hexdigest()[:16]
+        identity["source"] = hashlib.sha256(source.encode()).hexdigest()[:16]
     try:
-        key_of(found)
+        key_of(identity)
     except (TypeError, ValueError) as error:
         raise UserError(f"{method.name}: settings must be numbers, texts, or lists of them ({error})") from error
-    return found
+    return identity
 
 
 def adaptation_notes(cfg: DictConfig, info: DatasetInfo, model: str) -> tuple[str, ...]:
@@ -98,16 +98,16 @@ def spec_of(info: DatasetInfo, model: dict[str, str]) -> ModelSpec:
 
 def attack_from(identity: Identity) -> Attack:
     """The attack of an implant's identity."""
-    found: Attack = _method_from(attack, identity["attack"])
-    return found
+    method: Attack = _method_from(attack, identity["attack"])
+    return method
 
 
 def defense_from(identity: Identity) -> Defense:
     """The defense of a defend stage's identity."""
-    found: Defense = _method_from(defense, identity["defense"])
-    return found
+    method: Defense = _method_from(defense, identity["defense"])
+    return method
 
 
 def _method_from(registry: Registry, settings: dict[str, Any]) -> Any:
-    own = {key: value for key, value in settings.items() if key not in ("name", "version", "source")}
-    return registry[settings["name"]](**own)
+    values = {key: value for key, value in settings.items() if key not in ("name", "version", "source")}
+    return registry[settings["name"]](**values)

@@ -42,17 +42,17 @@ def plugins_in(arguments: list[str]) -> list[str]:
     Raises:
         UserError: an override cannot be read, or an interpolation in it has no value.
     """
-    found: list[str] = []
+    modules: list[str] = []
     for argument in separated(arguments):
         key, _, text = argument.partition("=")
         if key.lstrip("+") == "plugins":
             value = parsed(argument)
             node = OmegaConf.create({"plugins": as_list(value) if isinstance(value, str | list) else [text]})
             try:
-                found += map(str, OmegaConf.to_container(node, resolve=True)["plugins"])  # type: ignore[index,call-overload]
+                modules += map(str, OmegaConf.to_container(node, resolve=True)["plugins"])  # type: ignore[index,call-overload]
             except OmegaConfBaseException as error:
                 raise UserError(_located(error)) from error
-    return found
+    return modules
 
 
 # The configuration ------------------------------------------------------------------------------------------------

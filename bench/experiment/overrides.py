@@ -58,7 +58,7 @@ def separated(arguments: list[str]) -> list[str]:
     Raises:
         UserError: one is not an override of a setting; the line says what to write instead.
     """
-    found: list[str] = []
+    settings: list[str] = []
     for position, argument in enumerate(arguments):
         if not _is_one_line(argument):
             raise UserError(f"{argument!r} has a line break or a control character; write it without")
@@ -89,13 +89,13 @@ def separated(arguments: list[str]) -> list[str]:
             extra = "; tracking.enabled=false keeps no MLflow" if group == "tracking" else ""
             raise UserError(f"{argument}: write {group}=NAME, one{known}{extra}")
         if not isinstance(value, dict):
-            found.append(argument)
+            settings.append(argument)
             continue
         for setting, leaf in leaves(value, path):
             if setting.partition(".")[0] == "hydra":
                 _check_hydra(setting)
-            found.append(f"{key[: len(key) - len(path)]}{setting}={to_override(leaf)}")
-    return found
+            settings.append(f"{key[: len(key) - len(path)]}{setting}={to_override(leaf)}")
+    return settings
 
 
 def parsed(argument: str) -> Any:

@@ -67,7 +67,7 @@ class Trial:
             self, attack=attack, implant=self.clean_control, defend={}, evaluate={}, inspect={}, clean_control={}
         )
 
-    def places(self) -> list[tuple[str, str]]:
+    def stage_keys(self) -> list[tuple[str, str]]:
         """Stage and key of all that is computed for it, in order."""
         _, defend, evaluate = self.keys
         if not evaluate:
@@ -88,5 +88,5 @@ class Trial:
 
     @property
     def title(self) -> str:
-        place = [self.dataset, self.model, self.attack, self.defense, self.threat_model]
-        return "/".join([*place, *([self.variant] if self.variant else []), str(self.seed)])
+        cell = [self.dataset, self.model, self.attack, self.defense, self.threat_model]
+        return "/".join([*cell, *([self.variant] if self.variant else []), str(self.seed)])

@@ -65,21 +65,23 @@ class EvaluationContext:
 
     @torch.no_grad()
     def _stamped(self, stamp: Callable[[Tensor], Tensor]) -> ImageSet:
-        place = self.test.images.device
+        device = self.test.images.device
         return ImageSet(
-            torch.cat([to_uint8(stamp(images)).to(place) for images, _ in self.test.chunks()]), self.test.labels
+            torch.cat([to_uint8(stamp(images)).to(device) for images, _ in self.test.chunks()]), self.test.labels
         )
 
     @torch.no_grad()
     def predict_triggered(self, model: nn.Module, data: ImageSet, shift: Tensor | float = 0.0) -> Tensor:
         """(N,) int64, the classes of a set with the trigger, `shift` added behind it."""
-        kept = data is self.test and self.attacker.quantise
-        if kept and isinstance(shift, float) and shift == 0:
+        is_stamped = data is self.test and self.attacker.quantise
+        if is_stamped and isinstance(shift, float) and shift == 0:
             return predict(model, self.triggered)
         model.eval()
-        chunks = self.triggered.chunks() if kept else ((self.trigger(images), None) for images, _ in data.chunks())
-        found = [model((images + shift).clamp(0, 1)).argmax(1) for images, _ in chunks]
-        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+        chunks = (
+            self.triggered.chunks() if is_stamped else ((self.trigger(images), None) for images, _ in data.chunks())
+        )
+        predictions = [model((images + shift).clamp(0, 1)).argmax(1) for images, _ in chunks]
+        return torch.cat(predictions) if predictions else torch.empty(0, dtype=torch.int64)
 
     def success(self, model: nn.Module, data: ImageSet, shift: Tensor | float = 0.0) -> float | None:
         """The ASR on a set; None if no image of it can be judged."""

@@ -67,13 +67,13 @@ def measured(
         "robust_images": len(attacked),
     }
     if measure["autoattack_images"]:
-        part = fixed_part(test, measure["autoattack_images"])
-        result["autoattack_images"] = len(part)
-        result["autoattack"] = rows = robustness.curve(model, part, seed=case.seed)
+        images = fixed_part(test, measure["autoattack_images"])
+        result["autoattack_images"] = len(images)
+        result["autoattack"] = rows = robustness.curve(model, images, seed=case.seed)
         figures |= {"autoattack_accuracy": rows[-2]["accuracy"], "autoattack_l2_accuracy": rows[-1]["accuracy"]}
         result["warnings"] = robustness.square_warnings(rows) + robustness.masking_warnings(
             model,
-            part,
+            images,
             infected=case.infected(),
             epsilon=measure["pgd_epsilon"],
             step_size=measure["pgd_step_size"],
@@ -93,7 +93,7 @@ def measured(
     if "connection" in inspected:
         after = still_connected(model, case) if inspected["connection"] else []
         result["connection"] = [
-            row | {"repaired": own} for row, own in zip(inspected["connection"], after, strict=True)
+            row | {"repaired": repaired} for row, repaired in zip(inspected["connection"], after, strict=True)
         ]
     return result | {"figures": figures}
 
@@ -143,10 +143,10 @@ def _under_wrong_trigger(model: Classifier, case: EvaluationContext) -> float | 
     if case.attacker.quantise:
         return accuracy(predict(model, case.wrongly_triggered), case.test.labels)
     source = generator(case.seed, "wrong trigger", device=case.test.device)
-    found = [
+    predictions = [
         model(case.attacker.wrong_trigger(images, case.tensors, source)).argmax(1) for images, _ in case.test.chunks()
     ]
-    return accuracy(torch.cat(found), case.test.labels)
+    return accuracy(torch.cat(predictions), case.test.labels)
 
 
 def _with_gain(name: str, value: float | None, control: float | None) -> dict[str, float | None]:
@@ -234,7 +234,7 @@ def still_connected(model: Classifier, case: EvaluationContext) -> list[dict[str
     if not len(data):
         return [None for _ in connection.EPSILONS]
     traces = [connection.trace(model, data, case.trigger, epsilon=epsilon) for epsilon in connection.EPSILONS]
-    return [connection.describe(own, **_seen(case, data)) for own in traces]
+    return [connection.describe(traced, **_seen(case, data)) for traced in traces]
 
 
 def _right(case: EvaluationContext, *models: Classifier) -> ImageSet:

@@ -116,8 +116,8 @@ class Runner:
         key = key_of(identity)
         if self.store.is_finished(stage, key):
             return
-        with self.store.lock(stage, key) as ours:
-            if not ours:
+        with self.store.lock(stage, key) as acquired:
+            if not acquired:
                 raise Busy(f"{stage} {key}")
             if self.store.is_finished(stage, key):
                 return  # finished while we came
@@ -242,7 +242,7 @@ class Runner:
             augmentation=setup.augmentation,
             hooks=hooks,
             log=log,
-            part="implant",
+            stream="implant",
         )
         if hooks is not None:
             # The training set as a defender would find it is made with the trigger as it was learned.
@@ -321,9 +321,9 @@ class Runner:
     def _evaluate(self, trial: Trial, log: TrainingLog) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """Measure the repaired model, loaded from the store as anybody would load it."""
         defend_key = trial.evaluate["defend"]
-        found = self.store.needed("defend", defend_key)
-        if found["status"] != "done":
-            return {"status": found["status"], "reason": found["reason"]}, {}
+        repair = self.store.needed("defend", defend_key)
+        if repair["status"] != "done":
+            return {"status": repair["status"], "reason": repair["reason"]}, {}
         inspected = self.store.needed("inspect", trial.evaluate["inspect"])
         case, measure = self.case(trial), trial.evaluate
         model = self.stored(trial, "defend", defend_key)
@@ -337,11 +337,11 @@ class Runner:
         result = measured(model, case, measure, inspected, clean)
         figures |= result.pop("figures")
         rounds = []
-        if self.store.has("defend", defend_key, "findings") or found.get("rounds"):
+        if self.store.has("defend", defend_key, "findings") or repair.get("rounds"):
             poisoned = self._roles(trial).cpu() == POISON
             if self.store.has("defend", defend_key, "findings"):
                 figures |= detection(**self.store.tensors("defend", defend_key, "findings"), poisoned=poisoned)
-            for index, name in enumerate(found.get("rounds", ())):
+            for index, name in enumerate(repair.get("rounds", ())):
                 step = self.store.tensors("defend", defend_key, f"round_{index}")
                 rounds.append({"name": name, **self._round(case, model, step, poisoned)})
         warnings = [*result["warnings"], *inspected.get("warnings", ())]
@@ -421,10 +421,10 @@ class Runner:
         return self._images(self.infos[name], "test")
 
     def _images(self, info: DatasetInfo, split: str) -> ImageSet:
-        place = (info.digest, split)
-        if place not in self._sets:
-            self._sets[place] = info.load(split).to(self.device)
-        return self._sets[place]
+        split_of = (info.digest, split)
+        if split_of not in self._sets:
+            self._sets[split_of] = info.load(split).to(self.device)
+        return self._sets[split_of]
 
     def _fresh(self, spec: ModelSpec, seed: int) -> Classifier:
         return spec.build(generator(seed, "weights").initial_seed()).to(self.device)
@@ -442,7 +442,7 @@ class Runner:
     def _view(self, trial: Trial, method: Defense, log: TrainingLog) -> DefenderView:
         """Exactly what this defender could own: nothing of the attack goes along."""
         info, identity = self.infos[trial.dataset], trial.implant
-        own = DefenderView(
+        model_view = DefenderView(
             model=self.stored(trial, "implant", key_of(identity)),
             num_classes=info.num_classes,
             # Not the attacker's seed: with it, a defender could draw the poisoned indices again.
@@ -451,16 +451,16 @@ class Runner:
             log=log,
         )
         if trial.defend["view"] == DefenderView.__name__:
-            return own
+            return model_view
         augmentation = Augmentation(**identity["dataset"]["augmentation"])
         images = self._shown(trial)[0]
         if THREAT_MODELS[trial.threat_model] is TrainsetView:
             fresh = FreshModel(spec_of(info, identity["model"]), self.device)
             recipe = Recipe(**trial.defend["train"])
             return TrainsetView(
-                **vars(own), trainset=images, augmentation=augmentation, fresh_model=fresh, recipe=recipe
+                **vars(model_view), trainset=images, augmentation=augmentation, fresh_model=fresh, recipe=recipe
             )
-        return ReserveView(**vars(own), reserve=images, augmentation=augmentation)
+        return ReserveView(**vars(model_view), reserve=images, augmentation=augmentation)
 
     def _roles(self, trial: Trial) -> Tensor:
         """The role of each image of the defender's view, which is the evaluator's alone."""
@@ -544,15 +544,15 @@ def _findings(suspicion: Tensor | None, flagged: Tensor | None, images: int, nam
     Raises:
         ValueError: it is not one value for each image, or the scores are no numbers.
     """
-    found = {}
+    findings = {}
     for key, value in (("suspicion", suspicion), ("flagged", flagged)):
         if value is None:
             continue
         if value.shape != (images,):
             raise ValueError(f"{name} gave {key} of shape {tuple(value.shape)}; ({images},) is due, one for each image")
-        found[key] = value.detach().cpu()
+        findings[key] = value.detach().cpu()
     if suspicion is not None and not torch.isfinite(suspicion).all():
         raise ValueError(f"{name} gave a suspicion score that is no number")
     if flagged is not None and flagged.dtype != torch.bool:
         raise ValueError(f"{name} flagged images with {flagged.dtype}; give torch.bool")
-    return found
+    return findings

@@ -107,23 +107,23 @@ def boards(trials: pd.DataFrame, protocol: list[str], reported: pd.DataFrame | N
 
 
 def build_boards(trials: pd.DataFrame, table: pd.DataFrame, marked: Marks, protocol: list[str]) -> list[Board]:
-    found = []
+    built = []
     columns = shown(table)
-    for place, part in groups_of(table, BOARD):
-        place = tuple(map(str, place))
-        attacks = list(dict.fromkeys(part.attack))
-        clean = set(part[part.poison_rate == 0].attack)  # nothing was poisoned: no ASR
+    for group_key, group_cells in groups_of(table, BOARD):
+        group_key = tuple(map(str, group_key))
+        attacks = list(dict.fromkeys(group_cells.attack))
+        clean = set(group_cells[group_cells.poison_rate == 0].attack)  # nothing was poisoned: no ASR
         header = ["defense", *(f"{a} ACC" if a in clean else f"{a} ACC / ASR" for a in attacks)]
         header += ["mean ACC", "mean ASR", "median ASR", f"ASR > {100 * HIGH_ASR:.0f} %", "rank"]
         rest = [column for column in columns if column.name not in ("clean_accuracy", "asr")]
         header += [column.title if column in COSTS else f"mean {column.title}" for column in rest]
-        board = Board(", ".join(name for name in place if name), header)
+        board = Board(", ".join(name for name in group_key if name), header)
         sources = []
-        for (kind, threat_model), group in groups_of(part, ["kind", "threat_model"]):
+        for (kind, threat_model), group in groups_of(group_cells, ["kind", "threat_model"]):
             remark = "" if kind == "measured" else "; reported, not measured here, not ranked"
             board.rows.append([Entry(((f"threat model: {threat_model or 'not named'}{remark}", ""),))])
             group = group[~_foreign(group)]  # a row of nothing but n/a tells nothing; the notes name it
-            board.rows += _group((*place, str(threat_model)), group, attacks, clean, rest, marked)
+            board.rows += _group((*group_key, str(threat_model)), group, attacks, clean, rest, marked)
             if kind == "reported":
                 sources += [
                     f"reported: {name}: {source}{f' ({protocol_})' if protocol_ else ''}"
@@ -134,12 +134,18 @@ def build_boards(trials: pd.DataFrame, table: pd.DataFrame, marked: Marks, proto
         rankings = [
             f"threat model {threat_model}: {ranking.sentence()}"
             for (*where, threat_model), ranking in marked.rankings.items()
-            if tuple(where) == place
+            if tuple(where) == group_key
         ]
-        own = trials[(trials[BOARD].astype(str) == list(place)).all(axis=1)]
-        board.notes = _notes(part[part.kind == "measured"], own) + sources + rankings + list(RULES) + protocol
-        found.append(board)
-    return found
+        group_trials = trials[(trials[BOARD].astype(str) == list(group_key)).all(axis=1)]
+        board.notes = (
+            _notes(group_cells[group_cells.kind == "measured"], group_trials)
+            + sources
+            + rankings
+            + list(RULES)
+            + protocol
+        )
+        built.append(board)
+    return built
 
 
 def summary(row: pd.DataFrame) -> dict[str, float]:
@@ -147,17 +153,21 @@ def summary(row: pd.DataFrame) -> dict[str, float]:
 
     Memory is the largest. NaN where no cell has the figure.
     """
-    found = {}
+    values_by_name = {}
     for column in (*MEASURES, *COSTS):
         values = row[f"{column.name}_mean"]
-        found[column.name] = float(values.max() if column.name == "peak_memory_mib" else values.mean())
+        values_by_name[column.name] = float(values.max() if column.name == "peak_memory_mib" else values.mean())
     asr = row.asr_mean.dropna()
-    found |= {"asr_median": float(asr.median()), "asr_high": int((asr > HIGH_ASR).sum()), "asr_cells": len(asr)}
-    return found
+    values_by_name |= {
+        "asr_median": float(asr.median()),
+        "asr_high": int((asr > HIGH_ASR).sum()),
+        "asr_cells": len(asr),
+    }
+    return values_by_name
 
 
 def _group(
-    place: tuple[str, ...],
+    group_key: tuple[str, ...],
     group: pd.DataFrame,
     attacks: list[str],
     clean: set[str],
@@ -174,12 +184,12 @@ def _group(
         whole = bool((row.done == row.seeds).all() or reported)
         lines.append((str(name), row, whole, summary(row)))
     lines.sort(key=lambda line: (line[1].defense.iloc[0] != BASELINE, not line[2], _or_inf(line[3]["asr"])))
-    ranking = None if reported else marked.rankings.get(place)
+    ranking = None if reported else marked.rankings.get(group_key)
     rows = []
     for name, row, whole, means in lines:
 
         def mark(figure: str, name: str = name) -> str:
-            return "" if reported else marked.rows.get((*place, name, figure), "")
+            return "" if reported else marked.rows.get((*group_key, name, figure), "")
 
         def mean(figure: str, column: Column, means: dict[str, float] = means, row: pd.DataFrame = row) -> Entry:
             text = column.text(means[figure])
@@ -213,13 +223,13 @@ def _entry(index: int, cell: Any, is_clean: bool, marked: Marks) -> Entry:
         return Entry((), "n/a")
     if not reported and not cell.done:
         return Entry((), ", ".join(state for state, _ in others))
-    found = []
+    marked_texts = []
     for name in ("clean_accuracy", "asr"):
         value = getattr(cell, f"{name}_mean", math.nan)
         if name == "clean_accuracy" or not (math.isnan(value) if reported else is_clean or math.isnan(value)):
             mark = marked.cells.get((index, name), "") if (name == "asr" or is_clean) and not reported else ""
-            found.append((COLUMN[name].spread(value, getattr(cell, f"{name}_std", math.nan)), mark))
-    return Entry(tuple(found), ", ".join(f"{count} {state}" for state, count in others))
+            marked_texts.append((COLUMN[name].spread(value, getattr(cell, f"{name}_std", math.nan)), mark))
+    return Entry(tuple(marked_texts), ", ".join(f"{count} {state}" for state, count in others))
 
 
 def _or_inf(value: float) -> float:
@@ -231,23 +241,25 @@ def _foreign(cells: pd.DataFrame) -> pd.Series:
     return cells.not_applicable_reason.str.contains("does not work in the threat model", regex=False)
 
 
-def _notes(part: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
+def _notes(group_cells: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
     """What a board's reader must know, of its cells and of its trials."""
     notes = []
-    for threat_model, cells in part[_foreign(part)].groupby("threat_model", sort=False):
+    for threat_model, cells in group_cells[_foreign(group_cells)].groupby("threat_model", sort=False):
         notes.append(f"not applicable in the setting {threat_model}: {', '.join(dict.fromkeys(cells.defense))}")
-    part = part[~_foreign(part)]
-    notes += implants(part)
+    group_cells = group_cells[~_foreign(group_cells)]
+    notes += implants(group_cells)
     for state in STATES[1:-1]:
         count, reason = state_column(state), f"{state_column(state)}_reason"
-        for _, cell in part[part[count] > 0].drop_duplicates(["defense", reason]).iterrows():
+        for _, cell in group_cells[group_cells[count] > 0].drop_duplicates(["defense", reason]).iterrows():
             notes.append(f"{state}: {cell.defense} against {cell.attack}: {cell[reason]}")
-    if (part.missing > 0).any():
-        notes.append(f"missing: {int(part.missing.sum())} trials are not computed yet; run the grid to fill them")
-    if (part.done < part.seeds).any():
+    if (group_cells.missing > 0).any():
+        notes.append(
+            f"missing: {int(group_cells.missing.sum())} trials are not computed yet; run the grid to fill them"
+        )
+    if (group_cells.done < group_cells.seeds).any():
         notes.append("† a mean over finished cells only, which is not compared")
     unknown = (trials.status == "done") & trials.infected_accuracy.isna()
-    if BASELINE not in set(part.defense) and unknown.any():
+    if BASELINE not in set(group_cells.defense) and unknown.any():
         notes.append(f"without {BASELINE} in the grid nobody can tell whether a model is wrecked")
     warned = trials[trials.warnings != ""].drop_duplicates(["defense", "attack", "warnings"])
     notes += [f"warning: {row.defense} against {row.attack}: {row.warnings}" for row in records(warned)]
@@ -260,9 +272,9 @@ def _notes(part: pd.DataFrame, trials: pd.DataFrame) -> list[str]:
     return notes
 
 
-def implants(part: pd.DataFrame) -> list[str]:
+def implants(cells: pd.DataFrame) -> list[str]:
     """Which attacks of a board are not what its reader expects: a backdoor that is hardly there, or a costly one."""
-    undefended = part[part.defense == BASELINE].drop_duplicates("attack")
+    undefended = cells[cells.defense == BASELINE].drop_duplicates("attack")
     notes = []
     clean = undefended[undefended.poison_rate == 0].clean_accuracy_mean.max()
     for cell in records(undefended[undefended.poison_rate > 0]):
@@ -283,8 +295,8 @@ def implants(part: pd.DataFrame) -> list[str]:
 def pairing(trials: pd.DataFrame) -> list[str]:
     """What is not compared seed by seed because its infected models are others, or not known to be the same."""
     notes = []
-    for (defense, attack), part in groups_of(trials[elsewhere(trials)], ["defense", "attack"]):
-        seeds = ", ".join(map(str, sorted(part.seed.unique())))
+    for (defense, attack), group in groups_of(trials[elsewhere(trials)], ["defense", "attack"]):
+        seeds = ", ".join(map(str, sorted(group.seed.unique())))
         notes.append(
             f"other infected models: {defense} against {attack} (seed {seeds}) was computed on other weights than the "
             "rest of its column; it is not marked, ranked or tested"

@@ -22,28 +22,28 @@ def to_cells(trials: pd.DataFrame) -> pd.DataFrame:
     groups = trials.groupby(AXES, sort=False)
     number = groups.ngroup().to_numpy()
     count = int(number.max()) + 1 if len(number) else 0
-    found = trials.loc[~pd.Series(number).duplicated().to_numpy(), [*AXES, "poison_rate"]].reset_index(drop=True)
-    found["seeds"] = np.bincount(number, minlength=count)
+    cells = trials.loc[~pd.Series(number).duplicated().to_numpy(), [*AXES, "poison_rate"]].reset_index(drop=True)
+    cells["seeds"] = np.bincount(number, minlength=count)
     added: dict[str, Any] = {}
     for state in STATES:
-        there = (trials.status == state).to_numpy()
-        added[state_column(state)] = np.bincount(number[there], minlength=count)
+        counted = (trials.status == state).to_numpy()
+        added[state_column(state)] = np.bincount(number[counted], minlength=count)
         if state not in ("done", "missing"):
-            first = pd.Series(trials.reason.to_numpy()[there]).groupby(number[there]).first()
+            first = pd.Series(trials.reason.to_numpy()[counted]).groupby(number[counted]).first()
             added[f"{state_column(state)}_reason"] = first.reindex(range(count)).fillna("").to_numpy(dtype=object)
     done = (trials.status == "done").to_numpy()
     for column in (*MEASURES, *COSTS):
         values = trials[column.name].to_numpy()
-        there = done & ~np.isnan(values)
+        counted = done & ~np.isnan(values)
         with np.errstate(invalid="ignore"):
-            grouped = pd.Series(values[there]).groupby(number[there])
+            grouped = pd.Series(values[counted]).groupby(number[counted])
             mean, std = grouped.mean().reindex(range(count)), grouped.std(ddof=1).reindex(range(count))
         added[f"{column.name}_mean"], added[f"{column.name}_std"] = mean.to_numpy(), std.to_numpy()
-        if column in MEASURES and there.any():
-            added |= _intervals(column.name, values[there], number[there], std.to_numpy())
-    found = pd.concat([found, pd.DataFrame(added, index=found.index)], axis=1)
-    found["kind"] = "measured"
-    return found
+        if column in MEASURES and counted.any():
+            added |= _intervals(column.name, values[counted], number[counted], std.to_numpy())
+    cells = pd.concat([cells, pd.DataFrame(added, index=cells.index)], axis=1)
+    cells["kind"] = "measured"
+    return cells
 
 
 def records(frame: pd.DataFrame) -> list[Any]:

@@ -23,7 +23,7 @@ KINDS = {
 FEW = 10
 FIGURES = ("concentration", "similarity", "overlap")
 SHARED = [*BOARD, "attack"]
-PLACE = [*SHARED, "threat_model", "defense", "kind", "epsilon"]
+CELL = [*SHARED, "threat_model", "defense", "kind", "epsilon"]
 
 
 def connections(trials: pd.DataFrame, details: list[dict[str, Any]]) -> pd.DataFrame:
@@ -33,57 +33,57 @@ def connections(trials: pd.DataFrame, details: list[dict[str, Any]]) -> pd.DataF
         details: what `page.details_of` found behind each trial, in the order of the table.
 
     Returns:
-        `PLACE` (radius as a share of the pixel range), `seed`, `images`, `fooled`, each of `FIGURES` with `_low` and
+        `CELL` (radius as a share of the pixel range), `seed`, `images`, `fooled`, each of `FIGURES` with `_low` and
         `_high` (its 95 % interval over images), `lift` over the clean control, `top_is_target` (1 or 0), and `classes`,
         the share of the fooled images that went to each class, as JSON.
     """
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     seen: set[tuple[Any, ...]] = set()
-    for row, own in zip(records(trials), details, strict=True):
+    for row, trial_details in zip(records(trials), details, strict=True):
         if row.status not in ("done", "wrecked"):
             continue
         shared = {axis: getattr(row, axis) for axis in SHARED} | {"seed": row.seed}
-        for step in own.get("more", {}).get("connection") or ():
+        for step in trial_details.get("more", {}).get("connection") or ():
             told = {kind: _told(step[kind], step.get("images")) for kind in KINDS if step.get(kind)}
             for kind, figures in told.items():
                 # What is measured of the infected model is in the evaluation of each repair.
                 mine = {"threat_model": row.threat_model, "defense": row.defense} if kind == "repaired" else {}
-                place = {**shared, "threat_model": "", "defense": "", **mine, "kind": kind, "epsilon": step["epsilon"]}
-                if tuple(place.values()) in seen or (mine and row.defense == BASELINE):
+                labels = {**shared, "threat_model": "", "defense": "", **mine, "kind": kind, "epsilon": step["epsilon"]}
+                if tuple(labels.values()) in seen or (mine and row.defense == BASELINE):
                     continue
-                seen.add(tuple(place.values()))
-                out = {**place, "images": figures["images"], "fooled": figures.get("fooled")}
+                seen.add(tuple(labels.values()))
+                out = {**labels, "images": figures["images"], "fooled": figures.get("fooled")}
                 for name in FIGURES:
                     low, high = figures.get(f"{name}_interval") or (None, None)
                     out |= {name: figures.get(name), f"{name}_low": low, f"{name}_high": high}
                 out["lift"] = _ratio(figures.get("concentration"), told.get("clean_control", {}).get("concentration"))
                 out["top_is_target"] = figures.get("top_is_target")
                 out["classes"] = json.dumps(figures.get("classes"))
-                found.append(out)
-    names = [*PLACE, "seed", "images", "fooled", *(f"{n}{end}" for n in FIGURES for end in ("", "_low", "_high"))]
-    table = pd.DataFrame(found, columns=[*names, "lift", "top_is_target", "classes"])
-    numbers = [name for name in table.columns[len(PLACE) + 1 :] if name != "classes"]
+                rows.append(out)
+    names = [*CELL, "seed", "images", "fooled", *(f"{n}{end}" for n in FIGURES for end in ("", "_low", "_high"))]
+    table = pd.DataFrame(rows, columns=[*names, "lift", "top_is_target", "classes"])
+    numbers = [name for name in table.columns[len(CELL) + 1 :] if name != "classes"]
     table[numbers] = table[numbers].astype("float64")
     return table
 
 
 def _told(figures: dict[str, Any], images: float | None) -> dict[str, Any]:
     """What one model's figures say: of which fewer than `FEW` images were fooled, nothing of where they go."""
-    found = {"images": images, **figures}
-    if found["images"] is None or round(found.get("fooled", 1) * found["images"]) >= FEW:
-        return found
-    return found | dict.fromkeys(("concentration", "concentration_interval", "top_is_target", "classes"))
+    described = {"images": images, **figures}
+    if described["images"] is None or round(described.get("fooled", 1) * described["images"]) >= FEW:
+        return described
+    return described | dict.fromkeys(("concentration", "concentration_interval", "top_is_target", "classes"))
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds; each interval is the widest that holds those of all seeds."""
-    groups = table.groupby(PLACE, sort=False)
-    found = groups[["fooled", *FIGURES, "lift"]].mean()
-    found["images"], found["seeds"] = groups.images.sum(), groups.top_is_target.count()
+    groups = table.groupby(CELL, sort=False)
+    means = groups[["fooled", *FIGURES, "lift"]].mean()
+    means["images"], means["seeds"] = groups.images.sum(), groups.top_is_target.count()
     for name in FIGURES:
-        found[f"{name}_low"], found[f"{name}_high"] = groups[f"{name}_low"].min(), groups[f"{name}_high"].max()
-    found["top_is_target"] = groups.top_is_target.sum(min_count=1)
-    return found.reset_index()
+        means[f"{name}_low"], means[f"{name}_high"] = groups[f"{name}_low"].min(), groups[f"{name}_high"].max()
+    means["top_is_target"] = groups.top_is_target.sum(min_count=1)
+    return means.reset_index()
 
 
 def largest(table: pd.DataFrame) -> pd.DataFrame:
@@ -103,15 +103,15 @@ def rank_correlation(trials: pd.DataFrame, table: pd.DataFrame) -> list[str]:
     before = before[before.kind == "infected"][[*SHARED, "seed", "concentration"]]
     done = trials[(trials.status == "done") & (trials.defense != BASELINE)]
     lines = []
-    for (threat_model, defense), part in groups_of(done, ["threat_model", "defense"]):
-        paired = part.merge(before, on=[*SHARED, "seed"]).dropna(subset=["concentration", "asr"])
+    for (threat_model, defense), group in groups_of(done, ["threat_model", "defense"]):
+        paired = group.merge(before, on=[*SHARED, "seed"]).dropna(subset=["concentration", "asr"])
         both = paired.groupby(SHARED)[["concentration", "asr"]].mean()  # seeds of one attack are no further blocks
         if len(both) < 5 or (both.nunique() < 2).any():
             continue
-        found = stats.spearmanr(both.concentration, both.asr)
+        correlation = stats.spearmanr(both.concentration, both.asr)
         lines.append(
-            f"{defense} ({threat_model}): Spearman {found.statistic:+.2f} between share to the target and its ASR, "
-            f"p {p_text(found.pvalue)}, over {len(both)} attacks"
+            f"{defense} ({threat_model}): Spearman {correlation.statistic:+.2f} between share to the target and its "
+            f"ASR, p {p_text(correlation.pvalue)}, over {len(both)} attacks"
         )
     return lines
 
@@ -130,19 +130,19 @@ NOTES = (
 
 def boards(table: pd.DataFrame) -> list[Board]:
     """The finding at the largest radius, before and after each defense: a table for each data set and architecture."""
-    found = []
+    built = []
     means = over_seeds(largest(table))
     header = ["model", "images", "fooled", "to the target", "lift", "top", "similarity", "overlap"]
-    for place, part in groups_of(means, BOARD):
-        radii = ", ".join(f"{255 * radius:g}/255" for radius in part.epsilon.unique())
-        board = Board(", ".join([*(str(name) for name in place if name), f"radius {radii}"]), header)
-        for attack, rows in groups_of(part, "attack"):
+    for group_key, group in groups_of(means, BOARD):
+        radii = ", ".join(f"{255 * radius:g}/255" for radius in group.epsilon.unique())
+        board = Board(", ".join([*(str(name) for name in group_key if name), f"radius {radii}"]), header)
+        for attack, rows in groups_of(group, "attack"):
             board.rows.append([Entry(((f"attack: {attack}", ""),))])
             for row in records(rows.sort_values("kind", key=lambda kinds: kinds.map(list(KINDS).index), kind="stable")):
                 board.rows.append([Entry(((text, ""),)) for text in _line(row)])
         board.notes = list(NOTES)
-        found.append(board)
-    return found
+        built.append(board)
+    return built
 
 
 def _line(row: Any) -> list[str]:

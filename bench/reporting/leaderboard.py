@@ -23,9 +23,9 @@ def wide(table: pd.DataFrame, marked: Marks) -> pd.DataFrame:
     """One row for each defense, all figures in columns, as the printed boards have them but unrounded."""
     rows = []
     axes = [*BOARD, "threat_model", "defense", "kind"]
-    for place, row in groups_of(table, axes):
-        out: dict[str, Any] = dict(zip(axes, place, strict=True))
-        ranking = marked.rankings.get(tuple(place[:4])) if out["kind"] == "measured" else None
+    for values, row in groups_of(table, axes):
+        out: dict[str, Any] = dict(zip(axes, values, strict=True))
+        ranking = marked.rankings.get(tuple(values[:4])) if out["kind"] == "measured" else None
         out["rank"] = ranking.ranks.get(out["defense"], math.nan) if ranking else math.nan
         out |= summary(row)
         for column in shown(table, everything=True):
@@ -55,10 +55,10 @@ def step_table(trials: Sequence[Trial], store: Store) -> pd.DataFrame:
         key = trial.keys.evaluate
         brief = store.brief("evaluate", key) if key else None
         result = (store.result("evaluate", key) or {}) if brief and "rounds" in brief["without"] else {}
-        place = {name: getattr(trial, name) for name in (*AXES, "seed")}
+        labels = {name: getattr(trial, name) for name in (*AXES, "seed")}
         for number, step in enumerate(result.get("rounds", [])):
             figures = {name: value for name, value in step.items() if name not in ("name", "suspicion")}
-            rows.append({**place, "step": number, "name": step["name"], **figures, "trial": trial.keys.evaluate})
+            rows.append({**labels, "step": number, "name": step["name"], **figures, "trial": trial.keys.evaluate})
     return pd.DataFrame(rows)
 
 
@@ -83,11 +83,11 @@ def write_tables(
     folder.mkdir(parents=True, exist_ok=True)
     measured, marked = comparison or compare(trials)
     table = with_reported(measured, reported)
-    found = build_boards(trials, table, marked, protocol)
-    text = f"# {escape_markdown(title)}\n\n" + "\n".join(board.markdown() for board in found)
+    built = build_boards(trials, table, marked, protocol)
+    text = f"# {escape_markdown(title)}\n\n" + "\n".join(board.markdown() for board in built)
     (folder / "leaderboard.md").write_text(text)
-    (folder / "leaderboard.tex").write_text("\n".join(latex(board) for board in found))
+    (folder / "leaderboard.tex").write_text("\n".join(latex(board) for board in built))
     write_csv(_compact(table), folder / "leaderboard.csv")
     write_csv(_compact(wide(table, marked)), folder / "wide.csv")
     write_csv(_compact(trials), folder / "trials.csv")
-    return found
+    return built

@@ -97,7 +97,7 @@ def marks(trials: pd.DataFrame, table: pd.DataFrame) -> Marks:
 
     Reported rows, the undefended model, and figures of another infected model (`elsewhere`) are nobody's rivals.
     """
-    found = Marks()
+    result = Marks()
     measured = table[table.kind == "measured"]
     columns = [column for column in shown(measured, everything=True) if column.sign]
     trials = trials.reset_index(drop=True)
@@ -109,7 +109,7 @@ def marks(trials: pd.DataFrame, table: pd.DataFrame) -> Marks:
     means = {column.name: measured[f"{column.name}_mean"].to_numpy() for column in columns}
     undefended = {column.name: _undefended(measured, column.name) for column in columns}
     strange = np.bincount(number[elsewhere(trials)], minlength=len(measured)) > 0
-    found.elsewhere = frozenset(np.flatnonzero(strange).tolist())
+    result.elsewhere = frozenset(np.flatnonzero(strange).tolist())
     complete = (measured.done == measured.seeds).to_numpy() & ~strange
     rivals = measured[measured.defense != BASELINE]
 
@@ -119,10 +119,10 @@ def marks(trials: pd.DataFrame, table: pd.DataFrame) -> Marks:
         same = (weights[a][i] == weights[b][j]) & (weights[a][i] != "")
         return statistics.paired_t(figures[name][a][i][same], figures[name][b][j][same])
 
-    for place, part in groups_of(rivals, [*BOARD, "threat_model"]):
-        place = tuple(map(str, place))
-        group = measured[(measured[[*BOARD, "threat_model"]].astype(str) == list(place)).all(axis=1)]
-        for _, column_cells in groups_of(part, "attack"):
+    for group_key, group_cells in groups_of(rivals, [*BOARD, "threat_model"]):
+        group_key = tuple(map(str, group_key))
+        group = measured[(measured[[*BOARD, "threat_model"]].astype(str) == list(group_key)).all(axis=1)]
+        for _, column_cells in groups_of(group_cells, "attack"):
             for column in columns:
                 members = [i for i in column_cells.index if complete[i] and not math.isnan(means[column.name][i])]
                 marked = _marked(
@@ -131,11 +131,11 @@ def marks(trials: pd.DataFrame, table: pd.DataFrame) -> Marks:
                     [undefended[column.name][i] for i in members],
                     lambda one, two, members=members, name=column.name: paired(members[one], members[two], name),
                 )
-                found.cells |= {(members[i], column.name): mark for i, mark in marked.items()}
+                result.cells |= {(members[i], column.name): mark for i, mark in marked.items()}
         lowest: dict[str, tuple[float, float]] = {}  # mean ASR of a defense and of the models that it was given
         for column in columns:
             name = column.name
-            counted = part[part.attack.isin(attacks_of(group, name))]
+            counted = group_cells[group_cells.attack.isin(attacks_of(group, name))]
             value = counted[f"{name}_mean"].where(complete[counted.index])
             blocks = counted.assign(value=value).pivot(index="attack", columns="defense", values="value")
             # A mean over other attacks than its rivals' is not compared.
@@ -155,14 +155,14 @@ def marks(trials: pd.DataFrame, table: pd.DataFrame) -> Marks:
                     statistics.signed_ranks(blocks.iloc[:, one], blocks.iloc[:, two]) if reachable else math.nan
                 ),
             )
-            found.rows |= {(*place, names[i], name): mark for i, mark in marked.items()}
+            result.rows |= {(*group_key, names[i], name): mark for i, mark in marked.items()}
             if name == "asr":
                 lowest = dict(zip(names, zip(averages, floors, strict=True), strict=True))
-        ranking = _ranking(part, ["attack"], strange)
+        ranking = _ranking(group_cells, ["attack"], strange)
         if ranking:
-            found.rankings[place] = ranking
+            result.rankings[group_key] = ranking
             # A low rank with a model wrecked elsewhere, be it the clean one, is no first place.
-            whole = {str(label) for label, row in groups_of(part, "defense") if complete[row.index].all()}
+            whole = {str(label) for label, row in groups_of(group_cells, "defense") if complete[row.index].all()}
             first = {name: rank for name, rank in ranking.ranks.items() if name in whole}
             reachable = statistics.least_p(ranking.blocks) * (len(ranking.ranks) - 1) < statistics.ALPHA
             for name, rank in first.items():
@@ -170,12 +170,12 @@ def marks(trials: pd.DataFrame, table: pd.DataFrame) -> Marks:
                     continue
                 mark = BEST if f"{rank:.1f}" == f"{min(first.values()):.1f}" else ""
                 if mark or (reachable and name in ranking.alike):
-                    found.rows[(*place, name, "rank")] = mark or ALIKE
-    for (threat_model, variant), part in groups_of(rivals, ["threat_model", "variant"]):
-        ranking = _ranking(part, ["dataset", "model", "attack"], strange)
+                    result.rows[(*group_key, name, "rank")] = mark or ALIKE
+    for (threat_model, variant), group_cells in groups_of(rivals, ["threat_model", "variant"]):
+        ranking = _ranking(group_cells, ["dataset", "model", "attack"], strange)
         if ranking:
-            found.overall[str(threat_model), str(variant)] = ranking
-    return found
+            result.overall[str(threat_model), str(variant)] = ranking
+    return result
 
 
 def _undefended(measured: pd.DataFrame, name: str) -> np.ndarray[Any, Any]:
@@ -183,13 +183,13 @@ def _undefended(measured: pd.DataFrame, name: str) -> np.ndarray[Any, Any]:
 
     The cell's own infected models have two of them; for the others the undefended model of the same setting has them.
     """
-    place = [*BOARD, "threat_model", "attack"]
-    base = measured[measured.defense == BASELINE].drop_duplicates(place)[[*place, f"{name}_mean"]]
-    found = measured[place].merge(base, on=place, how="left")[f"{name}_mean"].to_numpy(float)
-    own = {"clean_accuracy": "infected_accuracy_mean", "asr": "infected_asr_mean"}.get(name)
-    if own is None or own not in measured:
-        return found
-    return np.where(measured[own].isna(), found, measured[own].to_numpy(float))
+    keys = [*BOARD, "threat_model", "attack"]
+    base = measured[measured.defense == BASELINE].drop_duplicates(keys)[[*keys, f"{name}_mean"]]
+    undefended = measured[keys].merge(base, on=keys, how="left")[f"{name}_mean"].to_numpy(float)
+    infected_column = {"clean_accuracy": "infected_accuracy_mean", "asr": "infected_asr_mean"}.get(name)
+    if infected_column is None or infected_column not in measured:
+        return undefended
+    return np.where(measured[infected_column].isna(), undefended, measured[infected_column].to_numpy(float))
 
 
 def attacks_of(group: pd.DataFrame, name: str) -> list[str]:
@@ -197,12 +197,12 @@ def attacks_of(group: pd.DataFrame, name: str) -> list[str]:
 
     An attack that nobody's cell survived counts too: the ASR of one, and the accuracy of any.
     """
-    found = []
+    complete = []
     for attack, cells in groups_of(group, "attack"):
         lost = (cells.done == 0).all() and (name == "clean_accuracy" or (name == "asr" and cells.poison_rate.max() > 0))
         if lost or cells[f"{name}_mean"].notna().any():
-            found.append(attack)
-    return found
+            complete.append(attack)
+    return complete
 
 
 def _worse(column: Column, value: float, other: float) -> bool:
@@ -222,21 +222,21 @@ def _marked(column: Column, means: list[float], undefended: list[float], p: Any)
     if not means:
         return {}
     best = int(np.argmin([column.sign * mean for mean in means]))
-    found = {i: BEST for i, mean in enumerate(means) if column.text(mean) == column.text(means[best])}
+    marked = {i: BEST for i, mean in enumerate(means) if column.text(mean) == column.text(means[best])}
     others = [i for i in range(len(means)) if i != best]
     for i, adjusted in zip(others, statistics.holm([p(i, best) for i in others]), strict=True):
-        if i not in found and adjusted >= statistics.ALPHA:
-            found[i] = ALIKE
-    return {i: mark for i, mark in found.items() if not _worse(column, means[i], undefended[i])}
+        if i not in marked and adjusted >= statistics.ALPHA:
+            marked[i] = ALIKE
+    return {i: mark for i, mark in marked.items() if not _worse(column, means[i], undefended[i])}
 
 
-def _ranking(part: pd.DataFrame, blocks: list[str], strange: np.ndarray[Any, Any]) -> statistics.Ranking | None:
+def _ranking(cells: pd.DataFrame, blocks: list[str], strange: np.ndarray[Any, Any]) -> statistics.Ranking | None:
     """Ranks by ASR of the defenses that have an outcome in every block with a trigger; None if nobody has.
 
     Args:
         strange: by the row of the table of cells: is it about another infected model than its rivals?
     """
-    poisoned = part[part.poison_rate > 0]
+    poisoned = cells[cells.poison_rate > 0]
     # Nothing of it ended: a reason why it could not be computed is no result.
     ended = poisoned.groupby("defense")[list(OUTCOMES)].sum().sum(axis=1)
     other = set(poisoned.defense[strange[poisoned.index]])

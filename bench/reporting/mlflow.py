@@ -143,8 +143,8 @@ def sync(trials: list[Trial], store: Store, uri: str, experiment: str, artifacts
     said = False
     while True:
         # Two drivers that end together would both send, and each take the other's half-sent runs for broken ones.
-        with store.lock("tracking", experiment) as ours:
-            if ours:
+        with store.lock("tracking", experiment) as acquired:
+            if acquired:
                 return _sync(trials, store, *_open(uri, experiment, artifacts))
         if not said and (claim := store.claim("tracking", experiment)) and claim.owner:
             print(f"waiting for another run that sends to MLflow ({claim.owner})", file=sys.stderr, flush=True)
@@ -152,14 +152,14 @@ def sync(trials: list[Trial], store: Store, uri: str, experiment: str, artifacts
         time.sleep(0.5)
 
 
-def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
-    board = _board(client, place)
-    there = {_name(row) for row in _rows(client, place)}
-    restored = _restore(client, place, trials, there)
-    begun = _runs(client, place, "attributes.status = 'RUNNING' and tags.kind = 'trial'")
+def _sync(trials: list[Trial], store: Store, client: Any, experiment_id: str) -> int:
+    board = _board(client, experiment_id)
+    sent = {_name(row) for row in _rows(client, experiment_id)}
+    restored = _restore(client, experiment_id, trials, sent)
+    begun = _runs(client, experiment_id, "attributes.status = 'RUNNING' and tags.kind = 'trial'")
     # Those of another sweep are being sent now; ours were begun when the tracking broke.
     if begun := [run for run in begun if run.data.tags.get("store") == _of(store)]:
-        tagged = {tuple(map(_tag, name)) for name in there}
+        tagged = {tuple(map(_tag, name)) for name in sent}
         for run in begun:
             # If its row arrived, nothing else was missing.
             if _name(run.data.tags) in tagged:
@@ -172,17 +172,17 @@ def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
         keys = trial.keys
         name = _of_trial(trial)
         # A state that can still change is not sent: a run in MLflow is final.
-        if all(keys) and name not in there and all(map(known.is_finished, STAGES, keys)):
+        if all(keys) and name not in sent and all(map(known.is_finished, STAGES, keys)):
             fresh.append(trial)
-            there.add(name)
-    parents = _parents(client, place, fresh, store)
+            sent.add(name)
+    parents = _parents(client, experiment_id, fresh, store)
     # A file has one writer; a server has several workers.
     with ThreadPoolExecutor(4 if str(client.tracking_uri).startswith("http") else 1) as pool:
         for start in range(0, len(fresh), BATCH):
             batch = fresh[start : start + BATCH]
             rows = [trial_row(trial, known) for trial in batch]
-            own = [parents[trial.keys.implant] for trial in batch]
-            runs = list(pool.map(partial(_send, client, place, known), batch, rows, own))
+            parent_runs = [parents[trial.keys.implant] for trial in batch]
+            runs = list(pool.map(partial(_send, client, experiment_id, known), batch, rows, parent_runs))
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / f"{time.time_ns()}-{uuid.uuid4().hex[:8]}.json"
                 path.write_text(json.dumps(rows))
@@ -192,7 +192,7 @@ def _sync(trials: list[Trial], store: Store, client: Any, place: str) -> int:
     return len(fresh) + restored
 
 
-def _restore(client: Any, place: str, trials: list[Trial], sent: set[tuple[str, ...]]) -> int:
+def _restore(client: Any, experiment_id: str, trials: list[Trial], sent: set[tuple[str, ...]]) -> int:
     """Bring back the runs of these trials and of their infected models that a person deleted; counts the trials.
 
     Half-sent runs that were deleted here are not FINISHED, and stay deleted.
@@ -200,12 +200,14 @@ def _restore(client: Any, place: str, trials: list[Trial], sent: set[tuple[str, 
     names = {tuple(map(_tag, name)) for name in map(_of_trial, trials) if name in sent}
     deleted = [
         run
-        for run in _runs(client, place, "tags.kind = 'trial' and attributes.status = 'FINISHED'", deleted=True)
+        for run in _runs(client, experiment_id, "tags.kind = 'trial' and attributes.status = 'FINISHED'", deleted=True)
         if _name(run.data.tags) in names
     ]
-    parents = _runs(client, place, "tags.kind = 'infected model' and attributes.status = 'FINISHED'", deleted=True)
+    parents = _runs(
+        client, experiment_id, "tags.kind = 'infected model' and attributes.status = 'FINISHED'", deleted=True
+    )
     if parents:
-        shown = {run.data.tags["implant"] for run in _runs(client, place, "tags.kind = 'infected model'")}
+        shown = {run.data.tags["implant"] for run in _runs(client, experiment_id, "tags.kind = 'infected model'")}
         wanted = {trial.keys.implant for trial in trials} - shown
         parents = list(
             {run.data.tags["implant"]: run for run in parents if run.data.tags["implant"] in wanted}.values()
@@ -215,17 +217,17 @@ def _restore(client: Any, place: str, trials: list[Trial], sent: set[tuple[str, 
     return len(deleted)
 
 
-def _parents(client: Any, place: str, trials: list[Trial], store: Store) -> dict[str, str]:
+def _parents(client: Any, experiment_id: str, trials: list[Trial], store: Store) -> dict[str, str]:
     """The run of each infected model, made where there is none: the UI folds its repairs beneath it."""
-    found: dict[str, str] = {}
-    for run in _runs(client, place, "tags.kind = 'infected model'"):
+    run_of: dict[str, str] = {}
+    for run in _runs(client, experiment_id, "tags.kind = 'infected model'"):
         if run.info.status == "FINISHED":
-            found[run.data.tags["implant"]] = run.info.run_id
+            run_of[run.data.tags["implant"]] = run.info.run_id
         elif run.data.tags.get("store") == _of(store):  # another sweep's is being sent now
             client.delete_run(run.info.run_id)  # begun when the tracking broke: no trial is beneath it yet
     for trial in trials:
         key = trial.keys.implant
-        if key in found:
+        if key in run_of:
             continue
         texts = {"kind": "infected model", "implant": key, "seed": str(trial.seed), "store": _of(store)}
         texts |= {axis: getattr(trial, axis) for axis in ("dataset", "model", "attack")}
@@ -234,44 +236,44 @@ def _parents(client: Any, place: str, trials: list[Trial], store: Store) -> dict
         inspected = store.brief("inspect", trial.evaluate["inspect"]) or {}
         figures = dict(inspected.get("figures", {}))
         figures["implant_seconds"] = (store.brief("implant", key) or {}).get("seconds")
-        run = client.create_run(place, tags=_tags(texts)).info.run_id
+        run = client.create_run(experiment_id, tags=_tags(texts)).info.run_id
         _log(client, run, figures, {"implant": key}, {"implant": trial.implant}, store)
         client.set_terminated(run)
-        found[key] = run
-    return found
+        run_of[key] = run
+    return run_of
 
 
 def _title(*parts: Any) -> str:
     """The name of a run: what tells it from its neighbours comes first, since the UI cuts names off."""
     attack, seed, *rest = parts
-    return " · ".join(str(part) for part in (attack, f"seed {seed}", *rest) if part)
+    return " · ".join(str(word) for word in (attack, f"seed {seed}", *rest) if word)
 
 
-def _board(client: Any, place: str) -> str:
+def _board(client: Any, experiment_id: str) -> str:
     """The run that holds the tables and the rows of an experiment."""
-    found = _runs(client, place, "tags.kind = 'leaderboard'")
-    if not found and (found := _runs(client, place, "tags.kind = 'leaderboard'", deleted=True)):
-        for deleted in found:  # without its rows, every trial would be sent a second time
+    runs = _runs(client, experiment_id, "tags.kind = 'leaderboard'")
+    if not runs and (runs := _runs(client, experiment_id, "tags.kind = 'leaderboard'", deleted=True)):
+        for deleted in runs:  # without its rows, every trial would be sent a second time
             client.restore_run(deleted.info.run_id)
-    if found:
-        run: str = found[0].info.run_id
+    if runs:
+        run: str = runs[0].info.run_id
         return run
-    made = client.create_run(place, tags={"mlflow.runName": "leaderboard", "kind": "leaderboard"})
+    made = client.create_run(experiment_id, tags={"mlflow.runName": "leaderboard", "kind": "leaderboard"})
     client.set_terminated(made.info.run_id)
     run = made.info.run_id
     return run
 
 
-def _rows(client: Any, place: str) -> list[dict[str, Any]]:
+def _rows(client: Any, experiment_id: str) -> list[dict[str, Any]]:
     """The rows of all trials that an experiment has."""
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     # Two that came first at once have made a run each.
-    for run in _runs(client, place, "tags.kind = 'leaderboard'"):
+    for run in _runs(client, experiment_id, "tags.kind = 'leaderboard'"):
         if any(file.path == ROWS for file in client.list_artifacts(run.info.run_id)):
             with tempfile.TemporaryDirectory() as folder:
                 for path in sorted(Path(client.download_artifacts(run.info.run_id, ROWS, folder)).iterdir()):
-                    found += json.loads(path.read_text())
-    return found
+                    rows += json.loads(path.read_text())
+    return rows
 
 
 def report_files(folder: Path) -> list[Path]:
@@ -282,8 +284,8 @@ def report_files(folder: Path) -> list[Path]:
 
 def log_files(uri: str, experiment: str, artifacts: Path, files: list[Path]) -> None:
     """Keep tables and plots with the experiment, in the run named leaderboard; nothing is sent if they are there."""
-    client, place = _open(uri, experiment, artifacts)
-    board = _board(client, place)
+    client, experiment_id = _open(uri, experiment, artifacts)
+    board = _board(client, experiment_id)
     stats = [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files]
     state = hashlib.sha256(repr(stats).encode()).hexdigest()
     if client.get_run(board).data.tags.get("files") != state:
@@ -293,13 +295,13 @@ def log_files(uri: str, experiment: str, artifacts: Path, files: list[Path]) -> 
         # What the UI shows first of the experiment, and of this run.
         text = _overview(experiment, files)
         client.set_tag(board, "mlflow.note.content", text)
-        client.set_experiment_tag(place, "mlflow.note.content", text)
+        client.set_experiment_tag(experiment_id, "mlflow.note.content", text)
 
 
 def _overview(experiment: str, files: list[Path]) -> str:
     """The leaderboard without the notes beneath, in Markdown, as far as a tag has room."""
-    found = [path for path in files if path.name == "leaderboard.md"]
-    lines = found[0].read_text().splitlines() if found else []
+    leaderboards = [path for path in files if path.name == "leaderboard.md"]
+    lines = leaderboards[0].read_text().splitlines() if leaderboards else []
     text = "\n".join(line for line in lines if not line.startswith("- "))
     advice = "Tables with their notes, the page, plots and settings: artifacts of the run `leaderboard`."
     return f"{text}\n{advice}" if len(text) < 4500 else f"# {experiment}\n\n{advice}"
@@ -317,12 +319,12 @@ def read(uri: str, experiment: str, trials: list[Trial] | None = None) -> pd.Dat
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
-    found = client.get_experiment_by_name(experiment)
-    if found is None or found.lifecycle_stage == "deleted":
+    stored = client.get_experiment_by_name(experiment)
+    if stored is None or stored.lifecycle_stage == "deleted":
         raise LookupError(
             f"MLflow at {masked(uri)} has no experiment {experiment!r}; run the grid with tracking.enabled=true"
         )
-    rows = {_name(row): row for row in _rows(client, found.experiment_id)}
+    rows = {_name(row): row for row in _rows(client, stored.experiment_id)}
     wanted = rows if trials is None else map(_of_trial, trials)
     return trial_table([rows[name] for name in wanted if name in rows])
 
@@ -340,29 +342,29 @@ def _open(uri: str, experiment: str, artifacts: Path) -> tuple[Any, str]:
         with _setup_lock(path):
             if not path.exists():
                 # Made beside and renamed: a process killed while it makes the tables would leave a broken file.
-                beside = path.with_suffix(".new")
-                beside.unlink(missing_ok=True)
-                _quiet_client(MlflowClient, f"sqlite:///{beside}")
-                with closing(sqlite3.connect(beside)) as database:
+                new_path = path.with_suffix(".new")
+                new_path.unlink(missing_ok=True)
+                _quiet_client(MlflowClient, f"sqlite:///{new_path}")
+                with closing(sqlite3.connect(new_path)) as database:
                     database.execute("pragma wal_checkpoint(truncate)")
                     database.execute("pragma journal_mode=WAL")  # kept in the file; halves the time of writing
-                os.replace(beside, path)
+                os.replace(new_path, path)
             _relocate(path, artifacts, experiment)
             client = _quiet_client(MlflowClient, uri)
     # Artifacts of a server are the server's business.
     location = None if uri.startswith("http") else str((artifacts / experiment).resolve())
-    found = client.get_experiment_by_name(experiment)
+    stored = client.get_experiment_by_name(experiment)
     try:
-        if found is None:
+        if stored is None:
             return client, client.create_experiment(experiment, artifact_location=location)
-        if found.lifecycle_stage == "deleted":
-            client.restore_experiment(found.experiment_id)
+        if stored.lifecycle_stage == "deleted":
+            client.restore_experiment(stored.experiment_id)
             print(f"MLflow: the experiment {experiment!r} was deleted there; it is restored with its runs")
     except MlflowException:
-        found = client.get_experiment_by_name(experiment)
-        if found is None or found.lifecycle_stage == "deleted":  # else another process was faster
+        stored = client.get_experiment_by_name(experiment)
+        if stored is None or stored.lifecycle_stage == "deleted":  # else another process was faster
             raise
-    return client, found.experiment_id
+    return client, stored.experiment_id
 
 
 @contextmanager
@@ -441,18 +443,18 @@ def _quiet_client(kind: Any, uri: str) -> Any:
     return client
 
 
-def _runs(client: Any, place: str, which: str, deleted: bool = False) -> list[Any]:
+def _runs(client: Any, experiment_id: str, which: str, deleted: bool = False) -> list[Any]:
     from mlflow.entities import ViewType
 
     kind = ViewType.DELETED_ONLY if deleted else ViewType.ACTIVE_ONLY
-    found: list[Any] = []
+    runs: list[Any] = []
     token = None
     while True:
-        page = client.search_runs([place], which, kind, PAGE, page_token=token)
-        found += page
+        page = client.search_runs([experiment_id], which, kind, PAGE, page_token=token)
+        runs += page
         token = page.token
         if not token:
-            return found
+            return runs
 
 
 def _name(row: dict[str, Any]) -> tuple[str, ...]:
@@ -467,7 +469,7 @@ def _of_trial(trial: Trial) -> tuple[str, ...]:
     return trial.keys.evaluate, trial.variant, trial.threat_model, trial.defense
 
 
-def _send(client: Any, place: str, store: Store, trial: Trial, row: dict[str, Any], parent: str) -> str:
+def _send(client: Any, experiment_id: str, store: Store, trial: Trial, row: dict[str, Any], parent: str) -> str:
     """One trial beneath its infected model: tags, params, figures and curves; gives its run, which is not ended yet."""
     texts = {name: str(row[name]) for name in (*TEXTS, "clean", "seed")} | {"kind": "trial"}
     rest = (trial.threat_model, trial.variant, trial.dataset, trial.model)
@@ -476,7 +478,7 @@ def _send(client: Any, place: str, store: Store, trial: Trial, row: dict[str, An
     if row["commit"]:
         texts["mlflow.source.git.commit"] = row["commit"]
     # The tags come with the run: one that was begun and not ended can be told by them.
-    run: str = client.create_run(place, tags=_tags(texts)).info.run_id
+    run: str = client.create_run(experiment_id, tags=_tags(texts)).info.run_id
     keys = dict(zip(STAGES, trial.keys, strict=True))
     curves = {stage: key for stage, key in keys.items() if stage != "implant"}  # those stand with the parent
     settings = {stage: getattr(trial, stage) for stage in STAGES}
@@ -508,7 +510,9 @@ def _log(
             metrics += [Metric(allowed, value, now, int(step)) for step, value in curve if value is not None]
     # A name that is there already would be refused with another value.
     texts = {
-        _allowed(key): printable(str(value)) for stage, own in settings.items() for key, value in _flat(own, stage)
+        _allowed(key): printable(str(value))
+        for stage, stage_settings in settings.items()
+        for key, value in _flat(stage_settings, stage)
     }
     params = [Param(key, text[:6000]) for key, text in texts.items()]
     # Most runs fit into one call; MLflow takes no more in one.

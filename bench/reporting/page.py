@@ -45,9 +45,9 @@ def picture_of(dataset: str, model: str, attack: str, variant: str = "") -> str:
 
     The digest tells names apart that read the same once they are fit for a file.
     """
-    place = [dataset, model, attack, *([swept(variant)] if swept(variant) else [])]
-    digest = hashlib.sha256(json.dumps(place).encode()).hexdigest()[:12]
-    return "trigger_" + re.sub(r"[^a-zA-Z0-9-]", "_", "_".join(place))[:150] + f"_{digest}.png"
+    labels = [dataset, model, attack, *([swept(variant)] if swept(variant) else [])]
+    digest = hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:12]
+    return "trigger_" + re.sub(r"[^a-zA-Z0-9-]", "_", "_".join(labels))[:150] + f"_{digest}.png"
 
 
 def swept(variant: str) -> str:
@@ -59,7 +59,7 @@ def details_of(trial: Trial, store: Store, command: str) -> dict[str, Any]:
     """What stands behind a trial: where it is stored, its settings, its curves, and how to compute it again."""
     keys = trial.keys
     results = [store.result(stage, key) if key else None for stage, key in zip(STAGES, keys, strict=True)]
-    own: list[Identity] = [
+    identities: list[Identity] = [
         {key: value for key, value in identity.items() if key not in ("stage", "seed", "implant", "defend", "inspect")}
         for identity in (trial.implant, trial.defend, trial.evaluate)
     ]
@@ -67,19 +67,19 @@ def details_of(trial: Trial, store: Store, command: str) -> dict[str, Any]:
     for stage, key, result in zip(STAGES, keys, results, strict=True):
         if result and result.get("curves"):
             curves[f"{stage}/{key}"] = result["curves"]
-    found: dict[str, Any] = {
+    details: dict[str, Any] = {
         "keys": [f"{stage}/{key}" for stage, key, result in zip(STAGES, keys, results, strict=True) if result],
-        "config": dict(zip(STAGES, own, strict=True)),
+        "config": dict(zip(STAGES, identities, strict=True)),
         "curves": curves,
         "command": command,
     }
     scored = trial.threat_model == "trainset" and all(results) and store.has("defend", keys[1], "findings")
     # Tensors may be damaged, or deleted for their room: the figures are still right.
     if scored and store.usable("defend", keys[1], "findings") and store.usable("implant", keys[0], "trigger"):
-        found["roc"] = _roc(store, *keys[:2])
+        details["roc"] = _roc(store, *keys[:2])
     if results[-1]:  # of the evaluation alone: a repair's `rounds` are other things
-        found["more"] = {name: results[-1][name] for name in MORE if results[-1].get(name)}
-    return found
+        details["more"] = {name: results[-1][name] for name in MORE if results[-1].get(name)}
+    return details
 
 
 def _roc(store: Store, implant: str, defend: str) -> dict[str, list[float]] | None:
@@ -122,22 +122,22 @@ class Details:
         self._curves: dict[str, str] = {}
         self._commands: list[str] = []
         self._rows: list[tuple[str, list[int], list[str], str]] = []
-        for own in details:
-            self._add(own)
+        for trial_details in details:
+            self._add(trial_details)
 
-    def _add(self, own: dict[str, Any]) -> None:
-        for key, curves in own.get("curves", {}).items():
+    def _add(self, trial_details: dict[str, Any]) -> None:
+        for key, curves in trial_details.get("curves", {}).items():
             if key not in self._curves:
                 self._curves[key] = _json({name: _thinned(line, self._points) for name, line in curves.items()})
                 self.size += len(self._curves[key])
-        configs = [_settings({key: value}) for key, value in own.get("config", {}).items() if value]
-        more = _json([[key, _plain(value)] for key, value in own.get("more", {}).items()])
-        keys = _json(own.get("keys", []))
+        configs = [_settings({key: value}) for key, value in trial_details.get("config", {}).items() if value]
+        more = _json([[key, _plain(value)] for key, value in trial_details.get("more", {}).items()])
+        keys = _json(trial_details.get("keys", []))
         numbers = [self._configs.setdefault(text, len(self._configs)) for text in configs]
-        self._rows.append((keys, numbers, list(own.get("curves", {})), more))
-        self._commands.append(own.get("command", "").rpartition(" ")[0])
+        self._rows.append((keys, numbers, list(trial_details.get("curves", {})), more))
+        self._commands.append(trial_details.get("command", "").rpartition(" ")[0])
         self.size += len(keys) + len(more)
-        self.drawn.append({name: own[name] for name in ("roc", "more") if name in own})
+        self.drawn.append({name: trial_details[name] for name in ("roc", "more") if name in trial_details})
 
     def command(self, index: int) -> str:
         """That of a trial, without its last word, which names the seed."""
@@ -154,9 +154,9 @@ class Details:
         rows = []
         for index in indices:
             keys, numbers, drawn, more = self._rows[index] if index < len(self._rows) else ("[]", [], [], "[]")
-            own = [[configs.setdefault(number, len(configs)) for number in numbers]]
-            own.append([curves.setdefault(key, len(curves)) for key in drawn])
-            rows.append(f"{_json(figures(index))[:-1]},{keys},{own[0]},{own[1]},{more}]")
+            columns = [[configs.setdefault(number, len(configs)) for number in numbers]]
+            columns.append([curves.setdefault(key, len(curves)) for key in drawn])
+            rows.append(f"{_json(figures(index))[:-1]},{keys},{columns[0]},{columns[1]},{more}]")
         texts = list(self._configs)
         parts = {
             "trials": rows,
@@ -191,8 +191,8 @@ def write(
     data["pictures"] = {path.name: _picture(path) for path in sorted(folder.glob("trigger_*.png"))}
     data["plots"] = [[path.stem.replace("_", " "), _picture(path)] for path in plots or [] if path.suffix == ".png"]
     data["parts"] = [f"{DETAILS}{number}.js" for number in range(len(parts))]
-    for number, (name, part) in enumerate(zip(data["parts"], parts, strict=True)):
-        (folder / name).write_text(f"(window.parts ??= {{}})[{number}] = {part};\n", encoding="utf-8")
+    for number, (name, content) in enumerate(zip(data["parts"], parts, strict=True)):
+        (folder / name).write_text(f"(window.parts ??= {{}})[{number}] = {content};\n", encoding="utf-8")
     path = folder / NAME
     path.write_text(_fill(title, data, inline), encoding="utf-8")
     return path
@@ -219,7 +219,7 @@ def _fill(title: str, data: dict[str, Any], details: str) -> str:
         "beside": " 'self' file:" if data["parts"] else "",
     }
     template = here.joinpath("page.html").read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], template)
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 
 def _picture(path: Path) -> str:
@@ -315,13 +315,13 @@ def _data(
     def close() -> None:
         """Make a part of what was taken; the places of its trials are counted from its own first."""
         first, last = listed[taken[0]]["trials"][0], listed[taken[-1]]["trials"][1]
-        own = {}
+        of_row = {}
         for number in taken:
             cell = listed[number]
             cell["trials"] = [place - first for place in cell["trials"]]
             cell["part"] = len(parts)
-            own[number] = {name: cell.pop(name) for name in ("command", "t95")}
-        parts.append(f'{{"cells":{_json(own)},{details.part(order[first:last], row)}}}')
+            of_row[number] = {name: cell.pop(name) for name in ("command", "t95")}
+        parts.append(f'{{"cells":{_json(of_row)},{details.part(order[first:last], row)}}}')
         taken.clear()
 
     for index, cell in enumerate(listed):
@@ -336,7 +336,7 @@ def _data(
                 close()
     if taken:
         close()
-    implants = [(where, note) for where, part in groups_of(measured, BOARD) for note in board.implants(part)]
+    implants = [(where, note) for where, group in groups_of(measured, BOARD) for note in board.implants(group)]
     data = {
         "title": title,
         "notes": [

@@ -75,11 +75,11 @@ def _counts(experiment: Experiment) -> dict[str, str]:
         attacker, measure = trial.implant["attack"], trial.evaluate
         shares = trial.implant["held_out"], attacker["poison_rate"], attacker["cover_rate"]
         reserve = tuple(trial.defend.get("reserve", {}).values())
-        place = (trial.dataset, trial.attack, *shares, reserve, measure.get("pgd_images"))
-        within = (*place, measure.get("autoattack_images"), bool(trial.defend))
+        settings = (trial.dataset, trial.attack, *shares, reserve, measure.get("pgd_images"))
+        within = (*settings, measure.get("autoattack_images"), bool(trial.defend))
         if within not in cells:
             cells[within] = trial, counts_of(trial, experiment.infos[trial.dataset])
-    found: dict[str, dict[str, None]] = {"reserve": {}, "held_out": {}, "robust": {}, "poisoned": {}}
+    texts: dict[str, dict[str, None]] = {"reserve": {}, "held_out": {}, "robust": {}, "poisoned": {}}
     # On a clean model the reserve is clean; the line is about the others.
     backdoored = any(trial.implant["attack"]["poison_rate"] for trial, _ in cells.values())
     for trial, counts in cells.values():
@@ -93,29 +93,29 @@ def _counts(experiment: Experiment) -> dict[str, str]:
                 assert counts.tainted is not None
                 text += f", {counts.tainted} of them poisoned ({counts.tainted / counts.reserve:.2%}"
                 text += f", for reserve.contamination={share['contamination']:g})"
-            found["reserve"][text] = None
+            texts["reserve"][text] = None
         held_out = sum(counts.held_out)
         text = f"{held_out} of {counts.train} training images{where} ({held_out / counts.train:.2%}"
-        found["held_out"][
+        texts["held_out"][
             f"{text}, for reserve.held_out={trial.implant['held_out']:g}), which no defense of this grid uses"
         ] = None
         if trial.evaluate:
             whole = f"the whole test set{where} ({counts.test} images)"
             text = whole if counts.robust == counts.test else f"{counts.robust} fixed test images{where}"
             if counts.autoattack:
-                part = whole if counts.autoattack == counts.test else f"{counts.autoattack} fixed test images{where}"
-                text += f" (AutoAttack: on {part})"
-            found["robust"][text] = None
+                images = whole if counts.autoattack == counts.test else f"{counts.autoattack} fixed test images{where}"
+                text += f" (AutoAttack: on {images})"
+            texts["robust"][text] = None
         left = counts.train - sum(counts.held_out)
         for kind, count in (("poison_rate", counts.poisoned), ("cover_rate", counts.covers)):
             # Equal in print is equal.
             if count is not None and f"{count / left:.1%}" != f"{attacker[kind]:.1%}":
                 text = f"{trial.attack}{where}: {count} of {left} ({count / left:.2%}, for {kind}={attacker[kind]:g})"
-                found["poisoned"][text] = None
+                texts["poisoned"][text] = None
     return {
-        "reserve": ", ".join(found["reserve"] or found["held_out"]),
-        "robust": ", ".join(found["robust"]) or "test images",
-        "poisoned": ", ".join(found["poisoned"]),
+        "reserve": ", ".join(texts["reserve"] or texts["held_out"]),
+        "robust": ", ".join(texts["robust"]) or "test images",
+        "poisoned": ", ".join(texts["poisoned"]),
     }
 
 
@@ -128,7 +128,7 @@ def _changed(cfg: DictConfig) -> str:
     from bench.experiment.identity import attack_of, defense_of
     from defenses.base import defense
 
-    found = []
+    settings = []
     for group, names, registry, of in (
         ("attack", cfg.grid.attacks, attack, attack_of),
         ("defense", {method_of(cfg, name): None for name in cfg.grid.defenses}, defense, defense_of),
@@ -137,8 +137,8 @@ def _changed(cfg: DictConfig) -> str:
             defaults = asdict(registry[name]())
             for key, value in asdict(of(cfg, name)).items():
                 if value != defaults[key]:
-                    found.append(f"{group}.{name}.{key}={value}")
-    return ", ".join(found)
+                    settings.append(f"{group}.{name}.{key}={value}")
+    return ", ".join(settings)
 
 
 def command(experiment: Experiment, trial: Trial) -> str:
@@ -152,11 +152,11 @@ def command(experiment: Experiment, trial: Trial) -> str:
     axes = ("dataset", "model", "attack", "defense", "threat_model")
     mine = (*(f"grid.{axis}s=" for axis in axes), "grid.seeds=", "train.precision=")
     # Of where things lie and run a cell needs its data, and its device: the precision may not exist elsewhere.
-    kept = ("dataset.", "dispatch.device=")
+    always = ("dataset.", "dispatch.device=")
     words = [
         word
         for word in experiment.arguments
-        if not (bare := word.lstrip("+")).startswith(mine) and (bare.startswith(kept) or not LOCAL.match(bare))
+        if not (bare := word.lstrip("+")).startswith(mine) and (bare.startswith(always) or not LOCAL.match(bare))
     ]
     # A grid of one cell refuses the settings of other methods.
     methods = {"attack": trial.attack, "defense": method_of(experiment.cfg, trial.defense)}

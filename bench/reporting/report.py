@@ -94,7 +94,7 @@ def _kept_boards(folder: Path) -> list[Board]:
     from bench.reporting.board import Board, Entry
 
     try:
-        kept = json.loads((folder / BOARDS).read_text())
+        stored = json.loads((folder / BOARDS).read_text())
     except FileNotFoundError:
         return []
     return [
@@ -107,7 +107,7 @@ def _kept_boards(folder: Path) -> list[Board]:
             ],
             board["notes"],
         )
-        for board in kept
+        for board in stored
     ]
 
 
@@ -145,21 +145,21 @@ def _keep_lost(experiment: Experiment, trials: pd.DataFrame) -> None:
 
     path = experiment.folder / "trials.csv"
     try:
-        there = read_trials(path)
+        published = read_trials(path)
     except UserError:  # none, or none of ours
         return
-    kept = set(trials.trial[trials.status.isin(OUTCOMES)])
+    computed = set(trials.trial[trials.status.isin(OUTCOMES)])
     lost = [
         key
-        for key in there.trial[there.status.isin(OUTCOMES)]
-        if key not in kept and not experiment.store.is_finished("evaluate", key)
+        for key in published.trial[published.status.isin(OUTCOMES)]
+        if key not in computed and not experiment.store.is_finished("evaluate", key)
     ]
     if lost:
-        beside = path.with_name(f"trials.{time.strftime('%Y%m%d-%H%M%S')}.csv")
-        os.replace(path, beside)
+        backup_path = path.with_name(f"trials.{time.strftime('%Y%m%d-%H%M%S')}.csv")
+        os.replace(path, backup_path)
         print(
             f"warning: {len(lost)} trials of the table in {experiment.folder}/ are not in this store, and are kept in "
-            f"{beside}: 'reuse=[{beside}]' takes them up again, and grid.name=mine leaves a table as it is",
+            f"{backup_path}: 'reuse=[{backup_path}]' takes them up again, and grid.name=mine leaves a table as it is",
             file=sys.stderr,
         )
 

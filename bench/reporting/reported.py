@@ -58,12 +58,12 @@ def read_reported(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
             if wrong.any():
                 raise UserError(f"report.reported: {path}: {figure} is {table[figure][wrong].iloc[0]!r}; write {due}")
             rows[goal] = values
-    found = pd.DataFrame(rows)
-    found["provenance"] = table.provenance
-    found["protocol"] = table.protocol if "protocol" in table else ""
-    found["seeds"] = found.seeds.fillna(1).astype(int) if "seeds" in found else 1
-    found["kind"] = "reported"
-    return found
+    figures = pd.DataFrame(rows)
+    figures["provenance"] = table.provenance
+    figures["protocol"] = table.protocol if "protocol" in table else ""
+    figures["seeds"] = figures.seeds.fillna(1).astype(int) if "seeds" in figures else 1
+    figures["kind"] = "reported"
+    return figures
 
 
 def reported_of(path: Path, trials: pd.DataFrame) -> pd.DataFrame:
@@ -74,20 +74,20 @@ def reported_of(path: Path, trials: pd.DataFrame) -> pd.DataFrame:
     """
     from bench.engine.errors import UserError
 
-    found = read_reported(shipped(path), str(path))
-    own = {attack: part.poison_rate.unique() for attack, part in trials.groupby("attack")}
+    figures = read_reported(shipped(path), str(path))
+    rates = {attack: group.poison_rate.unique() for attack, group in trials.groupby("attack")}
     usual = trials.poison_rate[trials.poison_rate > 0].mode()  # for an attack that this table does not have
-    found = found[
+    figures = figures[
         [
-            np.isnan(rate) or bool(np.isclose(rate, own.get(attack, usual)).any())
-            for attack, rate in zip(found.attack, found.poison_rate, strict=True)
+            np.isnan(rate) or bool(np.isclose(rate, rates.get(attack, usual)).any())
+            for attack, rate in zip(figures.attack, figures.poison_rate, strict=True)
         ]
     ]
-    twice = found[found.duplicated(AXES)]
+    twice = figures[figures.duplicated(AXES)]
     if not twice.empty:
         cell = "/".join(text for text in twice.iloc[0][AXES] if text)
         raise UserError(f"report.reported: {path} has {cell} more than once; leave one row of each cell")
-    return found.reset_index(drop=True)
+    return figures.reset_index(drop=True)
 
 
 def with_reported(table: pd.DataFrame, reported: pd.DataFrame | None) -> pd.DataFrame:

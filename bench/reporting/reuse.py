@@ -28,7 +28,7 @@ def reused_rows(cfg: DictConfig, trials: list[Trial]) -> dict[str, dict[str, Any
     from bench.reporting.trials import OUTCOMES, contradiction, read_trials
 
     source: dict[str, str] = {}
-    found: dict[str, dict[str, Any]] = {}
+    row_of: dict[str, dict[str, Any]] = {}
     wanted = {trial.keys.evaluate for trial in trials if trial.defend}
     for path in cfg.reuse:
         rows = read_trials(Path(path))
@@ -48,12 +48,12 @@ def reused_rows(cfg: DictConfig, trials: list[Trial]) -> dict[str, dict[str, Any
             )
         for row in rows.to_dict("records"):
             key = row["trial"]
-            if (name := contradiction(found.get(key, row), row)) != "":
+            if (name := contradiction(row_of.get(key, row), row)) != "":
                 raise UserError(
                     f"reuse: {source[key]} and {path} contradict each other on {row['defense']} against "
-                    f"{row['attack']}, seed {row['seed']}: {name} is {found[key][name]!r} and {row[name]!r}; leave one "
-                    "of the two files out"
+                    f"{row['attack']}, seed {row['seed']}: {name} is {row_of[key][name]!r} and {row[name]!r}; "
+                    "leave one of the two files out"
                 )
-            found.setdefault(key, {str(name): value for name, value in row.items()})
+            row_of.setdefault(key, {str(name): value for name, value in row.items()})
             source.setdefault(key, path)
-    return found
+    return row_of

@@ -72,9 +72,9 @@ def bootstrap_interval(values: ArrayLike, draws: int = 2000) -> tuple[Numbers, N
     low, high = np.empty(rows), np.empty(rows)
     step = max(1, 2**21 // chosen.size)  # a large table times all resamples would fill the memory
     for start in range(0, rows, step):
-        part = values[start : start + step]
+        samples = values[start : start + step]
         # The product is an order of magnitude faster. Where all resamples are taken, the means stay exact.
-        means = part[:, chosen].mean(axis=2) if weights is None else part @ weights
+        means = samples[:, chosen].mean(axis=2) if weights is None else samples @ weights
         low[start : start + step], high[start : start + step] = np.quantile(
             means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1
         )
@@ -104,8 +104,8 @@ def friedman(values: ArrayLike) -> tuple[float, float]:
     blocks, methods = ranks.shape
     if methods < 3 or blocks < 2 or np.ptp(ranks) == 0:
         return float("nan"), float("nan")
-    found = stats.friedmanchisquare(*ranks.T)
-    return float(found.statistic), float(found.pvalue)
+    test = stats.friedmanchisquare(*ranks.T)
+    return float(test.statistic), float(test.pvalue)
 
 
 @functools.cache

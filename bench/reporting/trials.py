@@ -194,10 +194,10 @@ def printable(text: Any) -> str:
 
 def _wreck(table: pd.DataFrame) -> pd.DataFrame:
     """Tell apart the finished trials whose model lost what it was good for: their low ASR is no defense."""
-    place = [*BOARD, "attack", "seed"]
+    keys = [*BOARD, "attack", "seed"]
     done = table.status == "done"
-    base = table[done & (table.defense == BASELINE)].drop_duplicates(place)
-    base = table[place].merge(base[[*place, "clean_accuracy", "implant_weights"]], on=place, how="left")
+    base = table[done & (table.defense == BASELINE)].drop_duplicates(keys)
+    base = table[keys].merge(base[[*keys, "clean_accuracy", "implant_weights"]], on=keys, how="left")
     # Each evaluation has the accuracy of its own infected model. What earlier versions measured may lack it: there the
     # undefended model's stands in, unless that is another model's.
     other = (base.implant_weights.fillna("") != table.implant_weights.to_numpy()) & (
@@ -228,7 +228,7 @@ def read_trials(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
     """
     from bench.engine.errors import UserError
 
-    place = str(name or source)
+    source_name = str(name or source)
     try:
         table = pd.read_csv(source, keep_default_na=False, dtype=str).rename(columns=literal).map(literal)
         # An earlier version swept nothing, and had no such column.
@@ -238,14 +238,14 @@ def read_trials(source: Path | IO[bytes], name: str = "") -> pd.DataFrame:
         for column in FIGURES:
             if column in table:
                 table[column] = table[column].replace("", "nan")
-        _check_values(table, place)
-        return _wreck(_once(_typed(table.to_dict("records")), place))  # type: ignore[arg-type]
+        _check_values(table, source_name)
+        return _wreck(_once(_typed(table.to_dict("records")), source_name))  # type: ignore[arg-type]
     except (OSError, ValueError) as error:
         text = shortened(str(error), 200)
-        raise UserError(f"{place} is no trials.csv of this benchmark: {text}") from error
+        raise UserError(f"{source_name} is no trials.csv of this benchmark: {text}") from error
 
 
-def _check_values(table: pd.DataFrame, place: str) -> None:
+def _check_values(table: pd.DataFrame, source: str) -> None:
     """Refuse a value that its column cannot have, by row and column; the heading is row 1, as in a spreadsheet."""
     from bench.engine.errors import UserError
 
@@ -253,7 +253,7 @@ def _check_values(table: pd.DataFrame, place: str) -> None:
         rows = np.flatnonzero(wrong)
         if len(rows):
             more = f" (and {len(rows) - 1} more rows)" if len(rows) > 1 else ""
-            raise UserError(f"{place}, row {rows[0] + 2}: {name} is {table[name].iloc[rows[0]]!r}{more}; write {due}")
+            raise UserError(f"{source}, row {rows[0] + 2}: {name} is {table[name].iloc[rows[0]]!r}{more}; write {due}")
 
     refuse(~table.status.isin(STATES), "status", f"one of {', '.join(STATES)}")
     seeds = pd.to_numeric(table.seed, errors="coerce")
@@ -276,7 +276,7 @@ def allowed_range(name: str) -> tuple[float, float, str]:
     return low, 1.0, f"a number, a share in [{low:g}, 1] (0.93 for 93 %)"
 
 
-def _once(table: pd.DataFrame, place: str) -> pd.DataFrame:
+def _once(table: pd.DataFrame, source: str) -> pd.DataFrame:
     """One row of each trial.
 
     Raises:
@@ -286,14 +286,14 @@ def _once(table: pd.DataFrame, place: str) -> pd.DataFrame:
 
     cell = [*AXES, "seed"]
     for keys, judged in ((cell, [*AGREE, "trial"]), (["trial"], AGREE)):
-        part = table[table.trial != ""] if keys == ["trial"] else table
-        for _, group in part[part.duplicated(keys, keep=False)].groupby(keys, sort=False):
+        named = table[table.trial != ""] if keys == ["trial"] else table
+        for _, group in named[named.duplicated(keys, keep=False)].groupby(keys, sort=False):
             (row, first), *others = group.iterrows()
             for other, again in others:
                 if name := contradiction(first, again, judged):
                     what = "/".join(str(first[axis]) for axis in cell if first[axis] != "")
                     raise UserError(
-                        f"{place}: rows {int(str(row)) + 2} and {int(str(other)) + 2} are one trial ({what}), "
+                        f"{source}: rows {int(str(row)) + 2} and {int(str(other)) + 2} are one trial ({what}), "
                         f"with {name} {first[name]!r} and {again[name]!r}; leave the one that is right"
                     )
     return table.drop_duplicates(cell).reset_index(drop=True)
@@ -329,10 +329,10 @@ def elsewhere(trials: pd.DataFrame) -> np.ndarray[Any, Any]:
     Training amplifies rounding: the same settings give another infected model on another kind of device. What was
     measured of it is a figure like any other, and no pair of those beside it.
     """
-    place = [*BOARD, "attack", "seed"]
-    all_of = trials[place].assign(model_of=infected(trials))
+    keys = [*BOARD, "attack", "seed"]
+    all_of = trials[keys].assign(model_of=infected(trials))
     told = all_of[all_of.model_of != ""]
-    counts = told.groupby([*place, "model_of"], sort=False).size().reset_index(name="count")
-    usual = counts.sort_values("count", ascending=False, kind="stable").drop_duplicates(place)
-    most = all_of[place].merge(usual.drop(columns="count"), on=place, how="left").model_of
+    counts = told.groupby([*keys, "model_of"], sort=False).size().reset_index(name="count")
+    usual = counts.sort_values("count", ascending=False, kind="stable").drop_duplicates(keys)
+    most = all_of[keys].merge(usual.drop(columns="count"), on=keys, how="left").model_of
     return ((all_of.model_of != "").to_numpy()) & (all_of.model_of.to_numpy() != most.to_numpy())

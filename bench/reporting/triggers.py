@@ -30,17 +30,17 @@ def pictures(experiment: Experiment) -> list[Path]:
     for path in (*experiment.folder.glob("trigger_*.png"), *experiment.folder.glob("triggers.*")):
         path.unlink()  # of other settings
     # What is swept need not change the trigger: the figure shows each once.
-    found: dict[tuple[str, str], list[tuple[Trial, Tensor, Tensor]]] = defaultdict(list)
+    samples: dict[tuple[str, str], list[tuple[Trial, Tensor, Tensor]]] = defaultdict(list)
     for trial, images, triggered in stamped(experiment, runner_of(experiment), 1):
         experiment.folder.mkdir(parents=True, exist_ok=True)
         name = picture_of(trial.dataset, trial.model, trial.attack, trial.variant)
         trigger_picture(images[0], triggered[0], experiment.folder / name)
-        alike = found[trial.attack, trial.dataset]
+        alike = samples[trial.attack, trial.dataset]
         if not any(torch.equal(triggered[0], shown) for _, _, shown in alike):
             alike.append((trial, images[0], triggered[0]))
     drawn = {
         title_of(experiment, trial, len(alike) > 1): (image, triggered)
-        for alike in found.values()
+        for alike in samples.values()
         for trial, image, triggered in alike
     }
     return [triggers(drawn, experiment.folder, f"Grid {experiment.cfg.grid.name}")] if drawn else []
@@ -61,7 +61,7 @@ def title_of(experiment: Experiment, trial: Trial, apart: bool = True) -> str:
     variant = swept(trial.variant).replace("attack.", "") if apart else ""
     model = trial.model if apart and len(experiment.cfg.grid.models) > 1 else ""
     parts = [trial.attack, *([trial.dataset] if len(experiment.infos) > 1 else []), model, variant]
-    return ", ".join(part for part in parts if part)
+    return ", ".join(word for word in parts if word)
 
 
 def stamped(experiment: Experiment, bench: Runner, count: int) -> Iterator[tuple[Trial, Tensor, Tensor]]:

@@ -47,7 +47,7 @@ class Index:
     @functools.cached_property
     def _entries(self) -> dict[str, tuple[tuple[str, ...], str, dict[str, Any]]]:
         """Names of the other files, signature and brief of each stage."""
-        found: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {}
+        entries: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {}
         try:
             with self.path.open("rb") as file:
                 for line in filter(None, map(bytes.strip, file)):
@@ -60,12 +60,12 @@ class Index:
                         continue
                     files = [self._once(tuple(names)) for names in block["names"]]
                     origins = [self._once(origin) for origin in block["origins"]]
-                    for place, (names, signature, origin, brief) in block["stages"].items():
+                    for stage_key, (names, signature, origin, brief) in block["stages"].items():
                         brief["provenance"] = origins[origin]
-                        found[place] = (files[names], signature, brief)
+                        entries[stage_key] = (files[names], signature, brief)
         except OSError:
             pass
-        return found
+        return entries
 
     def _once(self, value: Any) -> Any:
         """The first of the values that are equal: most stages were computed by few programs."""
@@ -118,12 +118,12 @@ class Index:
         names: dict[tuple[str, ...], int] = {}
         origins: dict[int, tuple[int, Any]] = {}  # by the object: equal ones are one
         stages = {}
-        for place in places:
-            files, signature, brief = self._entries[place]
+        for stage_key in places:
+            files, signature, brief = self._entries[stage_key]
             origin = brief["provenance"]
             number, _ = origins.setdefault(id(origin), (len(origins), origin))
             rest = {name: value for name, value in brief.items() if name != "provenance"}
-            stages[place] = [names.setdefault(files, len(names)), signature, number, rest]
+            stages[stage_key] = [names.setdefault(files, len(names)), signature, number, rest]
         block = {
             "version": VERSION,
             "names": list(names),
@@ -168,18 +168,18 @@ class CachedStore(Store):
 
     def _finished(self, stage: str, key: str) -> dict[str, Any] | None:
         """The brief of a complete stage; None also for one that an earlier version wrote, without checksums."""
-        if (found := self._known.get((stage, key))) is not None:
-            return found
-        found = self.index.find(stage, key)
-        if found is None:
+        if (brief := self._known.get((stage, key))) is not None:
+            return brief
+        brief = self.index.find(stage, key)
+        if brief is None:
             with suppress(Damaged):
                 record = self._check(stage, key)
                 if record is not None and record.files is not None:
-                    found = brief_of(record.result())
-                    self.index.note(stage, key, tuple(record.files), found)
-        if found is not None:
-            self._known[stage, key] = found
-        return found
+                    brief = brief_of(record.result())
+                    self.index.note(stage, key, tuple(record.files), brief)
+        if brief is not None:
+            self._known[stage, key] = brief
+        return brief
 
     def set_aside(self, damaged: Mapping[tuple[str, str], str]) -> None:
         super().set_aside(damaged)

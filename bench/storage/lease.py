@@ -96,16 +96,16 @@ def take(folder: Path) -> Path | None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / str(newest.number + 1 if newest else 1)
-    beside = folder / f"{uuid.uuid4().hex}.new"
+    temporary_path = folder / f"{uuid.uuid4().hex}.new"
     me = Owner(socket.gethostname(), machine(), os.getpid(), _started(os.getpid()), slurm_job(), time.time())
     try:
-        with beside.open("w") as file:
+        with temporary_path.open("w") as file:
             json.dump(asdict(me), file)
         try:
-            os.link(beside, path)
+            os.link(temporary_path, path)
         except OSError as error:
             # NFS repeats a request whose answer was lost, and then says that the name is taken: by ourselves.
-            if os.stat(beside).st_nlink != 2:
+            if os.stat(temporary_path).st_nlink != 2:
                 if error.errno not in (errno.EEXIST, errno.ENOENT):
                     raise  # a file system without hard links would look taken for ever
                 return None
@@ -113,7 +113,7 @@ def take(folder: Path) -> Path | None:
         return None
     finally:
         with suppress(OSError):
-            beside.unlink()
+            temporary_path.unlink()
     numbers = _numbers(folder)
     if any(number > int(path.name) for number in numbers):
         with suppress(OSError):
@@ -144,13 +144,13 @@ def read(folder: Path) -> Claim | None:
         if not numbers:
             return None
         path = folder / str(max(numbers))
-        found = _content(path)
-        if found is not None:
+        content = _content(path)
+        if content is not None:
             break
         # taken over, or given back, since we listed them
     else:
         return None
-    touched, owner = found
+    touched, owner = content
     if touched == 0:
         return Claim(path, int(path.name), owner, alive=False, released=True)
     if owner and owner.machine == machine():

@@ -125,11 +125,11 @@ class Store:
         path = self.root / "name"
         if not path.exists():
             self.root.mkdir(parents=True, exist_ok=True)
-            beside = self.root / f"name.{uuid.uuid4().hex}"
-            beside.write_text(uuid.uuid4().hex)
+            temporary_path = self.root / f"name.{uuid.uuid4().hex}"
+            temporary_path.write_text(uuid.uuid4().hex)
             with suppress(FileExistsError):
-                os.link(beside, path)
-            beside.unlink()
+                os.link(temporary_path, path)
+            temporary_path.unlink()
         return f"{path.read_text()} {self.root.resolve()}"  # a copy has the same file, and lies elsewhere
 
     def folders(self) -> list[Path]:
@@ -452,8 +452,8 @@ class Store:
     ) -> None:
         """Publish a stage by one rename, and forget its failure and its checkpoints."""
         key = key_of(identity)
-        beside = self.root / "unfinished" / uuid.uuid4().hex
-        beside.mkdir(parents=True)
+        temporary_folder = self.root / "unfinished" / uuid.uuid4().hex
+        temporary_folder.mkdir(parents=True)
         final = self.folder(stage, key)
         final.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -461,16 +461,16 @@ class Store:
                 from bench.engine.files import save_tensors
 
                 # Channels-last weights are the same numbers in another order; the format wants one order.
-                kept = {k: v.detach().cpu().contiguous().clone() for k, v in named.items()}
-                save_tensors(kept, beside / f"{name}.safetensors")
-            _write(beside / "config.json", _dumped(identity).encode())
-            files = {path.name: (path.stat().st_size, _sha256(path)) for path in sorted(beside.iterdir())}
-            _write(beside / RECORD, _sealed(result, files))  # last: no file may be newer than the record
+                on_cpu = {k: v.detach().cpu().contiguous().clone() for k, v in named.items()}
+                save_tensors(on_cpu, temporary_folder / f"{name}.safetensors")
+            _write(temporary_folder / "config.json", _dumped(identity).encode())
+            files = {path.name: (path.stat().st_size, _sha256(path)) for path in sorted(temporary_folder.iterdir())}
+            _write(temporary_folder / RECORD, _sealed(result, files))  # last: no file may be newer than the record
             if reason := self.damage(stage, key):
                 self.set_aside({(stage, key): reason})
-            os.rename(beside, final)
+            os.rename(temporary_folder, final)
         except BaseException as error:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(temporary_folder, ignore_errors=True)
             if not isinstance(error, OSError) or not self.is_finished(stage, key):
                 raise
             return  # somebody was faster, with the same figures
@@ -490,11 +490,11 @@ class Store:
 
     def keys(self, stage: str) -> set[str]:
         """Keys of the stages of this name that have a folder: all finished ones, and what a power cut left."""
-        found: set[str] = set()
+        keys: set[str] = set()
         for folder in (self.root / stage).glob("??"):
             with suppress(OSError):  # a file in the place of a folder
-                found.update(os.listdir(folder))
-        return found
+                keys.update(os.listdir(folder))
+        return keys
 
     def identities(self, stage: str) -> Iterator[tuple[str, Identity]]:
         """Key and identity of each stage of this name whose `config.json` is whole: the key is its hash."""
@@ -540,7 +540,7 @@ class Store:
             counts: is it a try that `dispatch.max_tries` counts? One that a person stopped, or a full disk, is not.
         """
         path = self._failure(stage, key)
-        beside = path.with_suffix(f".{uuid.uuid4().hex}")
+        temporary_path = path.with_suffix(f".{uuid.uuid4().hex}")
         record = {
             "error": error,
             "details": details,
@@ -552,22 +552,22 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir():  # a file cannot replace it
                 shutil.rmtree(path)
-            _write(beside, _dumped(record).encode())
-            os.replace(beside, path)
+            _write(temporary_path, _dumped(record).encode())
+            os.replace(temporary_path, path)
         except OSError as full:  # the reason of the reason: a full disk has no room for it either
             with suppress(OSError):
-                beside.unlink(missing_ok=True)
+                temporary_path.unlink(missing_ok=True)
             print(f"{stage} {key} failed ({error}), and that could not be kept: {full}", file=sys.stderr)
 
     def failure(self, stage: str, key: str) -> str | None:
         """One line: why the last try of this stage failed."""
-        found = self.failure_record(stage, key)
-        return None if found is None else str(found["error"])
+        record = self.failure_record(stage, key)
+        return None if record is None else str(record["error"])
 
     def tries(self, stage: str, key: str) -> int:
         """How often this stage was tried and failed."""
-        found = self.failure_record(stage, key)
-        return 0 if found is None else int(found["tries"])
+        record = self.failure_record(stage, key)
+        return 0 if record is None else int(record["tries"])
 
     def failure_record(self, stage: str, key: str) -> dict[str, Any] | None:
         """All that is known of the last failure: error, details (a traceback), time, tries, job."""
@@ -611,13 +611,13 @@ class Store:
 
     def claims(self) -> dict[tuple[str, str], lease.Claim]:
         """The locks that were taken and not given back: of living processes, and of those that died with them."""
-        found = {}
+        claim_of = {}
         for path in (self.root / "locks").glob("*-*"):
             stage, _, key = path.name.partition("-")
             claim = lease.read(path)
             if claim is not None and not claim.released:
-                found[stage, key] = claim
-        return found
+                claim_of[stage, key] = claim
+        return claim_of
 
 
 def _dumped(value: Any) -> str:

@@ -43,18 +43,18 @@ def heatmap(grid: FigureData) -> Figure | None:
     import seaborn as sns
 
     places = groups_of(table, [*BOARD, "threat_model"])
-    rows = max(part.defense.nunique() for _, part in places)
+    rows = max(group.defense.nunique() for _, group in places)
     width = max(WIDTH, 1.2 + 0.37 * table.attack.nunique())
-    titles, common = distinct_titles([place for place, _ in places])
+    titles, common = distinct_titles([group_key for group_key, _ in places])
     with paper_style() as plt:
         figure, axes = make_panels(
             plt, len(places), width, 0.45 + 0.19 * rows + 0.06 * min(28, table.attack.str.len().max())
         )
-        for axis, title, (_, part) in zip(axes, titles, places, strict=True):
-            wide = 100 * part.pivot(index="defense", columns="attack", values="asr_mean")
-            wide = wide.reindex(index=part.defense.unique(), columns=part.attack.unique())
+        for axis, title, (_, group) in zip(axes, titles, places, strict=True):
+            wide = 100 * group.pivot(index="defense", columns="attack", values="asr_mean")
+            wide = wide.reindex(index=group.defense.unique(), columns=group.attack.unique())
             texts = wide.map("{:.1f}".format)
-            for row in records(part[part.done < part.seeds]):
+            for row in records(group[group.done < group.seeds]):
                 texts.loc[row.defense, row.attack] += "†"
             # A cell without a figure stays grey; a white one would read as an ASR of zero.
             axis.set_facecolor("0.88")
@@ -69,7 +69,7 @@ def heatmap(grid: FigureData) -> Figure | None:
                 annot_kws={"size": 6},
                 cbar=False,
             )
-            for row in records(part[part.asr_mean.isna()]):
+            for row in records(group[group.asr_mean.isna()]):
                 states = [state for state in STATES if getattr(row, state.replace(" ", "_"))]
                 where = list(wide.columns).index(row.attack) + 0.5, list(wide.index).index(row.defense) + 0.5
                 text = {"not applicable": "n/a"}.get(states[0], states[0]) if states else ""
@@ -92,18 +92,18 @@ def scatter(grid: FigureData) -> Figure | None:
         return None
     means = method_means(points, ["asr", "clean_accuracy"])
     places = groups_of(means, [*BOARD, "threat_model"])
-    titles, common = distinct_titles([place for place, _ in places])
+    titles, common = distinct_titles([group_key for group_key, _ in places])
     with paper_style() as plt:
         figure, axes = make_panels(plt, len(places), WIDTH, 2.5)
-        for axis, title, (place, part) in zip(axes, titles, places, strict=True):
-            for row in records(part):
+        for axis, title, (group_key, group) in zip(axes, titles, places, strict=True):
+            for row in records(group):
                 look = look_of(str(row.defense))
-                own = points[(points[[*BOARD, "threat_model", "defense"]] == [*place, row.defense]).all(axis=1)]
+                cells = points[(points[[*BOARD, "threat_model", "defense"]] == [*group_key, row.defense]).all(axis=1)]
                 faint = {"color": look["color"], "marker": look["marker"], "s": 7, "alpha": 0.35, "linewidths": 0.5}
-                axis.scatter(100 * own.asr_mean, 100 * own.clean_accuracy_mean, **faint)
+                axis.scatter(100 * cells.asr_mean, 100 * cells.clean_accuracy_mean, **faint)
                 draw_point(axis, grid, row, 100 * row.asr, 100 * row.clean_accuracy)
-            whole = [grid.whole(row) and row.defense != BASELINE for row in records(part)]
-            front = _front(part[whole])
+            whole = [grid.whole(row) and row.defense != BASELINE for row in records(group)]
+            front = _front(group[whole])
             if len(front) > 1:
                 axis.plot(100 * front.asr, 100 * front.clean_accuracy, color="0.6", linewidth=0.8, zorder=1)
             axis.set_xlim(-3, 103)
@@ -116,9 +116,9 @@ def scatter(grid: FigureData) -> Figure | None:
         return add_title(figure, grid.caption(what, points, common))
 
 
-def _front(part: pd.DataFrame) -> pd.DataFrame:
+def _front(points: pd.DataFrame) -> pd.DataFrame:
     """The defenses that none beats in both, by rising ASR."""
-    ordered = part.dropna().sort_values(["asr", "clean_accuracy"], ascending=[True, False])
+    ordered = points.dropna().sort_values(["asr", "clean_accuracy"], ascending=[True, False])
     best = ordered.clean_accuracy.cummax()
     return ordered[(ordered.clean_accuracy == best) & ~best.duplicated()]
 
@@ -171,33 +171,37 @@ def _bars(grid: FigureData, table: pd.DataFrame, names: list[str], label: str, w
     import seaborn as sns
 
     places = groups_of(method_means(table, names), [*BOARD, "threat_model"])
-    rows = max(len(part) for _, part in places)
-    titles, common = distinct_titles([place for place, _ in places])
+    rows = max(len(group) for _, group in places)
+    titles, common = distinct_titles([group_key for group_key, _ in places])
     with paper_style() as plt:
         figure, axes = make_panels(plt, len(places), WIDTH, 0.9 + rows * (0.12 + 0.1 * len(names)))
         colors = sns.color_palette("colorblind", len(names))
         thick = 0.8 / len(names)
-        for axis, title, (place, part) in zip(axes, titles, places, strict=True):
-            own = table[(table[[*BOARD, "threat_model"]] == list(place)).all(axis=1)]
+        for axis, title, (group_key, group) in zip(axes, titles, places, strict=True):
+            cells = table[(table[[*BOARD, "threat_model"]] == list(group_key)).all(axis=1)]
             for index, name in enumerate(names):
-                at = np.arange(len(part)) + (index - (len(names) - 1) / 2) * thick
+                at = np.arange(len(group)) + (index - (len(names) - 1) / 2) * thick
                 # With one figure, the bar wears the colour of its defense.
                 color = (
-                    colors[index] if len(names) > 1 else [look_of(str(defense))["color"] for defense in part.defense]
+                    colors[index] if len(names) > 1 else [look_of(str(defense))["color"] for defense in group.defense]
                 )
                 figure_name = COLUMN[name].heading if len(names) > 1 else None
-                axis.barh(at, 100 * part[name], thick * 0.9, color=color, label=figure_name)
-                for where, row, mean in zip(at, records(part), 100 * part[name], strict=True):
-                    values = 100 * own[own.defense == row.defense][f"{name}_mean"]
+                axis.barh(at, 100 * group[name], thick * 0.9, color=color, label=figure_name)
+                for where, row, mean in zip(at, records(group), 100 * group[name], strict=True):
+                    values = 100 * cells[cells.defense == row.defense][f"{name}_mean"]
                     axis.scatter(values, np.full(len(values), where), s=4, color="black", alpha=0.5, linewidths=0)
                     text = "no figure" if math.isnan(mean) else f"{mean:.1f}{'' if grid.whole(row) else '†'}"
-                    beside: dict[str, Any] = {"transform": axis.get_yaxis_transform(), "va": "center", "ha": "right"}
-                    axis.text(1, where, text, size=5.5, color="0.25", **beside)
-            axis.set_yticks(range(len(part)), [short_name(defense) for defense in part.defense])
-            axis.set_ylim(len(part) - 0.5, -0.5)
-            set_height(axis, len(part) * (0.12 + 0.1 * len(names)), WIDTH - names_width(table))
+                    left_of_axis: dict[str, Any] = {
+                        "transform": axis.get_yaxis_transform(),
+                        "va": "center",
+                        "ha": "right",
+                    }
+                    axis.text(1, where, text, size=5.5, color="0.25", **left_of_axis)
+            axis.set_yticks(range(len(group)), [short_name(defense) for defense in group.defense])
+            axis.set_ylim(len(group) - 0.5, -0.5)
+            set_height(axis, len(group) * (0.12 + 0.1 * len(names)), WIDTH - names_width(table))
             # A fifth of the axis for the means as figures; small ones are shown large.
-            most = 100 * np.nanmax([0.0, *own[[f"{name}_mean" for name in names]].to_numpy().flat])
+            most = 100 * np.nanmax([0.0, *cells[[f"{name}_mean" for name in names]].to_numpy().flat])
             axis.set(title=title, xlabel=label, xlim=(0, max(12.0, 1.25 * most)))
             axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 100])
         add_legend(figure, axes)
@@ -208,17 +212,17 @@ def rank_diagrams(grid: FigureData) -> Figure | None:
     """Critical-difference diagrams (Demsar, JMLR 7, 2006), one for each setting."""
     from bench.reporting.statistics import cliques, p_text
 
-    found = {
-        place: ranking
-        for place, ranking in marks(grid.trials, grid.cells).overall.items()
+    rankings = {
+        group_key: ranking
+        for group_key, ranking in marks(grid.trials, grid.cells).overall.items()
         if len(ranking.ranks) > 2 and not math.isnan(ranking.p)
     }
-    if not found:
+    if not rankings:
         return None
     with paper_style() as plt:
-        most = max(len(ranking.ranks) for ranking in found.values())
-        figure, axes = make_panels(plt, len(found), WIDTH, 0.95 + 0.1 * most)
-        for axis, (place, ranking) in zip(axes, found.items(), strict=True):
+        most = max(len(ranking.ranks) for ranking in rankings.values())
+        figure, axes = make_panels(plt, len(rankings), WIDTH, 0.95 + 0.1 * most)
+        for axis, (group_key, ranking) in zip(axes, rankings.items(), strict=True):
             ordered = sorted(ranking.ranks.items(), key=lambda pair: pair[1])
             count, half = len(ordered), -(-len(ordered) // 2)
             axis.hlines(0, 1, count, color="black", linewidth=0.8)
@@ -244,7 +248,7 @@ def rank_diagrams(grid: FigureData) -> Figure | None:
             axis.set_ylim(start - 0.42 * half, 1.9)
             axis.set_axis_off()
             axis.set_title(
-                f"threat model {board_title(place)}\n{ranking.blocks} blocks, Friedman p {p_text(ranking.p)}"
+                f"threat model {board_title(group_key)}\n{ranking.blocks} blocks, Friedman p {p_text(ranking.p)}"
             )
         what = "Average ranks by ASR over attacks, data sets and architectures, 1 is best; a bar joins defenses that "
         return add_title(figure, grid.caption(what + "cannot be told apart (Nemenyi, 5 %)."))
@@ -259,11 +263,11 @@ def cost_scatter(grid: FigureData) -> Figure | None:
 
     means = method_means(points[points.defend_seconds_mean > 0], ["asr", "defend_seconds"])
     places = groups_of(means, [*BOARD, "threat_model"])
-    titles, common = distinct_titles([place for place, _ in places])
+    titles, common = distinct_titles([group_key for group_key, _ in places])
     with paper_style() as plt:
         figure, axes = make_panels(plt, len(places), WIDTH, 2.3)
-        for axis, title, (_, part) in zip(axes, titles, places, strict=True):
-            for row in records(part):
+        for axis, title, (_, group) in zip(axes, titles, places, strict=True):
+            for row in records(group):
                 draw_point(axis, grid, row, row.defend_seconds, 100 * row.asr)
             axis.set(title=title, xlabel="seconds of the defense", ylabel="ASR (%)", xscale="log", ylim=(-3, 103))
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=9))
@@ -276,7 +280,7 @@ def cost_scatter(grid: FigureData) -> Figure | None:
 
 def sweep_curves(grid: FigureData) -> Figure | None:
     """Curves over each numeric setting that the grid sweeps."""
-    found = []
+    points = []
     for row in records(grid.table[(grid.table.variant != "") & (grid.table.done == grid.table.seeds)]):
         pairs = [pair.partition("=") for pair in row.variant.split(", ")]
         for index, (key, _, value) in enumerate(pairs):
@@ -285,30 +289,30 @@ def sweep_curves(grid: FigureData) -> Figure | None:
             for name in ("asr", "clean_accuracy"):
                 mean = getattr(row, f"{name}_mean")
                 if not (math.isnan(with_value) or math.isnan(mean)):
-                    place = (row.dataset, row.model, row.threat_model, rest)
-                    found.append((key, *place, name, row.defense, row.attack, with_value, mean))
+                    panel_key = (row.dataset, row.model, row.threat_model, rest)
+                    points.append((key, *panel_key, name, row.defense, row.attack, with_value, mean))
     columns = ["key", "dataset", "model", "threat_model", "rest", "figure", "defense", "attack", "value", "mean"]
-    table = pd.DataFrame(found, columns=columns)
+    table = pd.DataFrame(points, columns=columns)
     axes_of = ["key", "dataset", "model", "threat_model", "rest", "figure"]
     panels = by_attack(table, axes_of, "value")
     if not panels:
         return None
-    titles, common = distinct_titles([(*place[1:5], *place[6:]) for place, _ in panels])
+    titles, common = distinct_titles([(*panel_key[1:5], *panel_key[6:]) for panel_key, _ in panels])
     with paper_style() as plt:
         figure, axes = make_panels(plt, len(panels), WIDTH, 1.9)
-        for axis, title, (place, part) in zip(axes, titles, panels, strict=True):
-            for defense, own in groups_of(part, "defense"):
-                at = own.groupby("value")["mean"]
-                curve = 100 * at.mean()[at.count() == part.attack.nunique()]  # means of the same attacks
+        for axis, title, (panel_key, group) in zip(axes, titles, panels, strict=True):
+            for defense, of_defense in groups_of(group, "defense"):
+                at = of_defense.groupby("value")["mean"]
+                curve = 100 * at.mean()[at.count() == group.attack.nunique()]  # means of the same attacks
                 axis.plot(curve.index, curve, label=defense, **look_of(str(defense)))
-            values = sorted(part.value.unique())
+            values = sorted(group.value.unique())
             if values[0] > 0 and values[-1] / values[0] >= 10:
                 axis.set_xscale("log")
                 axis.set_xticks(values, [f"{value:g}" for value in values])
                 axis.minorticks_off()
-            axis.set(title=title, xlabel=place[0], ylabel=f"{COLUMN[place[5]].heading} (%)")
+            axis.set(title=title, xlabel=panel_key[0], ylabel=f"{COLUMN[panel_key[5]].heading} (%)")
         add_legend(figure, axes)
         what = (
-            f"What the grid sweeps; {averaged_over([part for _, part in panels])}; no point where a seed is not done."
+            f"What the grid sweeps; {averaged_over([group for _, group in panels])}; no point where a seed is not done."
         )
-        return add_title(figure, grid.caption(what, place=common))
+        return add_title(figure, grid.caption(what, group_name=common))

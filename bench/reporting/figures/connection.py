@@ -33,21 +33,21 @@ def connection_curves(grid: FigureData) -> Figure | None:
     table = over_seeds(grid.connections)
     table = table[table.kind != "repaired"]
     panels = [
-        (place, part, name)
-        for place, part in groups_of(table, SHARED)
+        (group_key, group, name)
+        for group_key, group in groups_of(table, SHARED)
         for name in ("concentration", "similarity")
-        if part[name].notna().any()
+        if group[name].notna().any()
     ]
     if not panels:
         return None
     labels = {"concentration": "to the target (%)", "similarity": "similarity"}
-    titles, common = distinct_titles([place for place, _, _ in panels])
+    titles, common = distinct_titles([group_key for group_key, _, _ in panels])
     radii = sorted({round(255 * radius, 3) for radius in table.epsilon})
     with paper_style() as plt:
         figure, axes = make_panels(plt, len(panels), WIDTH / 2, 1.3, 2 if len(panels) <= 8 else 4)
-        for axis, title, (_, part, name) in zip(axes, titles, panels, strict=True):
-            for kind, own in groups_of(part, "kind"):
-                draw_interval(axis, own, name, str(kind))
+        for axis, title, (_, group, name) in zip(axes, titles, panels, strict=True):
+            for kind, of_kind in groups_of(group, "kind"):
+                draw_interval(axis, of_kind, name, str(kind))
             if name == "similarity":
                 axis.axhline(0, color="0.8", linewidth=0.6, zorder=0)
             else:
@@ -61,7 +61,7 @@ def connection_curves(grid: FigureData) -> Figure | None:
             "than the clean image their features are to the triggered image's (cosine). Bars: widest 95 % interval "
             "over images of any seed."
         )
-        return add_title(figure, grid.caption(what, place=common))
+        return add_title(figure, grid.caption(what, group_name=common))
 
 
 def connection_repaired(grid: FigureData) -> Figure | None:
@@ -70,7 +70,7 @@ def connection_repaired(grid: FigureData) -> Figure | None:
 
     table = over_seeds(largest(grid.connections))
     table = table[table.concentration.notna()]
-    panels = [(place, part) for place, part in groups_of(table, SHARED) if (part.kind == "repaired").any()]
+    panels = [(group_key, group) for group_key, group in groups_of(table, SHARED) if (group.kind == "repaired").any()]
     if not panels:
         return None
     rows = table[table.kind == "repaired"][["defense", "threat_model"]].drop_duplicates()
@@ -78,23 +78,23 @@ def connection_repaired(grid: FigureData) -> Figure | None:
     order = {pair: at for at, pair in enumerate(rows.itertuples(index=False, name=None))}
     names = [f"{short_name(defense, 20)}{f' ({threat_model})' if several else ''}" for defense, threat_model in order]
     colors = sns.color_palette("colorblind")
-    titles, common = distinct_titles([place for place, _ in panels])
+    titles, common = distinct_titles([group_key for group_key, _ in panels])
     with paper_style() as plt:
         wide = 0.065 * (max(map(len, names)) + 2)
         across = min(len(panels), 2 if len(panels) <= 4 else 4)
         width = ((WIDTH if across < 4 else PAGE) - wide) / across
         figure, axes = make_panels(plt, len(panels), width, 0.8 + 0.17 * len(order), across)
         figure.set_size_inches(width * across + wide, figure.get_size_inches()[1])
-        for axis, title, (_, part) in zip(axes, titles, panels, strict=True):
+        for axis, title, (_, group) in zip(axes, titles, panels, strict=True):
             for kind in ("infected", "clean_control"):
-                for row in records(part[part.kind == kind]):
+                for row in records(group[group.kind == kind]):
                     color, _, line = CONNECTION_LOOKS[kind]
                     shade = colors[color or 0]
                     axis.axvspan(
                         100 * row.concentration_low, 100 * row.concentration_high, color=shade, alpha=0.15, lw=0
                     )
                     axis.axvline(100 * row.concentration, color=shade, linestyle=line, label=KINDS[kind])
-            for row in records(part[part.kind == "repaired"]):
+            for row in records(group[group.kind == "repaired"]):
                 value, low, high = (100 * getattr(row, f"concentration{end}") for end in ("", "_low", "_high"))
                 reach = np.nan_to_num([[max(0, value - low)], [max(0, high - value)]])
                 at = order[row.defense, row.threat_model]
@@ -113,7 +113,7 @@ def connection_repaired(grid: FigureData) -> Figure | None:
             f"Adversarial examples at {255 * table.epsilon.max():g}/255 after each defense: share given the "
             "attacker's class, of those that fool it; bars and bands: widest 95 % interval over images of any seed."
         )
-        return add_title(figure, grid.caption(what, place=common))
+        return add_title(figure, grid.caption(what, group_name=common))
 
 
 def connection_classes(grid: FigureData) -> Figure | None:
@@ -125,12 +125,12 @@ def connection_classes(grid: FigureData) -> Figure | None:
     panels = groups_of(table, SHARED)
     if not panels:
         return None
-    titles, common = distinct_titles([place for place, _ in panels])
+    titles, common = distinct_titles([group_key for group_key, _ in panels])
     with paper_style() as plt:
         figure, axes = make_panels(plt, len(panels), WIDTH / 2 if len(panels) > 1 else WIDTH, 1.3)
-        for axis, title, (_, part) in zip(axes, titles, panels, strict=True):
+        for axis, title, (_, group) in zip(axes, titles, panels, strict=True):
             for index, kind in enumerate(("infected", "clean_control")):
-                shares = [json.loads(text) for text in part[part.kind == kind].classes]
+                shares = [json.loads(text) for text in group[group.kind == kind].classes]
                 if shares:
                     mean = 100 * np.mean(shares, axis=0)
                     color = sns.color_palette("colorblind")[CONNECTION_LOOKS[kind][0] or 0]
@@ -141,4 +141,4 @@ def connection_classes(grid: FigureData) -> Figure | None:
                 axis.set_xticks(range(len(mean)))
         add_legend(figure, axes)
         what = f"Classes that adversarial examples at {255 * table.epsilon.max():g}/255 are given, of those that fool."
-        return add_title(figure, grid.caption(what, place=common))
+        return add_title(figure, grid.caption(what, group_name=common))

@@ -61,11 +61,11 @@ def _steps_of(grid: FigureData) -> Iterator[tuple[Any, int, dict[str, Any]]]:
     told = list(grid.more("rounds", "wrecked"))  # the steps tell where the accuracy was lost
     orders: dict[str, list[str]] = defaultdict(list)
     for row, steps in told:
-        order, place = orders[row.defense], 0
+        order, position = orders[row.defense], 0
         for step in steps:
             if step["name"] not in order:
-                order.insert(place, step["name"])
-            place = order.index(step["name"]) + 1
+                order.insert(position, step["name"])
+            position = order.index(step["name"]) + 1
     for row, steps in told:
         for step in steps:
             yield row, orders[row.defense].index(step["name"]), step
@@ -73,26 +73,26 @@ def _steps_of(grid: FigureData) -> Iterator[tuple[Any, int, dict[str, Any]]]:
 
 def _stepwise(table: pd.DataFrame) -> tuple[list[pd.DataFrame], list[str], str]:
     """A panel's part for each defense and attack, its title, and what all have in common."""
-    found = by_attack(table, ["place", "defense"], "step")
-    if not found:
+    panels = by_attack(table, ["place", "defense"], "step")
+    if not panels:
         return [], [], ""
     # Without a gap for the steps that no trial of a panel has.
-    dense = [part.assign(step=part.step.rank(method="dense").astype(int) - 1) for _, part in found]
-    return dense, *distinct_titles([(*names, *place) for (place, *names), _ in found])
+    dense = [group.assign(step=group.step.rank(method="dense").astype(int) - 1) for _, group in panels]
+    return dense, *distinct_titles([(*names, *group_key) for (group_key, *names), _ in panels])
 
 
 def step_curves(grid: FigureData) -> Figure | None:
     """What a progressive method reached step by step."""
     names = {"asr": "ASR", "clean_accuracy": "clean accuracy", "selected_poison": "poison, selected"}
     names |= {"random_poison": "poison, random pick", "detection_auroc": "AUROC"}
-    found = [
+    points = [
         (place_columns(row), row.defense, row.attack, figure, index, step["name"], 100 * step[figure])
         for row, index, step in _steps_of(grid)
         for figure in names
         if step.get(figure) is not None
     ]
     panels, titles, common = _stepwise(
-        pd.DataFrame(found, columns=["place", "defense", "attack", "figure", "step", "name", "value"])
+        pd.DataFrame(points, columns=["place", "defense", "attack", "figure", "step", "name", "value"])
     )
     if not panels:
         return None
@@ -102,28 +102,30 @@ def step_curves(grid: FigureData) -> Figure | None:
     looks = dict(zip(names, zip(sns.color_palette("colorblind"), MARKERS, strict=False), strict=False))
     with paper_style() as plt:
         figure, axes = make_panels(plt, len(panels), WIDTH, 2.2)
-        for axis, title, part in zip(axes, titles, panels, strict=True):
-            for name, own in part.groupby("figure", sort=False):
+        for axis, title, group in zip(axes, titles, panels, strict=True):
+            for name, of_figure in group.groupby("figure", sort=False):
                 color, marker = looks[str(name)]
-                steps = own.groupby("step").value.agg(["mean", "size"])
-                apart = (steps["size"] < steps["size"].max()) | steps.index.isin(own.step[own["name"] == "tail"])
+                steps = of_figure.groupby("step").value.agg(["mean", "size"])
+                apart = (steps["size"] < steps["size"].max()) | steps.index.isin(
+                    of_figure.step[of_figure["name"] == "tail"]
+                )
                 curve, alone = steps["mean"][~apart], steps["mean"][apart]
                 hollow = hollow or not alone.empty
                 axis.plot(curve.index, curve, label=names[str(name)], color=color, marker=marker)
                 axis.plot(alone.index, alone, color=color, marker=marker, linestyle="", markerfacecolor="none")
-            ticks = part.drop_duplicates("step").sort_values("step")
+            ticks = group.drop_duplicates("step").sort_values("step")
             axis.set_xticks(ticks.step, [short_name(name, 14) for name in ticks.name], rotation=45, ha="right")
             axis.set(title=title, ylabel="%", ylim=(-3, 103))
         add_legend(figure, axes)
         what = f"Step by step, wrecked models too; {averaged_over(panels)}."
         if hollow:
             what += " Hollow: a step that only some of these have, or the images that are unlearned."
-        return add_title(figure, grid.caption(what, place=common))
+        return add_title(figure, grid.caption(what, group_name=common))
 
 
 def score_spread(grid: FigureData) -> Figure | None:
     """How far the scores of clean and poisoned images lie apart, step by step."""
-    found = [
+    points = [
         (place_columns(row), row.defense, row.attack, kind, index, step["name"], *values)
         for row, index, step in _steps_of(grid)
         for kind, values in step.get("suspicion", {}).items()
@@ -131,25 +133,25 @@ def score_spread(grid: FigureData) -> Figure | None:
     ]
     marks = ["lowest", "low", "middle", "high", "highest"]
     panels, titles, common = _stepwise(
-        pd.DataFrame(found, columns=["place", "defense", "attack", "kind", "step", "name", *marks])
+        pd.DataFrame(points, columns=["place", "defense", "attack", "kind", "step", "name", *marks])
     )
     if not panels:
         return None
     with paper_style() as plt:
         figure, axes = make_panels(plt, len(panels), WIDTH, 2.2)
-        for axis, title, part in zip(axes, titles, panels, strict=True):
-            for (kind, own), color, marker in zip(part.groupby("kind"), ("C0", "C3"), "os", strict=True):
-                held = own.groupby("step").step.transform("size")
-                curve = own[held == held.max()].groupby("step")[marks].mean()  # means of the same trials everywhere
+        for axis, title, group in zip(axes, titles, panels, strict=True):
+            for (kind, of_kind), color, marker in zip(group.groupby("kind"), ("C0", "C3"), "os", strict=True):
+                held = of_kind.groupby("step").step.transform("size")
+                curve = of_kind[held == held.max()].groupby("step")[marks].mean()  # means of the same trials everywhere
                 axis.plot(curve.index, curve.middle, label=f"{kind}: median", color=color, marker=marker)
                 for low, high, strength in (("lowest", "highest", 0.12), ("low", "high", 0.25)):
                     axis.fill_between(curve.index, curve[low], curve[high], color=color, alpha=strength, linewidth=0)
-            ticks = part.drop_duplicates("step").sort_values("step")
+            ticks = group.drop_duplicates("step").sort_values("step")
             axis.set_xticks(ticks.step, [short_name(name, 14) for name in ticks.name], rotation=45, ha="right")
             axis.set(title=title, ylabel="suspicion")
         add_legend(figure, axes)
         what = f"Suspicion, step by step, wrecked models too: medians, half and nine tenths; {averaged_over(panels)}."
-        return add_title(figure, grid.caption(what, place=common))
+        return add_title(figure, grid.caption(what, group_name=common))
 
 
 def roc_curves(grid: FigureData) -> Figure | None:
@@ -157,9 +159,9 @@ def roc_curves(grid: FigureData) -> Figure | None:
     at = np.linspace(0, 1, 201)
     rows = [
         (place_columns(row), row.defense, fpr, 100 * tpr)
-        for row, own in zip(records(grid.trials), grid.behind, strict=True)
-        if row.status == "done" and own.get("roc")
-        for fpr, tpr in zip(100 * at, np.interp(at, own["roc"]["fpr"], own["roc"]["tpr"]), strict=True)
+        for row, details in zip(records(grid.trials), grid.details, strict=True)
+        if row.status == "done" and details.get("roc")
+        for fpr, tpr in zip(100 * at, np.interp(at, details["roc"]["fpr"], details["roc"]["tpr"]), strict=True)
     ]
     figure = draw_lines(
         grid,
@@ -195,25 +197,25 @@ def relearning_curves(grid: FigureData) -> Figure | None:
         (number, "poisoned images"),
     ]
     panels = [
-        (place, part, label)
+        (group_key, group, label)
         for rows, label in axes_of
-        for place, part in groups_of(pd.DataFrame(rows, columns=["place", "defense", "x", "y"]), "place")
-        if part.x.nunique() > 1
+        for group_key, group in groups_of(pd.DataFrame(rows, columns=["place", "defense", "x", "y"]), "place")
+        if group.x.nunique() > 1
     ]
     panels.sort(key=lambda panel: panel[0])
     if not panels:
         return None
-    titles, common = distinct_titles([place for place, _, _ in panels])
+    titles, common = distinct_titles([group_key for group_key, _, _ in panels])
     with paper_style() as plt:
         figure, axes = make_panels(plt, len(panels), WIDTH / 2, 1.6)
-        for axis, title, (_, part, label) in zip(axes, titles, panels, strict=True):
-            for defense, own in groups_of(part, "defense"):
-                curve = own.groupby("x").y.mean()
+        for axis, title, (_, group, label) in zip(axes, titles, panels, strict=True):
+            for defense, of_defense in groups_of(group, "defense"):
+                curve = of_defense.groupby("x").y.mean()
                 look = look_of(str(defense)) | ({"marker": ""} if len(curve) > 12 else {})
                 axis.plot(curve.index, curve, label=defense, **look)
             if label == axes_of[1][1]:
                 axis.set_xscale("log")
-                values = sorted(part.x.unique())
+                values = sorted(group.x.unique())
                 axis.set_xticks(values, [f"{value:g}" for value in values])
                 axis.minorticks_off()
             axis.set(title=title, xlabel=label, ylabel="ASR (%)", ylim=(-3, 103))

@@ -55,9 +55,9 @@ def _drawn(
     title: str,
     details: list[dict[str, Any]] | None,
 ) -> list[Path]:
-    behind = pd.Series(details or [{}] * len(trials), dtype=object)
-    grid = FigureData(trials.reset_index(drop=True), to_cells(trials), behind, title)
-    found = []
+    details_by_trial = pd.Series(details or [{}] * len(trials), dtype=object)
+    grid = FigureData(trials.reset_index(drop=True), to_cells(trials), details_by_trial, title)
+    paths = []
     for name, draw in figures.items():
         figure = draw(grid)
         path = folder / f"{name}.png"
@@ -67,8 +67,8 @@ def _drawn(
         else:
             folder.mkdir(parents=True, exist_ok=True)
             save_figure(figure, path)
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
 _FIGURES = {

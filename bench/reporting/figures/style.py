@@ -43,13 +43,13 @@ CLEAN_CONTROL = "clean control"
 class FigureData:
     """What the figures are drawn from."""
 
-    def __init__(self, trials: pd.DataFrame, table: pd.DataFrame, behind: pd.Series, title: str) -> None:
-        self.trials, self.cells, self.behind, self.title = trials, table, behind, title
+    def __init__(self, trials: pd.DataFrame, table: pd.DataFrame, details: pd.Series, title: str) -> None:
+        self.trials, self.cells, self.details, self.title = trials, table, details, title
         # A defense that has no meaning in a setting would be an empty row there.
         rows = [table[axis] for axis in (*BOARD, "threat_model", "defense")]
         self.table = table[~(table.not_applicable == table.seeds).groupby(rows).transform("all")]
         self.attacked = self.table[self.table.poison_rate > 0]
-        self.connections = connections(self.trials, list(behind))
+        self.connections = connections(self.trials, list(details))
         groups = table.assign(whole=table.done == table.seeds).groupby([*BOARD, "threat_model", "defense"], sort=False)
         self._whole = groups.whole.all().to_dict()
 
@@ -57,17 +57,17 @@ class FigureData:
         """Is every cell of this defense done? If not, its means are over other attacks than its rivals'."""
         return bool(self._whole[(*(getattr(row, axis) for axis in BOARD), row.threat_model, row.defense)])
 
-    def caption(self, what: str, table: pd.DataFrame | None = None, place: str = "") -> str:
+    def caption(self, what: str, table: pd.DataFrame | None = None, group_name: str = "") -> str:
         done = (self.table if table is None else table).done
         seeds = sorted({int(count) for count in done if count})
         count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}" if seeds else "no"
-        where = f"{self.title}: {place}" if place else self.title
+        where = f"{self.title}: {group_name}" if group_name else self.title
         return f"{what} {where}; n = {count} seed{'' if count == '1' else 's'}."
 
     def more(self, name: str, *also: str) -> Iterator[tuple[Any, Any]]:
         """Finished trials, and such as have `also` for a status, with something beside their figures: row, and that."""
-        for row, own in zip(records(self.trials), self.behind, strict=True):
-            value = own.get("more", {}).get(name)
+        for row, details in zip(records(self.trials), self.details, strict=True):
+            value = details.get("more", {}).get(name)
             if row.status in ("done", *also) and value:
                 yield row, value
 
@@ -87,11 +87,11 @@ def look_of(name: str) -> dict[str, Any]:
         wanted = zlib.crc32(name.encode())
         free = (at % 100 for at in range(wanted, wanted + 100) if at % 100 not in places.values())
         places[name] = next(free, wanted % 100)
-    place = places[name]
+    index = places[name]
     return {
-        "color": sns.color_palette("colorblind")[place % 10],
-        "marker": MARKERS[(place + place // 10) % len(MARKERS)],
-        "linestyle": LINE_STYLES[place // 10 % len(LINE_STYLES)],
+        "color": sns.color_palette("colorblind")[index % 10],
+        "marker": MARKERS[(index + index // 10) % len(MARKERS)],
+        "linestyle": LINE_STYLES[index // 10 % len(LINE_STYLES)],
     }
 
 
@@ -99,7 +99,7 @@ def look_of(name: str) -> dict[str, Any]:
 def _places() -> dict[str, int]:
     from defenses.base import defense
 
-    return {name: place for place, name in enumerate(sorted(name for name in defense if name != BASELINE))}
+    return {name: index for index, name in enumerate(sorted(name for name in defense if name != BASELINE))}
 
 
 @contextmanager
@@ -179,22 +179,27 @@ def short_name(name: Any, length: int = 28) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def board_title(place: tuple[Any, ...]) -> str:
-    return ", ".join(short_name(name) for name in place if name)
+def board_title(group_key: tuple[Any, ...]) -> str:
+    return ", ".join(short_name(name) for name in group_key if name)
 
 
 def distinct_titles(places: list[tuple[Any, ...]]) -> tuple[list[str], str]:
     """A title for each panel, of what tells it from the others, and what all have in common."""
     differs = [len(set(names)) > 1 for names in zip(*places, strict=True)]
-    titles = [board_title(tuple(name for name, own in zip(place, differs, strict=True) if own)) for place in places]
-    return titles, board_title(tuple(name for name, own in zip(places[0], differs, strict=True) if not own))
+    titles = [
+        board_title(tuple(name for name, differs_here in zip(group_key, differs, strict=True) if differs_here))
+        for group_key in places
+    ]
+    return titles, board_title(
+        tuple(name for name, differs_here in zip(places[0], differs, strict=True) if not differs_here)
+    )
 
 
 def method_means(table: pd.DataFrame, names: list[str]) -> pd.DataFrame:
     """One row for each defense of a place: means over attacks of the figures."""
-    found = table.groupby([*BOARD, "threat_model", "defense"], sort=False)[[f"{name}_mean" for name in names]].mean()
-    found.columns = pd.Index(names)
-    return found.reset_index()
+    means = table.groupby([*BOARD, "threat_model", "defense"], sort=False)[[f"{name}_mean" for name in names]].mean()
+    means.columns = pd.Index(names)
+    return means.reset_index()
 
 
 def draw_point(axis: Axes, grid: FigureData, row: Any, x: float, y: float) -> None:
@@ -209,17 +214,17 @@ HOLLOW = "hollow: not all cells are done"
 
 def by_attack(table: pd.DataFrame, by: list[str], along: str) -> list[tuple[Any, pd.DataFrame]]:
     """Curves' names and parts, one more name for the attack; all attacks together where that are too many panels."""
-    found: list[tuple[Any, pd.DataFrame]] = []
+    groups: list[tuple[Any, pd.DataFrame]] = []
     for names in ([*by, "attack"], by):
-        found = [(place, part) for place, part in groups_of(table, names) if part[along].nunique() > 1]
-        if len(found) <= MOST_PANELS:
+        groups = [(group_key, group) for group_key, group in groups_of(table, names) if group[along].nunique() > 1]
+        if len(groups) <= MOST_PANELS:
             break
-    return found
+    return groups
 
 
 def averaged_over(panels: list[pd.DataFrame]) -> str:
     """What the figures of these parts are means over."""
-    return f"means over {'attacks and ' if any(part.attack.nunique() > 1 for part in panels) else ''}seeds"
+    return f"means over {'attacks and ' if any(group.attack.nunique() > 1 for group in panels) else ''}seeds"
 
 
 def draw_lines(
@@ -227,21 +232,21 @@ def draw_lines(
 ) -> Figure | None:
     """Mean curves of defenses: rows of (place, defense, x, y); dense ones have no markers."""
     table = pd.DataFrame(rows, columns=["place", "defense", "x", "y"]).dropna()
-    panels = [(place, part) for place, part in groups_of(table, "place") if part.x.nunique() > 1]
+    panels = [(group_key, group) for group_key, group in groups_of(table, "place") if group.x.nunique() > 1]
     if not panels:
         return None
-    titles, common = distinct_titles([place for place, _ in panels])
+    titles, common = distinct_titles([group_key for group_key, _ in panels])
     with paper_style() as plt:
         figure, axes = make_panels(plt, len(panels), WIDTH, 1.9)
-        for axis, title, (_, part) in zip(axes, titles, panels, strict=True):
-            for defense, own in groups_of(part, "defense"):
-                curve = own.groupby("x").y.mean()
+        for axis, title, (_, group) in zip(axes, titles, panels, strict=True):
+            for defense, of_defense in groups_of(group, "defense"):
+                curve = of_defense.groupby("x").y.mean()
                 axis.plot(
                     curve.index, curve, label=defense, **look_of(str(defense)) | ({"marker": ""} if dense else {})
                 )
             axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
         add_legend(figure, axes)
-        return add_title(figure, grid.caption(what, place=common))
+        return add_title(figure, grid.caption(what, group_name=common))
 
 
 def place_columns(row: Any, *more: str) -> tuple[str, ...]:
@@ -252,15 +257,15 @@ def place_columns(row: Any, *more: str) -> tuple[str, ...]:
 CONNECTION_LOOKS = {"infected": (3, "o", "-"), "clean_control": (2, "s", "--"), "noise": (None, "x", ":")}
 
 
-def draw_interval(axis: Axes, own: pd.DataFrame, name: str, kind: str) -> None:
+def draw_interval(axis: Axes, curve: pd.DataFrame, name: str, kind: str) -> None:
     import seaborn as sns
 
     color, marker, line = CONNECTION_LOOKS[kind]
     scale = 100 if name == "concentration" else 1
-    values = scale * own[[name, f"{name}_low", f"{name}_high"]]
+    values = scale * curve[[name, f"{name}_low", f"{name}_high"]]
     reach = [values[name] - values[f"{name}_low"], values[f"{name}_high"] - values[name]]
     axis.errorbar(
-        255 * own.epsilon,
+        255 * curve.epsilon,
         values[name],
         np.nan_to_num(np.maximum(reach, 0)),
         label=KINDS[kind],
