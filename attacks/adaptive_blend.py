@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.engine.data import generator
+from bench.engine.settings import count, number, share
 from bench.engine.training import Tensors
 
 from .base import Attack, Setup, attack
@@ -26,12 +27,6 @@ class AdaptiveBlend(Attack):
     """image + alpha mask (picture - image); the mask is drawn for each training image, and full at test.
 
     150 poisoned images of 50,000 are few, and covers work against them: ASR varies much from seed to seed.
-
-    Attributes:
-        alpha: opacity at test time, in (0, 1].
-        alpha_train: opacity in training; negative takes `alpha`.
-        pieces_per_side: the mask is made of this number of pieces, squared.
-        mask_rate: share of the pieces that a training image lacks, in [0, 1).
     """
 
     paper: ClassVar[str] = "arXiv:2205.13613"
@@ -39,23 +34,10 @@ class AdaptiveBlend(Attack):
     regimes: ClassVar[tuple[str, ...]] = ("static",)
     poison_rate: float = 0.003
     cover_rate: float = 0.003
-    alpha: float = 0.2
-    alpha_train: float = 0.15
-    pieces_per_side: int = 4
-    mask_rate: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.alpha <= 1:
-            raise ValueError(f"attack.adaptive_blend.alpha is {self.alpha:g}; write an opacity above 0, at most 1")
-        if self.alpha_train > 1:
-            raise ValueError(
-                f"attack.adaptive_blend.alpha_train is {self.alpha_train:g}; write at most 1, or -1 for alpha"
-            )
-        if self.pieces_per_side < 1:
-            raise ValueError(f"attack.adaptive_blend.pieces_per_side is {self.pieces_per_side}; write at least 1")
-        if not 0 <= self.mask_rate < 1:
-            raise ValueError(f"attack.adaptive_blend.mask_rate is {self.mask_rate:g}; write a share in [0, 1)")
+    alpha: float = share(0.2, "opacity at test time", above=0)
+    alpha_train: float = number(0.15, "opacity in training; negative takes `alpha`", at_most=1)
+    pieces_per_side: int = count(4, "the mask is made of this number of pieces, squared", at_least=1)
+    mask_rate: float = share(0.5, "share of the pieces that a training image lacks", below=1)
 
     def check(self, class_counts: list[int], shape: tuple[int, int, int]) -> None:
         super().check(class_counts, shape)

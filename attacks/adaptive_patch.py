@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.engine.data import generator
+from bench.engine.settings import choice
 from bench.engine.training import Tensors
 
 from .base import Attack, Setup, attack
@@ -37,10 +38,6 @@ class AdaptivePatch(Attack):
     """Each poisoned or cover image gets exactly one patch, a quarter of them each.
 
     150 poisoned images of 50,000 are few, and covers work against them: ASR varies much from seed to seed.
-
-    Attributes:
-        test_triggers: `corners` (5x5 blocks in both lower corners and chequers in all; the paper's choice for
-            CIFAR-10) or `logo_square` (the 13x13 and the 8x8 patch; for GTSRB).
     """
 
     paper: ClassVar[str] = "arXiv:2205.13613"
@@ -48,14 +45,12 @@ class AdaptivePatch(Attack):
     regimes: ClassVar[tuple[str, ...]] = ("static",)
     poison_rate: float = 0.003
     cover_rate: float = 0.006
-    test_triggers: str = "corners"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.test_triggers not in TEST_TRIGGERS:
-            raise ValueError(
-                f"attack.adaptive_patch.test_triggers is {self.test_triggers!r}; write {' or '.join(TEST_TRIGGERS)}"
-            )
+    test_triggers: str = choice(
+        "corners",
+        "`corners` (5x5 blocks in both lower corners and chequers in all; the paper's choice for "
+        "CIFAR-10) or `logo_square` (the 13x13 and the 8x8 patch; for GTSRB)",
+        TEST_TRIGGERS,
+    )
 
     def prepare(self, setup: Setup) -> Tensors:
         shape = setup.trainset.images.shape[1:]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.engine.settings import choice, count
 from bench.engine.training import Tensors
 
 from .base import Attack, Setup, attack
@@ -29,23 +30,16 @@ PATTERNS = {
 @attack("badnets")
 @dataclass(frozen=True)
 class BadNets(Attack):
-    """Overwrite the corner with a white or a chequered square.
-
-    Attributes:
-        patch_size: pixels a side on an image 32 pixels wide; other sizes scale with the image.
-        pattern: `white` or `checker`.
-    """
+    """Overwrite the corner with a white or a chequered square."""
 
     paper: ClassVar[str] = "arXiv:1708.06733"
-    patch_size: int = 3
-    pattern: str = "white"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pattern not in PATTERNS:
-            raise ValueError(f"attack.badnets.pattern is {self.pattern!r}; write {' or '.join(PATTERNS)}")
-        if not 1 <= self.patch_size <= 32:
-            raise ValueError(f"attack.badnets.patch_size is {self.patch_size}; write pixels of 32, from 1 to 32")
+    patch_size: int = count(
+        3,
+        "pixels a side on an image 32 pixels wide; other sizes scale with the image",
+        at_least=1,
+        at_most=32,
+    )
+    pattern: str = choice("white", "what the patch shows", PATTERNS)
 
     def check(self, class_counts: list[int], shape: tuple[int, int, int]) -> None:
         super().check(class_counts, shape)

@@ -8,7 +8,7 @@ stored implant can be attacked, defended and measured anywhere.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from bench.engine.counts import images_of, least_share
 from bench.engine.data import Augmentation, ImageSet, generator, to_float, to_uint8
 from bench.engine.models import Classifier
-from bench.engine.registry import LATER, Registry
+from bench.engine.registry import Registry
+from bench.engine.settings import check, choice, count, plain, share
 from bench.engine.training import Hooks, Recipe, Tensors, TrainingLog, fit
 
 attack = Registry("attack")
@@ -83,18 +84,7 @@ class AttackHooks(Hooks):
 
 @dataclass(frozen=True)
 class Attack:
-    """Base of all attacks. A subclass writes `stamp`, and overrides what else its paper does differently.
-
-    Attributes:
-        poison_rate: poisoned / all training images, in [0, 1], also for clean-label attacks.
-        target_label: the class that victims are sent to; all-to-all has none.
-        label_mode: `all_to_one`, `all_to_all` (each class to the next) or `clean_label` (only images of the target
-            class are poisoned, and keep their label).
-        regime: `static` (a fixed set of images is poisoned before augmentation: the attacker owns only data) or
-            `per_batch` (a share of every batch is poisoned anew: the attacker owns the training).
-        cover_rate: share of the training images that get the cover stamp and keep their label.
-        quantise: round triggered images to 8 bits, as a file would; a static poisoned set always is.
-    """
+    """Base of all attacks. A subclass writes `stamp`, and overrides what else its paper does differently."""
 
     name: ClassVar[str]
     paper: ClassVar[str] = "none"
@@ -106,19 +96,26 @@ class Attack:
     # Does the paper promise that the cover stamp, a wrong trigger, leaves the class alone at test time too?
     has_wrong_trigger: ClassVar[bool] = False
 
-    poison_rate: float = 0.1
-    target_label: int = 0
-    label_mode: str = "all_to_one"
-    regime: str = "static"
-    cover_rate: float = 0.0
-    quantise: bool = True
+    poison_rate: float = share(0.1, "poisoned / all training images, also for clean-label attacks")
+    target_label: int = count(0, "the class that victims are sent to; all-to-all has none")
+    label_mode: str = choice(
+        "all_to_one",
+        "`all_to_one`, `all_to_all` (each class to the next) or `clean_label` (only images of the "
+        "target class are poisoned, and keep their label)",
+        LABEL_MODES,
+    )
+    regime: str = choice(
+        "static",
+        "`static` (a fixed set of images is poisoned before augmentation: the attacker owns only "
+        "data) or `per_batch` (a share of every batch is poisoned anew: the attacker owns the "
+        "training)",
+        REGIMES,
+    )
+    cover_rate: float = share(0.0, "share of the training images that get the cover stamp and keep their label")
+    quantise: bool = plain(True, "round triggered images to 8 bits, as a file would; a static poisoned set always is")
 
     def __post_init__(self) -> None:
-        for key in ("poison_rate", "cover_rate"):
-            share = getattr(self, key)
-            if not 0 <= share <= 1:
-                hint = f" For {share:g} % write {share / 100:g}." if share > 1 else ""
-                raise ValueError(f"attack.{self.name}.{key} is {share:g}; it is a share in [0, 1].{hint}")
+        check(type(self), vars(self), f"attack.{getattr(self, 'name', type(self).__name__)}.")
         if self.poison_rate + self.cover_rate > 1:
             raise ValueError(f"attack.{self.name}: poison_rate + cover_rate is more than all images; lower one")
         for key, allowed in (("label_mode", self.label_modes), ("regime", self.regimes)):
@@ -283,19 +280,19 @@ class Attack:
 
 @dataclass(frozen=True)
 class Ramping(Attack):
-    """Base of attacks that own the training and may begin with an exaggerated trigger.
+    """Base of attacks that own the training and may begin with an exaggerated trigger."""
 
-    Attributes:
-        ramp: share of the training over which what the stamps change falls from four times to once; only under
-            `per_batch`. 0 leaves the paper's attack. A short training finds a faint trigger only so.
-    """
-
-    ramp: float = field(default=0.0, metadata=LATER)
+    ramp: float = share(
+        0.0,
+        "share of the training over which what the stamps change falls from four times to once; only "
+        "under `per_batch`. 0 leaves the paper's attack. A short training finds a faint trigger only "
+        "so",
+        below=1,
+        later=True,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.ramp < 1:
-            raise ValueError(f"attack.{self.name}.ramp is {self.ramp:g}; it is a share of the training in [0, 1)")
         if self.ramp and self.regime != "per_batch":
             raise ValueError(
                 f"attack.{self.name}.ramp changes the training, which a {self.regime} poisoned set leaves alone; "

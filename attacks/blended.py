@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.engine.data import generator
+from bench.engine.settings import choice, number, share
 from bench.engine.training import Tensors
 
 from .base import Attack, Setup, attack
@@ -23,29 +24,16 @@ from .base import Attack, Setup, attack
 @attack("blended")
 @dataclass(frozen=True)
 class Blended(Attack):
-    """(1 - alpha) image + alpha picture.
-
-    Attributes:
-        alpha: opacity at test time; 0.2 in BackdoorBench, 0.1 in PBE and PUD.
-        alpha_train: opacity in training; negative takes `alpha`.
-        picture: `noise` (each pixel uniform) or `shapes` (smooth coloured blobs).
-    """
+    """(1 - alpha) image + alpha picture."""
 
     paper: ClassVar[str] = "arXiv:1712.05526"
-    alpha: float = 0.2
-    alpha_train: float = -1.0
-    picture: str = "noise"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.picture not in ("noise", "shapes"):
-            raise ValueError(f"attack.blended.picture is {self.picture!r}; write noise or shapes")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"attack.blended.alpha is {self.alpha:g}; an opacity is in [0, 1]")
-        if self.alpha_train > 1:
-            raise ValueError(
-                f"attack.blended.alpha_train is {self.alpha_train:g}; an opacity is in [0, 1], and below 0 takes alpha"
-            )
+    alpha: float = share(0.2, "opacity at test time; 0.2 in BackdoorBench, 0.1 in PBE and PUD")
+    alpha_train: float = number(-1.0, "opacity in training; negative takes `alpha`", at_most=1)
+    picture: str = choice(
+        "noise",
+        "`noise` (each pixel uniform) or `shapes` (smooth coloured blobs)",
+        ("noise", "shapes"),
+    )
 
     def prepare(self, setup: Setup) -> Tensors:
         shape = setup.trainset.images.shape[1:]

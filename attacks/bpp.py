@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bench.engine.settings import count, plain, share
 from bench.engine.training import Tensors
 
 from .base import Ramping, attack
@@ -22,26 +23,22 @@ from .base import Ramping, attack
 @attack("bpp")
 @dataclass(frozen=True)
 class Bpp(Ramping):
-    """Round every pixel of every channel to one of a few equally spaced levels.
-
-    Attributes:
-        cover_rate: share of negative samples: they carry another image's rounding error and keep their label.
-        levels: values that a pixel can take, from 2 to 128; 8 is the code's default, 32 its CIFAR-10 command.
-        dither: spread each pixel's rounding error over its neighbours (Floyd and Steinberg).
-    """
+    """Round every pixel of every channel to one of a few equally spaced levels."""
 
     paper: ClassVar[str] = "arXiv:2205.13383"
     has_wrong_trigger: ClassVar[bool] = True
     before_augmentation: ClassVar[bool] = True
     regime: str = "per_batch"
-    cover_rate: float = 0.1
-    levels: int = 8
-    dither: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 2 <= self.levels <= 128:
-            raise ValueError(f"attack.bpp.levels is {self.levels}; write 2 to 128 (256 would change no pixel)")
+    cover_rate: float = share(
+        0.1, "share of negative samples: they carry another image's rounding error and keep their label"
+    )
+    levels: int = count(
+        8,
+        "values that a pixel can take, from 2 to 128; 8 is the code's default, 32 its CIFAR-10 command",
+        at_least=2,
+        at_most=128,
+    )
+    dither: bool = plain(False, "spread each pixel's rounding error over its neighbours (Floyd and Steinberg)")
 
     def stamp(self, images: Tensor, tensors: Tensors) -> Tensor:
         if self.dither:

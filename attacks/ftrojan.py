@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bench.engine.settings import choice, count, number
 from bench.engine.training import Tensors
 
 from .base import Attack, Setup, attack
@@ -28,26 +29,26 @@ BANDS = ("middle_high", "high")
 @attack("ftrojan")
 @dataclass(frozen=True)
 class FTrojan(Attack):
-    """image + a fixed picture made of one or two cosine coefficients a window in Cr and Cb, clipped.
-
-    Attributes:
-        magnitude: what is added to a coefficient of a 32-pixel window, on the scale of 0 to 255; windows of w
-            pixels take w / 32 of it: a coefficient changes Cr or Cb by at most magnitude / 16 levels a pixel.
-        bands: `middle_high` raises coefficients (w/2 - 1, w/2 - 1) and (w - 1, w - 1), `high` the second.
-        window: pixels a side, a divisor of height and width; 0 takes the largest one up to 32.
-    """
+    """image + a fixed picture made of one or two cosine coefficients a window in Cr and Cb, clipped."""
 
     paper: ClassVar[str] = "arXiv:2111.10991"
-    magnitude: float = 30.0
-    bands: str = "middle_high"
-    window: int = 0
+    magnitude: float = number(
+        30.0,
+        "what is added to a coefficient of a 32-pixel window, on the scale of 0 to 255; windows of w "
+        "pixels take w / 32 of it: a coefficient changes Cr or Cb by at most magnitude / 16 levels a "
+        "pixel",
+        above=0,
+        at_most=2040,
+    )
+    bands: str = choice(
+        "middle_high",
+        "`middle_high` raises coefficients (w/2 - 1, w/2 - 1) and (w - 1, w - 1), `high` the second",
+        BANDS,
+    )
+    window: int = count(0, "pixels a side, a divisor of height and width; 0 takes the largest one up to 32")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.magnitude <= 2040:
-            raise ValueError(f"attack.ftrojan.magnitude is {self.magnitude:g}; write above 0 and at most 2040")
-        if self.bands not in BANDS:
-            raise ValueError(f"attack.ftrojan.bands is {self.bands!r}; write {' or '.join(BANDS)}")
         if self.window and self.window < 4:
             raise ValueError(f"attack.ftrojan.window is {self.window}; write at least 4 pixels, or 0 for the largest")
 

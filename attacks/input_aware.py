@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.engine.data import generator
+from bench.engine.settings import count, number, share
 from bench.engine.training import Tensors, named, optimizer_tensors, part_of, restore_optimizer
 
 from .base import Attack, AttackHooks, Setup, attack, count_in_step
@@ -36,43 +37,27 @@ MILESTONES = (1 / 3, 1 / 2, 2 / 3, 5 / 6)  # 200, 300, 400 and 500 of 600 epochs
 @attack("input_aware")
 @dataclass(frozen=True)
 class InputAware(Attack):
-    """image + mask(image) * (pattern(image) - image), with a nearly binary mask that channels share.
-
-    Attributes:
-        cover_rate: share of cross samples: they carry the trigger of another image and keep their label.
-        mask_updates: optimizer steps of the mask generator; 0 takes 9,775 (the paper's 25 epochs), or the
-            victim's number if that is smaller.
-        mask_density: value of a mask's pixel, in (0, 1), above which it costs.
-        density_weight: of that cost, against the diversity of masks.
-        diversity_weight: of the diversity of patterns, against the classifier's loss.
-        learning_rate: of Adam, for both generators.
-    """
+    """image + mask(image) * (pattern(image) - image), with a nearly binary mask that channels share."""
 
     paper: ClassVar[str] = "arXiv:2010.08138"
     has_wrong_trigger: ClassVar[bool] = True
     label_modes: ClassVar[tuple[str, ...]] = ("all_to_one", "all_to_all")
     regimes: ClassVar[tuple[str, ...]] = ("per_batch",)
     regime: str = "per_batch"
-    cover_rate: float = 0.1
-    mask_updates: int = 0
-    mask_density: float = 0.032
-    density_weight: float = 100.0
-    diversity_weight: float = 1.0
-    learning_rate: float = 0.01
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mask_updates < 0:
-            raise ValueError(f"attack.input_aware.mask_updates is {self.mask_updates}; write 0 or more")
-        if not 0 < self.mask_density < 1:
-            raise ValueError(f"attack.input_aware.mask_density is {self.mask_density:g}; write 0.032, in (0, 1)")
-        for key, usual in (("density_weight", 100), ("diversity_weight", 1)):
-            if not getattr(self, key) >= 0:
-                raise ValueError(
-                    f"attack.input_aware.{key} is {getattr(self, key):g}; write {usual}, or any number from 0 up"
-                )
-        if not self.learning_rate > 0:
-            raise ValueError(f"attack.input_aware.learning_rate is {self.learning_rate:g}; write 0.01, or above 0")
+    cover_rate: float = share(
+        0.1, "share of cross samples: they carry the trigger of another image and keep their label"
+    )
+    mask_updates: int = count(
+        0,
+        "optimizer steps of the mask generator; 0 takes 9,775 (the paper's 25 epochs), or the "
+        "victim's number if that is smaller",
+    )
+    mask_density: float = share(0.032, "value of a mask's pixel, above which it costs", above=0, below=1)
+    density_weight: float = number(100.0, "weight of that cost, against the diversity of masks", at_least=0)
+    diversity_weight: float = number(
+        1.0, "weight of the diversity of patterns, against the classifier's loss", at_least=0
+    )
+    learning_rate: float = number(0.01, "learning rate of Adam, for both generators", above=0)
 
     def check(self, class_counts: list[int], shape: tuple[int, int, int]) -> None:
         super().check(class_counts, shape)

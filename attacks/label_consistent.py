@@ -19,6 +19,7 @@ from torch import Tensor
 from bench.engine.adversarial import pgd
 from bench.engine.counts import images_of
 from bench.engine.data import ImageSet, generator, to_float, to_uint8
+from bench.engine.settings import count, pixels
 from bench.engine.training import Tensors
 
 from .base import POISON, Attack, Setup, attack
@@ -29,17 +30,7 @@ RIGHT_TILE = [[0, 0, 1], [0, 1, 0], [1, 0, 1]]  # both right corners; the left o
 @attack("label_consistent")
 @dataclass(frozen=True)
 class LabelConsistent(Attack):
-    """PGD away from the true class, then four corner tiles; at test time the tiles alone.
-
-    Attributes:
-        epsilon: L-infinity radius of PGD, in [0, 1]; 0 leaves the images as they are.
-        step_size: of PGD, in pixel units.
-        steps: of PGD.
-        amplitude: what white pixels of the tiles gain and black ones lose on poisoned training images, in
-            (0, 1]; 1 overwrites, 32 / 255 is the stealthy setting of the paper. At test time it is always 1.
-        patch_size: pixels a side of a tile on an image 32 pixels wide; other sizes scale with the image, down
-            to the three pixels that the pattern needs.
-    """
+    """PGD away from the true class, then four corner tiles; at test time the tiles alone."""
 
     paper: ClassVar[str] = "arXiv:1912.02771"
     label_modes: ClassVar[tuple[str, ...]] = ("clean_label",)
@@ -47,28 +38,22 @@ class LabelConsistent(Attack):
     # Half of the class at ten classes. Below 0.01 the attack fails, at the whole class clean accuracy falls.
     poison_rate: float = 0.05
     label_mode: str = "clean_label"
-    epsilon: float = 8 / 255
-    step_size: float = 1.5 / 255
-    steps: int = 100
-    amplitude: float = 1.0
-    patch_size: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("epsilon", "step_size"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(
-                    f"attack.label_consistent.{key} is {getattr(self, key):g}; write pixel units in [0, 1], "
-                    "as 0.0314 for 8 levels"
-                )
-        if self.steps < 0:
-            raise ValueError(f"attack.label_consistent.steps is {self.steps}; write 0 or more")
-        if not 0 < self.amplitude <= 1:
-            raise ValueError(f"attack.label_consistent.amplitude is {self.amplitude:g}; write pixel units in (0, 1]")
-        if not 3 <= self.patch_size <= 16:
-            raise ValueError(
-                f"attack.label_consistent.patch_size is {self.patch_size}; write pixels of 32, from 3 to 16"
-            )
+    epsilon: float = pixels(8 / 255, "L-infinity radius of PGD; 0 leaves the images as they are")
+    step_size: float = pixels(1.5 / 255, "step of PGD, in pixel units")
+    steps: int = count(100, "number of steps of PGD")
+    amplitude: float = pixels(
+        1.0,
+        "what white pixels of the tiles gain and black ones lose on poisoned training images; 1 "
+        "overwrites, 32 / 255 is the stealthy setting of the paper. At test time it is always 1",
+        above=0,
+    )
+    patch_size: int = count(
+        3,
+        "pixels a side of a tile on an image 32 pixels wide; other sizes scale with the image, down "
+        "to the three pixels that the pattern needs",
+        at_least=3,
+        at_most=16,
+    )
 
     def prepare(self, setup: Setup) -> Tensors:
         trainset = setup.trainset

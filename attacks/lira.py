@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bench.engine.adversarial import under_attack
 from bench.engine.data import generator
+from bench.engine.settings import count, number, pixels, share
 from bench.engine.training import Tensors, autocast, named, optimizer_tensors, part_of, restore_optimizer
 
 from .base import Attack, AttackHooks, PerBatch, Setup, attack
@@ -32,38 +33,26 @@ from .base import Attack, AttackHooks, PerBatch, Setup, attack
 class LIRA(Attack):
     """clip(image + epsilon * tanh(U-Net(image))).
 
-    Attributes:
-        poison_rate: share of each batch that is used poisoned; 0.5 is nearest to the paper.
-        epsilon: largest change of a pixel, in [0, 1]; 4 / 255 is four levels.
-        stage_one: share of the steps in which the generator learns, in (0, 1].
-        rounds: how often the first stage takes over the copy of the generator that it improves.
-        learning_rate: of Adam, for the generator.
-        width: channels of the U-Net's first level; it has four, each twice as wide as the one before.
+    A `poison_rate` of 0.5 is nearest to the paper.
     """
 
     paper: ClassVar[str] = "doi:10.1109/ICCV48922.2021.01175"
     label_modes: ClassVar[tuple[str, ...]] = ("all_to_one", "all_to_all")
     regimes: ClassVar[tuple[str, ...]] = ("per_batch",)
     regime: str = "per_batch"
-    epsilon: float = 4 / 255
-    stage_one: float = 0.5
-    rounds: int = 50
-    learning_rate: float = 1e-4
-    width: int = 32
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.epsilon <= 1:
-            raise ValueError(
-                f"attack.lira.epsilon is {self.epsilon:g}; write pixel units in [0, 1], as 0.0157 for 4 levels"
-            )
-        if not 0 < self.stage_one <= 1:
-            raise ValueError(f"attack.lira.stage_one is {self.stage_one:g}; write a share of the steps in (0, 1]")
-        for key in ("rounds", "width"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"attack.lira.{key} is {getattr(self, key)}; write 1 or more")
-        if not self.learning_rate > 0:
-            raise ValueError(f"attack.lira.learning_rate is {self.learning_rate:g}; write 1e-4, or above 0")
+    epsilon: float = pixels(4 / 255, "largest change of a pixel; 4 / 255 is four levels")
+    stage_one: float = share(0.5, "share of the steps in which the generator learns", above=0)
+    rounds: int = count(
+        50,
+        "how often the first stage takes over the copy of the generator that it improves",
+        at_least=1,
+    )
+    learning_rate: float = number(1e-4, "learning rate of Adam, for the generator", above=0)
+    width: int = count(
+        32,
+        "channels of the U-Net's first level; it has four, each twice as wide as the one before",
+        at_least=1,
+    )
 
     def prepare(self, setup: Setup) -> Tensors:
         return _stored("generator", _seeded(self, setup))

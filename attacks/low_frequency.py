@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bench.engine.adversarial import under_attack
 from bench.engine.data import generator, to_float
+from bench.engine.settings import choice, count, pixels, share
 from bench.engine.training import Tensors
 
 from .base import Attack, Setup, attack
@@ -32,37 +33,19 @@ OVERSHOOT = 1.02  # of DeepFool
 @attack("low_frequency")
 @dataclass(frozen=True)
 class LowFrequency(Attack):
-    """image + pattern, clipped; the pattern lies in [0, strength], so it only brightens.
-
-    Attributes:
-        pattern: `optimised` on a network trained for it, or `noise` (blurred noise: as smooth, and free).
-        strength: the pattern's highest value, in (0, 1]; 0.2 is 51 levels of 255.
-        images: training images to optimise on.
-        passes: over these images, at most.
-        deepfool_steps: gradient steps for one image in one pass, at most.
-        fooling_rate: the passes end when the pattern changes this share of the predictions.
-    """
+    """image + pattern, clipped; the pattern lies in [0, strength], so it only brightens."""
 
     paper: ClassVar[str] = "arXiv:2104.03413"
-    pattern: str = "optimised"
-    strength: float = 0.2
-    images: int = 100
-    passes: int = 10
-    deepfool_steps: int = 50
-    fooling_rate: float = 0.2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pattern not in ("optimised", "noise"):
-            raise ValueError(f"attack.low_frequency.pattern is {self.pattern!r}; write optimised or noise")
-        for key in ("strength", "fooling_rate"):
-            if not 0 < getattr(self, key) <= 1:
-                raise ValueError(
-                    f"attack.low_frequency.{key} is {getattr(self, key):g}; write a value above 0, at most 1"
-                )
-        for key in ("images", "passes", "deepfool_steps"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"attack.low_frequency.{key} is {getattr(self, key)}; write at least 1")
+    pattern: str = choice(
+        "optimised",
+        "`optimised` on a network trained for it, or `noise` (blurred noise: as smooth, and free)",
+        ("optimised", "noise"),
+    )
+    strength: float = pixels(0.2, "the pattern's highest value; 0.2 is 51 levels of 255", above=0)
+    images: int = count(100, "training images to optimise on", at_least=1)
+    passes: int = count(10, "over these images, at most", at_least=1)
+    deepfool_steps: int = count(50, "gradient steps for one image in one pass, at most", at_least=1)
+    fooling_rate: float = share(0.2, "the passes end when the pattern changes this share of the predictions", above=0)
 
     def prepare(self, setup: Setup) -> Tensors:
         learned = self._optimised(setup) if self.pattern == "optimised" else None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bench.engine.adversarial import clamped, under_attack
 from bench.engine.data import ImageSet, generator, to_float
+from bench.engine.settings import count, number, pixels
 from bench.engine.training import Recipe, Tensors, fit
 
 from .base import Attack, Setup, attack
@@ -31,15 +32,6 @@ class Narcissus(Attack):
     """Add the pattern; at test time add a multiple of it.
 
     To a clean model the pattern is a universal adversarial perturbation: compare the ASR with that model's.
-
-    Attributes:
-        epsilon: L-infinity bound of the pattern on poisoned training images, in [0, 1].
-        amplification: the multiple at test time.
-        updates: of the pattern, each on a batch of target-class images.
-        learning_rate: of the pattern's RAdam, in pixel units (the authors' 0.01 is for images in [-1, 1]).
-        warmup_epochs: passes of the surrogate over the target class alone, before it is frozen.
-        warmup_rate: learning rate of the warm-up.
-        batch_size: of warm-up and pattern.
     """
 
     paper: ClassVar[str] = "arXiv:2204.05255"
@@ -48,24 +40,17 @@ class Narcissus(Attack):
     regimes: ClassVar[tuple[str, ...]] = ("static",)
     poison_rate: float = 0.0005  # 25 images of 50,000
     label_mode: str = "clean_label"
-    epsilon: float = 16 / 255
-    amplification: float = 3.0
-    updates: int = 1000
-    learning_rate: float = 0.005
-    warmup_epochs: int = 5
-    warmup_rate: float = 1e-4
-    batch_size: int = 350
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.epsilon <= 1:
-            raise ValueError(f"attack.narcissus.epsilon is {self.epsilon:g}; write pixel units in (0, 1]")
-        for key in ("amplification", "learning_rate", "warmup_rate"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"attack.narcissus.{key} is {getattr(self, key):g}; write a number above 0")
-        for key, least in (("updates", 0), ("warmup_epochs", 0), ("batch_size", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"attack.narcissus.{key} is {getattr(self, key)}; write {least} or more")
+    epsilon: float = pixels(16 / 255, "L-infinity bound of the pattern on poisoned training images", above=0)
+    amplification: float = number(3.0, "the multiple at test time", above=0)
+    updates: int = count(1000, "number of updates of the pattern, each on a batch of target-class images")
+    learning_rate: float = number(
+        0.005,
+        "learning rate of the pattern's RAdam, in pixel units (the authors' 0.01 is for images in [-1, 1])",
+        above=0,
+    )
+    warmup_epochs: int = count(5, "passes of the surrogate over the target class alone, before it is frozen")
+    warmup_rate: float = number(1e-4, "learning rate of the warm-up", above=0)
+    batch_size: int = count(350, "images in a step of warm-up and pattern", at_least=1)
 
     def prepare(self, setup: Setup) -> Tensors:
         of_target = setup.trainset[setup.trainset.labels == self.target_label]

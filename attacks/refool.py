@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.engine.data import generator, to_float, to_uint8
+from bench.engine.settings import count, share
 from bench.engine.training import Tensors
 
 from .base import Attack, Setup, attack
@@ -29,30 +30,24 @@ GAMMA = 2.2  # light adds up, grey values do not
 @attack("refool")
 @dataclass(frozen=True)
 class Refool(Attack):
-    """Opacity times the image plus a double or a blurred reflection, in linear light.
-
-    Attributes:
-        photos: how many training images serve as reflections.
-        ghost_share: share of them that are seen double (thick glass); the rest is out of focus.
-        weakest, strongest: what the glass takes from the image, in [0, 1); each photo draws its own between.
-    """
+    """Opacity times the image plus a double or a blurred reflection, in linear light."""
 
     paper: ClassVar[str] = "arXiv:2007.02343"
-    photos: int = 200
-    ghost_share: float = 0.49
-    weakest: float = 0.05
-    strongest: float = 0.45
+    photos: int = count(200, "how many training images serve as reflections", at_least=1)
+    ghost_share: float = share(0.49, "share of them that are seen double (thick glass); the rest is out of focus")
+    weakest: float = share(
+        0.05,
+        "the least that the glass takes from the image; each photo draws its own between this and `strongest`",
+        below=1,
+    )
+    strongest: float = share(0.45, "the most that it takes", below=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.photos < 1:
-            raise ValueError(f"attack.refool.photos is {self.photos}; write 1 or more")
-        if not 0 <= self.ghost_share <= 1:
-            raise ValueError(f"attack.refool.ghost_share is {self.ghost_share:g}; write a share in [0, 1]")
-        if not 0 <= self.weakest <= self.strongest < 1:
+        if self.weakest > self.strongest:
             raise ValueError(
-                f"attack.refool.weakest and strongest are {self.weakest:g} and {self.strongest:g}; "
-                "write shares in [0, 1), the weaker first"
+                f"attack.refool.weakest is {self.weakest:g}, more than strongest, {self.strongest:g}; "
+                "write the weaker first"
             )
 
     def prepare(self, setup: Setup) -> Tensors:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.engine.adversarial import pgd
+from bench.engine.settings import count, pixels, share
 from bench.engine.training import Tensors
 
 from .base import AttackHooks, PerBatch, Setup, attack
@@ -26,31 +27,15 @@ class RobustBlended(Blended):
 
     The three defenses live on what an infected model does with adversarial images: it takes many for triggered ones.
     A model that was trained on such images need not. The price is a step of several passes, and clean accuracy.
-
-    Attributes:
-        epsilon: radius of the attack, L-infinity in pixel units; that of the defenses.
-        attack_steps: gradient steps of it, each a quarter of epsilon, from a random start.
-        adversarial_share: of the clean images of a batch, in [0, 1].
     """
 
     paper: ClassVar[str] = "none"
     label_modes: ClassVar[tuple[str, ...]] = ("all_to_one", "all_to_all")
     regimes: ClassVar[tuple[str, ...]] = ("per_batch",)
     regime: str = "per_batch"
-    epsilon: float = 6 / 255
-    attack_steps: int = 5
-    adversarial_share: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.epsilon <= 1:
-            raise ValueError(f"attack.robust_blended.epsilon is {self.epsilon:g}; for 6 levels of 255 write 0.0235")
-        if self.attack_steps < 1:
-            raise ValueError(f"attack.robust_blended.attack_steps is {self.attack_steps}; write at least 1")
-        if not 0 <= self.adversarial_share <= 1:
-            raise ValueError(
-                f"attack.robust_blended.adversarial_share is {self.adversarial_share:g}; write a share in [0, 1]"
-            )
+    epsilon: float = pixels(6 / 255, "radius of the attack, L-infinity in pixel units; that of the defenses", above=0)
+    attack_steps: int = count(5, "gradient steps of it, each a quarter of epsilon, from a random start", at_least=1)
+    adversarial_share: float = share(0.5, "share of the clean images of a batch")
 
     def hooks(self, setup: Setup, tensors: Tensors) -> AttackHooks:
         return Adversarial(self, tensors, setup)

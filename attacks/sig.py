@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from bench.engine.settings import count, number
 from bench.engine.training import Tensors
 
 from .base import Attack, Setup, attack
@@ -23,31 +24,21 @@ from .base import Attack, Setup, attack
 @attack("sig")
 @dataclass(frozen=True)
 class Sig(Attack):
-    """image + delta sin(2 pi column frequency / width), clipped; the same in every row and channel.
-
-    Attributes:
-        delta: amplitude at test time, in levels of 255, in (0, 255].
-        delta_train: amplitude in training; negative takes `delta`.
-        frequency: periods in an image's width; below half of the width.
-    """
+    """image + delta sin(2 pi column frequency / width), clipped; the same in every row and channel."""
 
     paper: ClassVar[str] = "arXiv:1902.11237"
     poison_rate: float = 0.05
     label_mode: str = "clean_label"
-    delta: float = 40.0
-    delta_train: float = -1.0
-    frequency: int = 6
+    delta: float = number(40.0, "amplitude at test time, in levels of 255", above=0, at_most=255)
+    delta_train: float = number(-1.0, "amplitude in training; negative takes `delta`", at_most=255)
+    frequency: int = count(6, "periods in an image's width; below half of the width", at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.delta <= 255:
-            raise ValueError(f"attack.sig.delta is {self.delta:g}; write levels of 255, above 0 and at most 255")
-        if self.delta_train > 255 or self.delta_train == 0:
+        if self.delta_train == 0:
             raise ValueError(
                 f"attack.sig.delta_train is {self.delta_train:g}; write levels of 255, or -1 to take delta"
             )
-        if self.frequency < 1:
-            raise ValueError(f"attack.sig.frequency is {self.frequency}; write whole periods a width, at least 1")
 
     def check(self, class_counts: list[int], shape: tuple[int, int, int]) -> None:
         super().check(class_counts, shape)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.engine.data import generator, to_float
+from bench.engine.settings import count, number
 from bench.engine.training import Tensors
 
 from .base import Attack, Setup, attack
@@ -29,34 +30,23 @@ USUAL_UPDATES = 15_000  # 20 epochs of CIFAR-10 at batch size 64
 @attack("ssba")
 @dataclass(frozen=True)
 class SSBA(Attack):
-    """What the encoder makes of the image and the secret.
-
-    Attributes:
-        secret_bits: length of the secret.
-        updates: optimizer steps of encoder and decoder; 0 takes 15,000, or fewer if the victim's
-            training sees fewer images than that. With a few hundred the bits stay unread (see the curve
-            ssba/bit_accuracy) and the trigger is a mere blur, which a victim learns all the same.
-        batch_size: images a step.
-        learning_rate: of Adam.
-        image_weight: final weight of the mean squared error of the image against the loss of the bits.
-    """
+    """What the encoder makes of the image and the secret."""
 
     paper: ClassVar[str] = "arXiv:2012.03816"
-    secret_bits: int = 100
-    updates: int = 0
-    batch_size: int = 64
-    learning_rate: float = 1e-4
-    image_weight: float = 10.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key, least in (("secret_bits", 1), ("updates", 0), ("batch_size", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"attack.ssba.{key} is {getattr(self, key)}; write {least} or more")
-        if not self.learning_rate > 0:
-            raise ValueError(f"attack.ssba.learning_rate is {self.learning_rate:g}; write 1e-4, or above 0")
-        if not self.image_weight >= 0:
-            raise ValueError(f"attack.ssba.image_weight is {self.image_weight:g}; write 0 or more, as 10")
+    secret_bits: int = count(100, "length of the secret", at_least=1)
+    updates: int = count(
+        0,
+        "optimizer steps of encoder and decoder; 0 takes 15,000, or fewer if the victim's training "
+        "sees fewer images than that. With a few hundred the bits stay unread (see the curve "
+        "ssba/bit_accuracy) and the trigger is a mere blur, which a victim learns all the same",
+    )
+    batch_size: int = count(64, "images a step", at_least=1)
+    learning_rate: float = number(1e-4, "learning rate of Adam", above=0)
+    image_weight: float = number(
+        10.0,
+        "final weight of the mean squared error of the image against the loss of the bits",
+        at_least=0,
+    )
 
     def prepare(self, setup: Setup) -> Tensors:
         data, device = setup.trainset, setup.device

@@ -18,6 +18,7 @@ from torch import Tensor
 from bench.engine.adversarial import under_attack
 from bench.engine.data import generator, to_float
 from bench.engine.models import Classifier
+from bench.engine.settings import count, number
 from bench.engine.training import Tensors
 
 from .base import Attack, Setup, attack
@@ -28,39 +29,25 @@ MARGIN = 3  # pixels of 32 between the square and the lower and right edge: rows
 @attack("trojan_nn")
 @dataclass(frozen=True)
 class TrojanNN(Attack):
-    """Paste the optimised square.
-
-    Attributes:
-        neurons: how many inputs of the last layer must fire: those with the largest sum of absolute weights;
-            a narrower layer gives all that it has.
-        activation: the value that they are driven to.
-        patch_size: pixels a side on an image 32 pixels wide; other sizes scale with the image.
-        steps: of Adam on the pixels.
-        learning_rate: of Adam, on the logits of the pixels.
-        backgrounds: training images under the square while it is optimised.
-    """
+    """Paste the optimised square."""
 
     paper: ClassVar[str] = "doi:10.14722/ndss.2018.23291"
-    neurons: int = 2
-    activation: float = 100.0
-    patch_size: int = 8
-    steps: int = 1000
-    learning_rate: float = 0.1
-    backgrounds: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("neurons", "backgrounds"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"attack.trojan_nn.{key} is {getattr(self, key)}; write 1 or more")
-        if not 1 <= self.patch_size <= 32 - MARGIN:
-            raise ValueError(
-                f"attack.trojan_nn.patch_size is {self.patch_size}; write pixels of 32, 1 to {32 - MARGIN}"
-            )
-        if self.steps < 0:
-            raise ValueError(f"attack.trojan_nn.steps is {self.steps}; write 0 or more")
-        if not self.learning_rate > 0:
-            raise ValueError(f"attack.trojan_nn.learning_rate is {self.learning_rate:g}; write 0.1, or above 0")
+    neurons: int = count(
+        2,
+        "how many inputs of the last layer must fire: those with the largest sum of absolute weights; "
+        "a narrower layer gives all that it has",
+        at_least=1,
+    )
+    activation: float = number(100.0, "the value that they are driven to", above=0)
+    patch_size: int = count(
+        8,
+        "pixels a side on an image 32 pixels wide; other sizes scale with the image",
+        at_least=1,
+        at_most=32 - MARGIN,
+    )
+    steps: int = count(1000, "number of steps of Adam on the pixels")
+    learning_rate: float = number(0.1, "learning rate of Adam, on the logits of the pixels", above=0)
+    backgrounds: int = count(16, "training images under the square while it is optimised", at_least=1)
 
     def prepare(self, setup: Setup) -> Tensors:
         data = setup.trainset

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.engine.data import generator
+from bench.engine.settings import count, number, plain, share
 from bench.engine.training import Tensors
 
 from .base import Ramping, Setup, attack
@@ -25,36 +26,27 @@ from .base import Ramping, Setup, attack
 @attack("wanet")
 @dataclass(frozen=True)
 class WaNet(Ramping):
-    """Sample the image along a slightly bent grid.
-
-    Attributes:
-        cover_rate: share of images whose grid is jittered anew and that keep their label (the paper's noise
-            mode, twice the poison rate); 0 turns it off, and the network then reacts to any warp.
-        strength: about twice the mean offset of a pixel along each axis, in pixels.
-        control_points: of the random field, a side; the rest is interpolated.
-        grid_rescale: factor on the whole grid, coordinates in [-1, 1]; 1 leaves the image its size.
-        scale_with_size: multiply the strength by height / 32. Off, as in the paper: offsets are the same in
-            pixels for every image size, a relatively weaker warp on larger images.
-    """
+    """Sample the image along a slightly bent grid."""
 
     paper: ClassVar[str] = "arXiv:2102.10369"
     has_wrong_trigger: ClassVar[bool] = True
     before_augmentation: ClassVar[bool] = True
     regime: str = "per_batch"
-    cover_rate: float = 0.2
-    strength: float = 0.5
-    control_points: int = 4
-    grid_rescale: float = 1.0
-    scale_with_size: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.strength >= 0:
-            raise ValueError(f"attack.wanet.strength is {self.strength:g}; write 0.5, or any number from 0 up")
-        if self.control_points < 2:
-            raise ValueError(f"attack.wanet.control_points is {self.control_points}; write 2 or more a side")
-        if not self.grid_rescale > 0:
-            raise ValueError(f"attack.wanet.grid_rescale is {self.grid_rescale:g}; write 1, or above 0")
+    cover_rate: float = share(
+        0.2,
+        "share of images whose grid is jittered anew and that keep their label (the paper's noise mode, twice the "
+        "poison rate); 0 turns it off, and the network then reacts to any warp",
+    )
+    strength: float = number(0.5, "about twice the mean offset of a pixel along each axis, in pixels", at_least=0)
+    control_points: int = count(4, "points of the random field, a side; the rest is interpolated", at_least=2)
+    grid_rescale: float = number(
+        1.0, "factor on the whole grid, whose coordinates are in [-1, 1]; 1 leaves the image its size", above=0
+    )
+    scale_with_size: bool = plain(
+        False,
+        "multiply the strength by height / 32. Off, as in the paper: offsets are the same in pixels "
+        "for every image size, a relatively weaker warp on larger images",
+    )
 
     def prepare(self, setup: Setup) -> Tensors:
         height, width = setup.trainset.images.shape[-2:]

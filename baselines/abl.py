@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from bench.engine.data import ImageSet
 from bench.engine.models import Classifier
+from bench.engine.settings import count, number, share
 from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, TrainsetView, defense
 
@@ -31,37 +32,25 @@ from defenses.base import Defense, DefenseResult, TrainsetView, defense
 @defense("abl")
 @dataclass(frozen=True)
 class AntiBackdoorLearning(Defense):
-    """Train a network anew on a poisoned training set, in three phases.
-
-    Attributes:
-        gamma: the loss at which isolation holds each batch; isolation sees the images without augmentation.
-        isolation_ratio: share of the training images isolated, those of lowest loss, in (0, 1).
-        isolation: length of the first phase as a share of the recipe, in (0, 1].
-        tuning: length of the second phase, on the other images, as a share of the recipe, in [0, 1].
-        unlearning_updates: steps of gradient ascent on the isolated images, without augmentation.
-        unlearning_lr: rate of the ascent as a share of the recipe's rate.
-    """
+    """Train a network anew on a poisoned training set, in three phases."""
 
     paper: ClassVar[str] = "arXiv:2110.11571"
     version: ClassVar[int] = 2  # isolation without augmentation
-    gamma: float = 0.5
-    isolation_ratio: float = 0.01
-    isolation: float = 0.2
-    tuning: float = 0.6
-    unlearning_updates: int = 40
-    unlearning_lr: float = 0.005
-
-    def __post_init__(self) -> None:
-        if not 0 < self.isolation_ratio < 1:
-            raise ValueError(
-                f"defense.abl.isolation_ratio is {self.isolation_ratio:g}; it is a share in (0, 1). For 1 % write 0.01."
-            )
-        for key, lowest in (("isolation", "(0"), ("tuning", "[0")):
-            value = getattr(self, key)
-            if not 0 <= value <= 1 or (value == 0 and lowest == "(0"):
-                raise ValueError(f"defense.abl.{key} is {value:g}; it is a share of the recipe in {lowest}, 1]")
-        if self.unlearning_updates < 0:
-            raise ValueError(f"defense.abl.unlearning_updates is {self.unlearning_updates}; write 0 or more")
+    gamma: float = number(
+        0.5,
+        "the loss at which isolation holds each batch; isolation sees the images without augmentation",
+        at_least=0,
+    )
+    isolation_ratio: float = share(
+        0.01,
+        "share of the training images isolated, those of lowest loss",
+        above=0,
+        below=1,
+    )
+    isolation: float = share(0.2, "length of the first phase as a share of the recipe", above=0)
+    tuning: float = share(0.6, "length of the second phase, on the other images, as a share of the recipe")
+    unlearning_updates: int = count(40, "steps of gradient ascent on the isolated images, without augmentation")
+    unlearning_lr: float = number(0.005, "rate of the ascent as a share of the recipe's rate", at_least=0)
 
     def defend(self, view: TrainsetView) -> DefenseResult:
         # Rounded up by a hair: 0.01 * 2900 is 28.999... in floating point.

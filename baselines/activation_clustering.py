@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bench.engine.data import generator
 from bench.engine.metrics import features
+from bench.engine.settings import choice, count, number
 from defenses.base import Filter, TrainsetView, defense
 
 
@@ -29,31 +30,24 @@ class ActivationClustering(Filter):
 
     An image's suspicion is where it lies between the two centres, -1 at the larger cluster's and 1 at the smaller's,
     times the silhouette of its class.
-
-    Attributes:
-        components: dimensions that the activations are reduced to.
-        reduction: `ica` (independent components, the paper's) or `pca`.
-        largest_share: share of a class below which its smaller cluster may be poison, in (0, 0.5].
-        least_silhouette: mean silhouette of a class above which it may be poisoned, in [-1, 1); the paper finds
-            0.10 to 0.15 for a class that is poisoned.
     """
 
     paper: ClassVar[str] = "arXiv:1811.03728"
-    components: int = 10
-    reduction: str = "ica"
-    largest_share: float = 0.35
-    least_silhouette: float = 0.1
-
-    def __post_init__(self) -> None:
-        name = "defense.activation_clustering"
-        if self.components < 1:
-            raise ValueError(f"{name}.components is {self.components}; write 1 or more")
-        if self.reduction not in ("ica", "pca"):
-            raise ValueError(f"{name}.reduction is {self.reduction!r}; write ica or pca")
-        if not 0 < self.largest_share <= 0.5:
-            raise ValueError(f"{name}.largest_share is {self.largest_share:g}; write a share in (0, 0.5]")
-        if not -1 <= self.least_silhouette < 1:
-            raise ValueError(f"{name}.least_silhouette is {self.least_silhouette:g}; write a number in [-1, 1)")
+    components: int = count(10, "dimensions that the activations are reduced to", at_least=1)
+    reduction: str = choice("ica", "`ica` (independent components, the paper's) or `pca`", ("ica", "pca"))
+    largest_share: float = number(
+        0.35,
+        "share of a class below which its smaller cluster may be poison",
+        above=0,
+        at_most=0.5,
+    )
+    least_silhouette: float = number(
+        0.1,
+        "mean silhouette of a class above which it may be poisoned; the paper finds 0.10 to 0.15 for "
+        "a class that is poisoned",
+        at_least=-1,
+        below=1,
+    )
 
     def inspect(self, view: TrainsetView) -> tuple[Tensor, Tensor]:
         rows, labels = features(view.model, view.trainset).cpu().double().numpy(), view.trainset.labels.cpu()

@@ -23,6 +23,7 @@ from bench.engine.data import ImageSet, generator
 from bench.engine.metrics import accuracy, predict
 from bench.engine.models import Norm
 from bench.engine.pruning import PRUNE_BY, Masked, prune, split_off, units_to_prune
+from bench.engine.settings import choice, count, number, plain, share
 from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
@@ -30,51 +31,39 @@ from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, de
 @defense("anp")
 @dataclass(frozen=True)
 class AdversarialNeuronPruning(Defense):
-    """Learn a mask of all norm channels under adversarial noise on their scales and shifts, then prune the lowest.
-
-    Attributes:
-        epsilon: radius of the noise, relative to scale and shift, in [0, 1].
-        alpha: weight of the clean loss, in [0, 1]; the perturbed loss has the rest.
-        steps: of the ascent, epsilon / steps each, from a random start in the ball.
-        project: keep the noise in the ball; the paper's code lets it reach twice epsilon.
-        updates, lr, momentum, batch_size: of SGD on the masks, at a constant rate.
-        prune_by: `held_out`, `threshold` or `count`; or `random`, a control: as many as `held_out` takes, at random.
-        tolerance: largest loss of held-out accuracy through pruning, in [0, 1).
-        held_out: share of the reserve that judges the pruning and is not learned from, in (0, 1).
-        threshold: channels with a mask at or below it go, for `prune_by=threshold`.
-        count: this many channels go, for `prune_by=count`.
-        noise_tolerance: largest loss of held-out accuracy through random noise, in [0, 1]; epsilon is halved until
-            it holds, only where no norm layer has running statistics. 1 keeps epsilon.
-    """
+    """Learn a mask of all norm channels under adversarial noise on their scales and shifts, then prune the lowest."""
 
     paper: ClassVar[str] = "arXiv:2110.14430"
-    epsilon: float = 0.4
-    alpha: float = 0.2
-    steps: int = 1
-    project: bool = False
-    updates: int = 2000
-    lr: float = 0.2
+    epsilon: float = share(0.4, "radius of the noise, relative to scale and shift")
+    alpha: float = share(0.2, "weight of the clean loss; the perturbed loss has the rest")
+    steps: int = count(
+        1, "number of steps of the ascent, epsilon / steps each, from a random start in the ball", at_least=1
+    )
+    project: bool = plain(False, "keep the noise in the ball; the paper's code lets it reach twice epsilon")
+    updates: int = count(2000, "optimizer steps on the masks; SGD at a constant rate")
+    lr: float = number(0.2, "learning rate of the masks", at_least=0)
     momentum: float = 0.9
     batch_size: int = 128
-    prune_by: str = "held_out"
-    tolerance: float = 0.02
-    held_out: float = 0.1
-    threshold: float = 0.2
-    count: int = 0
-    noise_tolerance: float = 0.05
-
-    def __post_init__(self) -> None:
-        for key in ("epsilon", "alpha", "noise_tolerance"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"defense.anp.{key} is {getattr(self, key):g}; write a number in [0, 1]")
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"defense.anp.tolerance is {self.tolerance:g}; write a share in [0, 1)")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"defense.anp.held_out is {self.held_out:g}; write a share in (0, 1)")
-        if self.steps < 1:
-            raise ValueError(f"defense.anp.steps is {self.steps}; write 1 or more")
-        if self.prune_by not in PRUNE_BY:
-            raise ValueError(f"defense.anp.prune_by is {self.prune_by!r}; write one of {', '.join(PRUNE_BY)}")
+    prune_by: str = choice(
+        "held_out",
+        "how many channels go: as many as the held-out accuracy allows, those at or below "
+        "`threshold`, or `count`; `random` is a control: as many as `held_out` takes, at random",
+        PRUNE_BY,
+    )
+    tolerance: float = share(0.02, "largest loss of held-out accuracy through pruning", below=1)
+    held_out: float = share(
+        0.1,
+        "share of the reserve that judges the pruning and is not learned from",
+        above=0,
+        below=1,
+    )
+    threshold: float = share(0.2, "channels with a mask at or below it go, for `prune_by=threshold`")
+    count: int = count(0, "this many channels go, for `prune_by=count`")
+    noise_tolerance: float = share(
+        0.05,
+        "largest loss of held-out accuracy through random noise; epsilon is halved until it holds, "
+        "only where no norm layer has running statistics. 1 keeps epsilon",
+    )
 
     def defend(self, view: ReserveView) -> DefenseResult:
         norms = view.model.norms()

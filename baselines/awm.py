@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 from bench.engine.data import ImageSet, equal_batches, generator, to_float
 from bench.engine.models import Classifier
+from bench.engine.settings import count, number, pixels, share
 from bench.engine.training import Diverged, Tensors
 from defenses.base import Defense, DefenseResult, ReserveView, defense
 
@@ -33,45 +34,19 @@ class AdversarialWeightMasking(Defense):
     """Alternate a universal perturbation that misleads with soft masks of single weights that resist it.
 
     The network stays in eval mode throughout. For one image a class the paper takes alpha 0.99 and budget 0.0326.
-
-    Attributes:
-        rounds: alternations.
-        updates: steps of the perturbation, and as many of the masks, in a round.
-        alpha: weight of the clean loss, in [0, 1]; the perturbed loss has the rest.
-        gamma: weight of the masks' L1 norm.
-        budget: largest mean absolute value of the perturbation, in pixel units.
-        perturbation_lr: of its plain gradient ascent.
-        lr: of Adam on the masks.
-        lr_decay: factor of that rate after each round, in (0, 1]; 1 keeps it constant.
-        batch_size: images a step.
     """
 
     paper: ClassVar[str] = "arXiv:2207.04497"
     version: ClassVar[int] = 2  # a constant rate of the masks
-    rounds: int = 20
-    updates: int = 15
-    alpha: float = 0.9
-    gamma: float = 1e-8
-    budget: float = 1000 / 3072
-    perturbation_lr: float = 10.0
-    lr: float = 0.01
-    lr_decay: float = 1.0
-    batch_size: int = 128
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"defense.awm.alpha is {self.alpha:g}; write a number in [0, 1]")
-        if self.updates < 1:
-            raise ValueError(f"defense.awm.updates is {self.updates}; write 1 or more")
-        if not 0 < self.lr_decay <= 1:
-            raise ValueError(
-                f"defense.awm.lr_decay is {self.lr_decay:g}; it is a factor in (0, 1], 1 keeps the rate constant"
-            )
-        if not 0 <= self.budget <= 1:
-            raise ValueError(
-                f"defense.awm.budget is {self.budget:g}; it is a mean over pixel values in [0, 1]: for an L1 norm of "
-                "1000 on 3x32x32 write 0.326"
-            )
+    rounds: int = count(20, "alternations")
+    updates: int = count(15, "steps of the perturbation, and as many of the masks, in a round", at_least=1)
+    alpha: float = share(0.9, "weight of the clean loss; the perturbed loss has the rest")
+    gamma: float = number(1e-8, "weight of the masks' L1 norm", at_least=0)
+    budget: float = pixels(1000 / 3072, "largest mean absolute value of the perturbation, in pixel units")
+    perturbation_lr: float = number(10.0, "learning rate of its plain gradient ascent", at_least=0)
+    lr: float = number(0.01, "learning rate of Adam on the masks", at_least=0)
+    lr_decay: float = share(1.0, "factor of that rate after each round; 1 keeps it constant", above=0)
+    batch_size: int = count(128, "images a step", at_least=1)
 
     def defend(self, view: ReserveView) -> DefenseResult:
         model = view.model.eval().requires_grad_(False)

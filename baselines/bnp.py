@@ -16,26 +16,22 @@ from torch import Tensor, nn
 
 from bench.engine.data import ImageSet
 from bench.engine.models import Classifier, Norm
+from bench.engine.settings import count, number
 from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
 
 @defense("bnp")
 @dataclass(frozen=True)
 class BatchNormStatisticsPruning(Defense):
-    """Zero the scale of each channel whose divergence is an outlier in its layer; the shift stays.
-
-    Attributes:
-        u: a channel goes when its divergence exceeds the layer's mean by more than u standard deviations.
-        images: how many of the reserve are looked at, from the first.
-    """
+    """Zero the scale of each channel whose divergence is an outlier in its layer; the shift stays."""
 
     paper: ClassVar[str] = "NeurIPS 2022, openreview wwW-1k1ljIg"
-    u: float = 3.0
-    images: int = 500
-
-    def __post_init__(self) -> None:
-        if self.images < 2:
-            raise ValueError(f"defense.bnp.images is {self.images}; write 2 or more, 500 is usual")
+    u: float = number(
+        3.0,
+        "a channel goes when its divergence exceeds the layer's mean by more than u standard deviations",
+        at_least=0,
+    )
+    images: int = count(500, "how many of the reserve are looked at, from the first", at_least=2)
 
     def defend(self, view: ReserveView) -> DefenseResult:
         norms = [norm for norm in view.model.norms() if norm.has_statistics]

@@ -17,21 +17,23 @@ import torch
 from torch import Tensor
 
 from bench.engine.models import Norm
+from bench.engine.settings import number
 from defenses.base import DefenderView, Defense, DefenseResult, NotApplicable, defense
 
 
 @defense("clp")
 @dataclass(frozen=True)
 class ChannelLipschitznessPruning(Defense):
-    """Zero scale and shift of each channel whose Lipschitz proxy is an outlier in its layer.
-
-    Attributes:
-        u: a channel goes when its proxy exceeds the layer's mean by more than u standard deviations. The largest
-            z-score of n channels is (n - 1) / sqrt(n): with 3, layers of up to ten channels cannot lose any.
-    """
+    """Zero scale and shift of each channel whose Lipschitz proxy is an outlier in its layer."""
 
     paper: ClassVar[str] = "arXiv:2208.03111"
-    u: float = 3.0
+    u: float = number(
+        3.0,
+        "a channel goes when its proxy exceeds the layer's mean by more than u standard deviations. "
+        "The largest z-score of n channels is (n - 1) / sqrt(n): with 3, layers of up to ten channels "
+        "cannot lose any",
+        at_least=0,
+    )
 
     def defend(self, view: DefenderView) -> DefenseResult:
         pairs = [norm for norm in view.model.norms() if norm.convolution is not None and norm.has_statistics]

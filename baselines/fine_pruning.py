@@ -10,7 +10,7 @@ A pruned unit stays pruned while fine-tuning.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from bench.engine.data import ImageSet
 from bench.engine.metrics import features
 from bench.engine.models import Classifier
 from bench.engine.pruning import random_order, split_off
-from bench.engine.registry import LATER
+from bench.engine.settings import choice, count, share
 from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, ReserveView, defense
 
@@ -29,31 +29,24 @@ from defenses.base import Defense, DefenseResult, ReserveView, defense
 @defense("fine_pruning")
 @dataclass(frozen=True)
 class FinePruning(Defense):
-    """Prune the most silent units while the held-out accuracy allows, then fine-tune.
-
-    Attributes:
-        tolerance: largest loss of held-out accuracy through pruning, in [0, 1].
-        step: share of the units pruned between two looks at the accuracy.
-        held_out: share of the reserve that judges the pruning and is not trained on.
-        units: which go: the most `silent`, or `random` ones, as many: a control.
-        epochs, lr, batch_size: of the fine-tune; SGD with momentum 0.9, weight decay 5e-4, cosine to zero.
-    """
+    """Prune the most silent units while the held-out accuracy allows, then fine-tune."""
 
     paper: ClassVar[str] = "arXiv:1805.12185"
-    tolerance: float = 0.04
-    step: float = 0.01
-    held_out: float = 0.1
-    epochs: int = 100
+    tolerance: float = share(0.04, "largest loss of held-out accuracy through pruning", below=1)
+    step: float = share(0.01, "share of the units pruned between two looks at the accuracy", below=1)
+    held_out: float = share(0.1, "share of the reserve that judges the pruning and is not trained on", below=1)
+    epochs: int = count(
+        100,
+        "passes of the fine-tuning; SGD with momentum 0.9, weight decay 5e-4 and a cosine schedule to zero",
+    )
     lr: float = 0.01
     batch_size: int = 128
-    units: str = field(default="silent", metadata=LATER)
-
-    def __post_init__(self) -> None:
-        for key in ("tolerance", "step", "held_out"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"defense.fine_pruning.{key} is {getattr(self, key):g}; it is a share in [0, 1)")
-        if self.units not in ("silent", "random"):
-            raise ValueError(f"defense.fine_pruning.units is {self.units!r}; write silent or random")
+    units: str = choice(
+        "silent",
+        "which units go: the most `silent`, or, as a control, as many `random` ones",
+        ("silent", "random"),
+        later=True,
+    )
 
     def defend(self, view: ReserveView) -> DefenseResult:
         held_out, training = split_off(view.reserve, self.held_out, view.seed)

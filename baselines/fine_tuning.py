@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from bench.engine.settings import count
 from bench.engine.training import Recipe
 from defenses.base import Defense, DefenseResult, ReserveView, defense
 
@@ -16,14 +17,10 @@ from defenses.base import Defense, DefenseResult, ReserveView, defense
 @defense("fine_tuning")
 @dataclass(frozen=True)
 class FineTuning(Defense):
-    """Train all weights on the reserve.
-
-    Attributes:
-        epochs, lr, batch_size, momentum, weight_decay: of SGD with a cosine schedule to zero.
-    """
+    """Train all weights on the reserve."""
 
     paper: ClassVar[str] = "arXiv:1805.12185"
-    epochs: int = 100
+    epochs: int = count(100, "passes over the reserve; SGD with a cosine schedule to zero")
     lr: float = 0.01
     batch_size: int = 256
     momentum: float = 0.9

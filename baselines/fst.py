@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bench.engine.data import generator
 from bench.engine.models import Classifier
+from bench.engine.settings import choice, count, number
 from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, ReserveView, defense
 
@@ -27,30 +28,25 @@ MODES = ("fst", "ft_init", "fe_tuning")
 @defense("fst")
 @dataclass(frozen=True)
 class FeatureShiftTuning(Defense):
-    """Draw the classifier head anew, then fine-tune so that the features have to move.
-
-    Attributes:
-        mode: `fst` tunes all weights and keeps the head from turning back to the infected one; `ft_init` tunes all
-            weights without that; `fe_tuning` leaves the new head as drawn and tunes the features.
-        alpha: weight of the inner product of the new and the infected head in the loss of `fst`.
-        epochs, lr, batch_size, momentum: of SGD with a cosine schedule to zero, without weight decay.
-    """
+    """Draw the classifier head anew, then fine-tune so that the features have to move."""
 
     paper: ClassVar[str] = "arXiv:2310.01875"
-    mode: str = "fst"
-    alpha: float = 0.2
-    epochs: int = 10
+    mode: str = choice(
+        "fst",
+        "`fst` tunes all weights and keeps the head from turning back to the infected one; `ft_init` "
+        "tunes all weights without that; `fe_tuning` leaves the new head as drawn and tunes the "
+        "features",
+        MODES,
+    )
+    alpha: float = number(
+        0.2,
+        "weight of the inner product of the new and the infected head in the loss of `fst`",
+        at_least=0,
+    )
+    epochs: int = count(10, "passes over the reserve; SGD with a cosine schedule to zero and without weight decay")
     lr: float = 0.01
     batch_size: int = 128
     momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"defense.fst.mode is {self.mode!r}; write one of {', '.join(MODES)}")
-        if self.alpha < 0:
-            raise ValueError(
-                f"defense.fst.alpha is {self.alpha:g}; below 0 it pulls the infected head back, write >= 0"
-            )
 
     def defend(self, view: ReserveView) -> DefenseResult:
         hooks = HeadShift(view.model, self.alpha if self.mode == "fst" else 0.0)

@@ -11,7 +11,6 @@ shares it among all classes, which leaves the true class of ten 0.91.)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from bench.engine.settings import count, number
 from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, ReserveView, defense
 
@@ -28,32 +28,26 @@ from defenses.base import Defense, DefenseResult, ReserveView, defense
 @defense("ft_sam")
 @dataclass(frozen=True)
 class FineTuningSAM(Defense):
-    """Fine-tune all weights by the gradient at the worst point near them.
-
-    Attributes:
-        rho: how far that point is, as the length of the change relative to each weight; 0 is plain fine-tuning.
-        label_smoothing: what the classes other than the true one share of an image's label, in [0, 0.5).
-        epochs, lr, batch_size, momentum, weight_decay: of SGD with a cosine schedule to zero.
-    """
+    """Fine-tune all weights by the gradient at the worst point near them."""
 
     paper: ClassVar[str] = "arXiv:2304.11823"
     version: ClassVar[int] = 2  # smoothing among the other classes alone
-    rho: float = 2.0
-    label_smoothing: float = 0.1
-    epochs: int = 100
+    rho: float = number(
+        2.0,
+        "how far that point is, as the length of the change relative to each weight; 0 is plain fine- tuning",
+        at_least=0,
+    )
+    label_smoothing: float = number(
+        0.1,
+        "what the classes other than the true one share of an image's label",
+        at_least=0,
+        below=0.5,
+    )
+    epochs: int = count(100, "passes over the reserve; SGD with a cosine schedule to zero")
     lr: float = 0.01
     batch_size: int = 256
     momentum: float = 0.9
     weight_decay: float = 5e-4
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.rho < math.inf:
-            raise ValueError(f"defense.ft_sam.rho is {self.rho:g}; write 0 or more, 2 is usual")
-        # From 0.5 on, the true class of two would have no more than the other.
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(
-                f"defense.ft_sam.label_smoothing is {self.label_smoothing:g}; it is a share in [0, 0.5), 0.1 is usual"
-            )
 
     def defend(self, view: ReserveView) -> DefenseResult:
         recipe = Recipe(

@@ -16,7 +16,6 @@ at c = 1 it is 0.59 after 5 steps, and where 0.1 c is far below 1 the correction
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.engine.adversarial import under_attack
 from bench.engine.data import ImageSet, equal_batches, to_float
+from bench.engine.settings import choice, count, number, share
 from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
@@ -38,40 +38,36 @@ PENALTY = 0.001  # on the squared length of the perturbation, in pixel units
 @defense("i_bau")
 @dataclass(frozen=True)
 class ImplicitBackdoorAdversarialUnlearning(Defense):
-    """In each round find one perturbation for all images, then unlearn it batch by batch.
-
-    Attributes:
-        rounds: each is one pass for the perturbation and one for the weights.
-        inner_lr: rate of the gradient steps on the perturbation, one for each batch, from zero.
-        radius: largest L2 length of the perturbation after the pass, in pixel units; 0 projects nothing.
-        patched: share of a batch that carries the perturbation, in (0, 1], rounded down, but at least one image.
-        fixed_point_steps: K of the hypergradient; 0 leaves only the direct gradient.
-        fixed_point_rate: the step size of the inner problem that the fixed point unrolls.
-        phi_batch: on which images the inner problem is differentiated: the `first` batch of the round, or a `random`
-            one for each step.
-        lr, batch_size: of Adam; images go in without augmentation.
-    """
+    """In each round find one perturbation for all images, then unlearn it batch by batch."""
 
     paper: ClassVar[str] = "arXiv:2110.03735"
     version: ClassVar[int] = 2  # projects to the released ball; the patched share is rounded down
-    rounds: int = 5
-    inner_lr: float = 10.0
-    radius: float = 10.0
-    patched: float = 0.01
-    fixed_point_steps: int = 5
-    fixed_point_rate: float = 0.1
-    phi_batch: str = "first"
-    lr: float = 1e-3
+    rounds: int = count(5, "number of rounds; each is one pass for the perturbation and one for the weights")
+    inner_lr: float = number(
+        10.0,
+        "rate of the gradient steps on the perturbation, one for each batch, from zero",
+        at_least=0,
+    )
+    radius: float = number(
+        10.0,
+        "largest L2 length of the perturbation after the pass, in pixel units; 0 projects nothing",
+        at_least=0,
+    )
+    patched: float = share(
+        0.01,
+        "share of a batch that carries the perturbation, rounded down, but at least one image",
+        above=0,
+    )
+    fixed_point_steps: int = count(5, "K of the hypergradient; 0 leaves only the direct gradient")
+    fixed_point_rate: float = number(0.1, "the step size of the inner problem that the fixed point unrolls", at_least=0)
+    phi_batch: str = choice(
+        "first",
+        "on which images the inner problem is differentiated: the `first` batch of the round, or a "
+        "`random` one for each step",
+        ("first", "random"),
+    )
+    lr: float = number(1e-3, "learning rate of Adam; images go in without augmentation", at_least=0)
     batch_size: int = 100
-
-    def __post_init__(self) -> None:
-        if not 0 < self.patched <= 1:
-            raise ValueError(f"defense.i_bau.patched is {self.patched:g}; it is a share in (0, 1]. For 1 % write 0.01.")
-        if self.phi_batch not in ("first", "random"):
-            raise ValueError(f"defense.i_bau.phi_batch is {self.phi_batch!r}; write first or random")
-        for name in ("radius", "fixed_point_steps", "fixed_point_rate", "inner_lr"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"defense.i_bau.{name} is {getattr(self, name):g}; write 0 or more")
 
     def defend(self, view: ReserveView) -> DefenseResult:
         recipe = Recipe(

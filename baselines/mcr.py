@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bench.engine.data import ImageSet, to_float
 from bench.engine.models import Classifier
+from bench.engine.settings import count, number, share
 from bench.engine.training import Hooks, Recipe, Tensors
 from defenses.base import Defense, DefenseResult, ReserveView, defense
 
@@ -29,29 +30,17 @@ from defenses.base import Defense, DefenseResult, ReserveView, defense
 @defense("mcr")
 @dataclass(frozen=True)
 class ModeConnectivityRepair(Defense):
-    """Train a quadratic Bezier curve from the infected model to its fine-tuned copy and take a point of it.
-
-    Attributes:
-        t: the place on the curve in [0, 1]; 0 is the infected model, 1 its fine-tuned copy.
-        tuning_epochs, tuning_lr: of the copy's fine-tune; weight decay 5e-4.
-        epochs, lr: of the curve's training.
-        weight_decay: of the point on the curve.
-        batch_size, momentum: of SGD in both, with a cosine schedule to zero.
-    """
+    """Train a quadratic Bezier curve from the infected model to its fine-tuned copy and take a point of it."""
 
     paper: ClassVar[str] = "arXiv:2005.00060"
-    t: float = 0.1
-    tuning_epochs: int = 100
-    tuning_lr: float = 0.01
-    epochs: int = 100
-    lr: float = 0.01
-    weight_decay: float = 1e-4
+    t: float = share(0.1, "position on the curve; 0 is the infected model, 1 its fine-tuned copy")
+    tuning_epochs: int = count(100, "passes of the copy's fine-tuning, with weight decay 5e-4")
+    tuning_lr: float = number(0.01, "learning rate of the copy's fine-tuning", at_least=0)
+    epochs: int = count(100, "passes of the curve's training; both are SGD with a cosine schedule to zero")
+    lr: float = number(0.01, "learning rate of the curve's training", at_least=0)
+    weight_decay: float = number(1e-4, "weight decay on the point on the curve", at_least=0)
     batch_size: int = 128
     momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.t <= 1:
-            raise ValueError(f"defense.mcr.t is {self.t:g}; write a place on the curve in [0, 1]")
 
     def defend(self, view: ReserveView) -> DefenseResult:
         common = Recipe(batch_size=self.batch_size, momentum=self.momentum, optimizer="momentum")

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.engine.models import Classifier
+from bench.engine.settings import choice, count, number
 from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
@@ -35,35 +36,31 @@ PAPER_MAPS = ((0.5, 32), (1.0, 16), (1.0, 8))
 @defense("nad")
 @dataclass(frozen=True)
 class NeuralAttentionDistillation(Defense):
-    """Fine-tune a copy as the teacher, then fine-tune the model with its attention held to the teacher's.
-
-    Attributes:
-        beta: weight of the distillation as the paper counts it: that of its last two maps, the first has half.
-        weighting: `released` weighs the mean over the positions of each map, `rescaled` the sum over them by what the
-            released weights come to on the maps of the released network.
-        teacher_epochs: of the fine-tune that makes the teacher.
-        epochs: of the distillation.
-        lr, batch_size, momentum, weight_decay: of both; SGD with Nesterov momentum and a cosine schedule to zero.
-    """
+    """Fine-tune a copy as the teacher, then fine-tune the model with its attention held to the teacher's."""
 
     paper: ClassVar[str] = "arXiv:2101.05930"
     version: ClassVar[int] = 2  # the released weights, weight decay and Nesterov momentum
-    beta: float = 1000.0
-    weighting: str = "released"
-    teacher_epochs: int = 10
-    epochs: int = 20
-    lr: float = 0.01
+    beta: float = number(
+        1000.0,
+        "weight of the distillation as the paper counts it: that of its last two maps, the first has half",
+        at_least=0,
+    )
+    weighting: str = choice(
+        "released",
+        "`released` weighs the mean over the positions of each map, `rescaled` the sum over them by "
+        "what the released weights come to on the maps of the released network",
+        ("released", "rescaled"),
+    )
+    teacher_epochs: int = count(10, "passes of the fine-tuning that makes the teacher")
+    epochs: int = count(20, "passes of the distillation")
+    lr: float = number(
+        0.01,
+        "learning rate of both; SGD with Nesterov momentum and a cosine schedule to zero",
+        at_least=0,
+    )
     batch_size: int = 64
     momentum: float = 0.9
     weight_decay: float = 1e-4
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.beta < math.inf:
-            raise ValueError(f"defense.nad.beta is {self.beta:g}; write 0 (no distillation) or more, 1000 is usual")
-        if self.weighting not in ("released", "rescaled"):
-            raise ValueError(f"defense.nad.weighting is {self.weighting!r}; write released or rescaled")
-        if self.teacher_epochs < 0:
-            raise ValueError(f"defense.nad.teacher_epochs is {self.teacher_epochs}; write 0 or more, 10 is usual")
 
     def defend(self, view: ReserveView) -> DefenseResult:
         if self.beta == 0:

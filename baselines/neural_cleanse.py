@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from bench.engine.adversarial import under_attack
 from bench.engine.data import ImageSet, generator, to_float
 from bench.engine.models import Classifier
+from bench.engine.settings import count, number, share
 from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
@@ -31,48 +32,32 @@ AT_ONCE = 2048  # stamped images in one forward; more classes than fit take turn
 @defense("neural_cleanse")
 @dataclass(frozen=True)
 class NeuralCleanse(Defense):
-    """Reverse a trigger for each class, flag classes whose mask is an outlier, fine-tune on stamped images.
-
-    Attributes:
-        steps: most steps of the reversal; the weight of the norm is judged after each.
-        batches, batch_size: mini-batches a step, and images of each; no more than one pass over the reserve.
-        reversal_lr: of Adam with betas 0.5 and 0.9.
-        success: share of images, in (0, 1], that a stamp must lead to its class.
-        cost: first weight of the mask's L1 norm, set once stamps succeed without it.
-        multiplier: the weight is multiplied by it after `patience` successes, and divided by it to the power 1.5
-            after as many failures.
-        patience: steps in a row.
-        early_stop_patience: steps without a smaller mask that end a class whose weight has gone both ways.
-        threshold: anomaly index above which a class is flagged.
-        stamped: share of each batch stamped while unlearning, in [0, 1].
-        updates, lr, momentum: of the unlearning by SGD, with a cosine schedule to zero.
-    """
+    """Reverse a trigger for each class, flag classes whose mask is an outlier, fine-tune on stamped images."""
 
     paper: ClassVar[str] = "doi:10.1109/SP.2019.00031"
-    steps: int = 1000
-    batches: int = 31
-    batch_size: int = 32
-    reversal_lr: float = 0.1
-    success: float = 0.99
-    cost: float = 1e-3
-    multiplier: float = 2.0
-    patience: int = 5
-    early_stop_patience: int = 25
-    threshold: float = 2.0
-    stamped: float = 0.2
-    updates: int = 156
+    steps: int = count(1000, "most steps of the reversal; the weight of the norm is judged after each", at_least=1)
+    batches: int = count(31, "mini-batches a step; no more than one pass over the reserve", at_least=1)
+    batch_size: int = count(32, "images in a mini-batch", at_least=1)
+    reversal_lr: float = number(0.1, "learning rate of Adam with betas 0.5 and 0.9", above=0)
+    success: float = share(0.99, "share of images, that a stamp must lead to its class")
+    cost: float = number(1e-3, "first weight of the mask's L1 norm, set once stamps succeed without it", at_least=0)
+    multiplier: float = number(
+        2.0,
+        "the weight is multiplied by it after `patience` successes, and divided by it to the power "
+        "1.5 after as many failures",
+        above=1,
+    )
+    patience: int = count(5, "steps in a row", at_least=1)
+    early_stop_patience: int = count(
+        25,
+        "steps without a smaller mask that end a class whose weight has gone both ways",
+        at_least=1,
+    )
+    threshold: float = number(2.0, "anomaly index above which a class is flagged", at_least=0)
+    stamped: float = share(0.2, "share of each batch stamped while unlearning")
+    updates: int = count(156, "optimizer steps of the unlearning; SGD with a cosine schedule to zero", at_least=1)
     lr: float = 0.01
     momentum: float = 0.9
-
-    def __post_init__(self) -> None:
-        for key in ("steps", "batches", "batch_size", "patience", "early_stop_patience", "updates"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"defense.neural_cleanse.{key} is {getattr(self, key)}; write 1 or more")
-        for key in ("success", "stamped"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise ValueError(f"defense.neural_cleanse.{key} is {getattr(self, key):g}; it is a share in [0, 1]")
-        if self.multiplier <= 1:
-            raise ValueError(f"defense.neural_cleanse.multiplier is {self.multiplier:g}; write a factor above 1")
 
     def defend(self, view: ReserveView) -> DefenseResult:
         if view.num_classes < 3:

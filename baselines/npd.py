@@ -22,6 +22,7 @@ from torch.func import functional_call
 from bench.engine.adversarial import clamped
 from bench.engine.data import to_float
 from bench.engine.models import Classifier
+from bench.engine.settings import count, number, share
 from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
@@ -29,40 +30,32 @@ from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, de
 @defense("npd")
 @dataclass(frozen=True)
 class NeuralPolarizer(Defense):
-    """Train one channel-mixing matrix on clean and adversarial images, all other weights frozen, and fold it in.
-
-    Attributes:
-        epsilon: radius of the attack, L2 in pixel units over a whole image; 3 for 3x32x32.
-        step_size: of the attack's sign steps, in pixel units.
-        attack_steps: most of them.
-        enough: share of a batch, in [0, 1], that the attack need not exceed.
-        label_weight: of the cross-entropy of attacked images with the labels that the model gives the clean ones.
-        wrong_weight: of the penalty on the likeliest wrong class of attacked images.
-        target_weight: of the penalty on the class that the attack aimed at.
-        epochs, lr, batch_size, momentum, weight_decay: of SGD at a constant rate, without augmentation.
-    """
+    """Train one channel-mixing matrix on clean and adversarial images, all other weights frozen, and fold it in."""
 
     paper: ClassVar[str] = "arXiv:2306.16697"
     version: ClassVar[int] = 2  # black and white pixels take part in the attack
-    epsilon: float = 3.0
-    step_size: float = 0.1
-    attack_steps: int = 2
-    enough: float = 0.6
-    label_weight: float = 0.4
-    wrong_weight: float = 0.4
-    target_weight: float = 0.4
-    epochs: int = 50
+    epsilon: float = number(
+        3.0,
+        "radius of the attack, L2 in pixel units over a whole image; 3 for 3x32x32",
+        at_least=0,
+    )
+    step_size: float = number(0.1, "size of the attack's sign steps, in pixel units", at_least=0)
+    attack_steps: int = count(2, "most of them")
+    enough: float = share(0.6, "share of a batch, that the attack need not exceed")
+    label_weight: float = number(
+        0.4,
+        "weight of the cross-entropy of attacked images with the labels that the model gives the clean ones",
+        at_least=0,
+    )
+    wrong_weight: float = number(
+        0.4, "weight of the penalty on the likeliest wrong class of attacked images", at_least=0
+    )
+    target_weight: float = number(0.4, "weight of the penalty on the class that the attack aimed at", at_least=0)
+    epochs: int = count(50, "passes over the reserve; SGD at a constant rate, without augmentation")
     lr: float = 0.01
     batch_size: int = 128
     momentum: float = 0.9
     weight_decay: float = 5e-4
-
-    def __post_init__(self) -> None:
-        for key in ("epsilon", "step_size"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"defense.npd.{key} is {getattr(self, key):g}; write 0 or more")
-        if not 0 <= self.enough <= 1:
-            raise ValueError(f"defense.npd.enough is {self.enough:g}; it is a share in [0, 1]")
 
     def defend(self, view: ReserveView) -> DefenseResult:
         polarized = Polarized(view.model, place(view.model, to_float(view.reserve.batch(slice(2)))))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bench.engine.data import Augmentation, ImageSet, equal_batches, generator
 from bench.engine.models import Classifier
 from bench.engine.pruning import PRUNE_BY, Masked, prune, split_off, units_to_prune
+from bench.engine.settings import choice, count, number, share
 from bench.engine.training import Diverged, Hooks, Recipe
 from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
@@ -28,53 +29,35 @@ from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, de
 @defense("rnp")
 @dataclass(frozen=True)
 class ReconstructiveNeuronPruning(Defense):
-    """Gradient ascent on a few clean images, then masks of the norm channels that undo it; the lowest are pruned.
-
-    Attributes:
-        images: how many of the reserve are unlearned and recovered; the paper's 500. 0 takes all.
-        unlearn_epochs: the most; the rate falls to a tenth after every ten.
-        unlearn_lr, weight_decay: of the ascent, SGD on all weights.
-        clip: largest norm of the ascent's gradient.
-        stop_accuracy: unlearning ends at this training accuracy; 0 is two over the number of classes.
-        recover_epochs, recover_lr: of SGD on the masks, at a constant rate.
-        alpha: factor of the recovery's loss.
-        batch_size, momentum: of both.
-        prune_by: `held_out`, `threshold` or `count`; or `random`, a control: as many as `held_out` takes, at random.
-        tolerance: largest loss of held-out accuracy through pruning, in [0, 1).
-        held_out: share of the reserve that judges the pruning and is not learned from, in (0, 1).
-        threshold: channels with a mask at or below it go, for `prune_by=threshold`.
-        count: this many channels go, for `prune_by=count`.
-    """
+    """Gradient ascent on a few clean images, then masks of the norm channels that undo it; the lowest are pruned."""
 
     paper: ClassVar[str] = "arXiv:2305.14876"
-    images: int = 500
-    unlearn_epochs: int = 20
-    unlearn_lr: float = 0.01
-    weight_decay: float = 5e-4
-    clip: float = 20.0
-    stop_accuracy: float = 0.0
-    recover_epochs: int = 20
-    recover_lr: float = 0.2
-    alpha: float = 0.2
-    batch_size: int = 128
+    images: int = count(500, "how many of the reserve are unlearned and recovered; the paper's 500. 0 takes all")
+    unlearn_epochs: int = count(20, "the most; the rate falls to a tenth after every ten")
+    unlearn_lr: float = number(0.01, "learning rate of the ascent, SGD on all weights", at_least=0)
+    weight_decay: float = number(5e-4, "weight decay of the ascent", at_least=0)
+    clip: float = number(20.0, "largest norm of the ascent's gradient", above=0)
+    stop_accuracy: float = share(0.0, "unlearning ends at this training accuracy; 0 is two over the number of classes")
+    recover_epochs: int = count(20, "passes of SGD on the masks")
+    recover_lr: float = number(0.2, "its constant learning rate", at_least=0)
+    alpha: float = number(0.2, "factor of the recovery's loss", at_least=0)
+    batch_size: int = count(128, "images in a step, of ascent and recovery", at_least=1)
     momentum: float = 0.9
-    prune_by: str = "held_out"
-    tolerance: float = 0.02
-    held_out: float = 0.1
-    threshold: float = 0.7
-    count: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.stop_accuracy <= 1:
-            raise ValueError(f"defense.rnp.stop_accuracy is {self.stop_accuracy:g}; write a share in [0, 1]")
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"defense.rnp.tolerance is {self.tolerance:g}; write a share in [0, 1)")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"defense.rnp.held_out is {self.held_out:g}; write a share in (0, 1)")
-        if self.clip <= 0:
-            raise ValueError(f"defense.rnp.clip is {self.clip:g}; write a number above 0, 20 is usual")
-        if self.prune_by not in PRUNE_BY:
-            raise ValueError(f"defense.rnp.prune_by is {self.prune_by!r}; write one of {', '.join(PRUNE_BY)}")
+    prune_by: str = choice(
+        "held_out",
+        "how many channels go: as many as the held-out accuracy allows, those at or below "
+        "`threshold`, or `count`; `random` is a control: as many as `held_out` takes, at random",
+        PRUNE_BY,
+    )
+    tolerance: float = share(0.02, "largest loss of held-out accuracy through pruning", below=1)
+    held_out: float = share(
+        0.1,
+        "share of the reserve that judges the pruning and is not learned from",
+        above=0,
+        below=1,
+    )
+    threshold: float = share(0.7, "channels with a mask at or below it go, for `prune_by=threshold`")
+    count: int = count(0, "this many channels go, for `prune_by=count`")
 
     def defend(self, view: ReserveView) -> DefenseResult:
         norms = view.model.norms()

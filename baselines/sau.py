@@ -10,7 +10,6 @@ everywhere, where the released code has 20 on Tiny-ImageNet (`defense.sau.epochs
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from bench.engine.adversarial import under_attack
 from bench.engine.models import Classifier
+from bench.engine.settings import count, number, pixels
 from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, ReserveView, defense
 
@@ -27,38 +27,23 @@ from defenses.base import Defense, DefenseResult, ReserveView, defense
 @defense("sau")
 @dataclass(frozen=True)
 class SharedAdversarialUnlearning(Defense):
-    """Train on clean images, and away from the class to which the infected model sends each adversarial example.
-
-    Attributes:
-        clean_weight, adversarial_weight, shared_weight: of the cross-entropy on clean images, of that on adversarial
-            ones, and of the shared adversarial risk (the paper's lambda 1 to 3).
-        epsilon: radius of the attack, L-infinity in pixel units; it starts at the corner, epsilon in each pixel.
-        step_size, attack_steps: of the attack, in pixel units.
-        attack_adversarial, attack_shared: what the attack seeks: to fool both networks, and to make them agree
-            (the paper's beta 1 and 2).
-        epochs, lr, batch_size: of Adam at a constant rate.
-    """
+    """Train on clean images, and away from the class to which the infected model sends each adversarial example."""
 
     paper: ClassVar[str] = "arXiv:2307.10562"
-    clean_weight: float = 1.0
-    adversarial_weight: float = 0.0
-    shared_weight: float = 1.0
-    epsilon: float = 0.2
-    step_size: float = 0.2
-    attack_steps: int = 5
-    attack_adversarial: float = 0.01
-    attack_shared: float = 1.0
-    epochs: int = 100
+    clean_weight: float = number(1.0, "weight of the cross-entropy on clean images (the paper's lambda 1)", at_least=0)
+    adversarial_weight: float = number(0.0, "weight of the cross-entropy on adversarial images (lambda 2)", at_least=0)
+    shared_weight: float = number(1.0, "weight of the shared adversarial risk (lambda 3)", at_least=0)
+    epsilon: float = pixels(
+        0.2,
+        "radius of the attack, L-infinity in pixel units; it starts at the corner, epsilon in each pixel",
+    )
+    step_size: float = number(0.2, "step of the attack, in pixel units", at_least=0)
+    attack_steps: int = count(5, "gradient steps of the attack")
+    attack_adversarial: float = number(0.01, "how much the attack seeks to fool both networks (beta 1)", at_least=0)
+    attack_shared: float = number(1.0, "how much it seeks to make them agree (beta 2)", at_least=0)
+    epochs: int = count(100, "passes over the reserve; Adam at a constant rate")
     lr: float = 1e-4
     batch_size: int = 256
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.epsilon <= 1:
-            raise ValueError(f"defense.sau.epsilon is {self.epsilon:g}; pixels are in [0, 1]. 0.2 is usual.")
-        names = ("clean_weight", "adversarial_weight", "shared_weight", "step_size", "attack_steps")
-        for name in (*names, "attack_adversarial", "attack_shared"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"defense.sau.{name} is {getattr(self, name):g}; write 0 or more")
 
     def defend(self, view: ReserveView) -> DefenseResult:
         recipe = Recipe(

@@ -16,32 +16,23 @@ import torch
 from torch import Tensor
 
 from bench.engine.metrics import features
+from bench.engine.settings import number, share
 from defenses.base import Filter, TrainsetView, assumed_poison, defense
 
 
 @defense("spectral_signatures")
 @dataclass(frozen=True)
 class SpectralSignatures(Filter):
-    """Flag in each class 1.5 times the assumed number of poisoned images, then train a fresh network on the rest.
-
-    Attributes:
-        poison_rate: assumed poisoned / all training images, as if all were in the class at hand.
-        margin: flagged / assumed poisoned images.
-    """
+    """Flag in each class 1.5 times the assumed number of poisoned images, then train a fresh network on the rest."""
 
     paper: ClassVar[str] = "arXiv:1811.00636"
-    poison_rate: float = 0.1
-    margin: float = 1.5
-
-    def __post_init__(self) -> None:
-        if not 0 < self.poison_rate < 1:
-            raise ValueError(
-                f"defense.spectral_signatures.poison_rate is {self.poison_rate:g}; write a share in (0, 1)"
-            )
-        if not 0 < self.margin <= 3:
-            raise ValueError(
-                f"defense.spectral_signatures.margin is {self.margin:g}; write a number in (0, 3]: at 3 a class goes"
-            )
+    poison_rate: float = share(
+        0.1,
+        "assumed poisoned / all training images, as if all were in the class at hand",
+        above=0,
+        below=1,
+    )
+    margin: float = number(1.5, "flagged / assumed poisoned images", above=0, at_most=3)
 
     def inspect(self, view: TrainsetView) -> tuple[Tensor, Tensor]:
         rows, labels = features(view.model, view.trainset), view.trainset.labels

@@ -17,30 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from bench.engine.data import ImageSet, generator, to_float
+from bench.engine.settings import count, number
 from defenses.base import Filter, TrainsetView, defense
 
 
 @defense("strip")
 @dataclass(frozen=True)
 class Strip(Filter):
-    """Flag images of low entropy under overlays, then train a fresh network on the rest. Suspicion is -entropy.
-
-    Attributes:
-        overlays: images laid over each one; each costs a pass over the training set.
-        false_rejection: share of clean images that the threshold gives up, in (0, 0.5).
-    """
+    """Flag images of low entropy under overlays, then train a fresh network on the rest. Suspicion is -entropy."""
 
     paper: ClassVar[str] = "arXiv:1902.06531"
-    overlays: int = 100
-    false_rejection: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.overlays < 1:
-            raise ValueError(f"defense.strip.overlays is {self.overlays}; write 1 or more")
-        if not 0 < self.false_rejection < 0.5:
-            raise ValueError(
-                f"defense.strip.false_rejection is {self.false_rejection:g}; write a share in (0, 0.5), e.g. 0.01"
-            )
+    overlays: int = count(100, "images laid over each one; each costs a pass over the training set", at_least=1)
+    false_rejection: float = number(0.01, "share of clean images that the threshold gives up", above=0, below=0.5)
 
     def inspect(self, view: TrainsetView) -> tuple[Tensor, Tensor]:
         source = generator(view.seed, "strip", device=view.device)

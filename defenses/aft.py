@@ -19,54 +19,33 @@ from torch import Tensor, nn
 from bench.engine.adversarial import pgd, under_attack
 from bench.engine.data import ImageSet
 from bench.engine.models import Classifier
+from bench.engine.settings import choice, count, number, pixels, plain
 from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, ReserveView, TrainsetView, defense
 
 
 @dataclass(frozen=True)
 class AdversarialRepair(Defense):
-    """Base of AFT, PBE and PUD: SGD, and the attack on the model under repair that makes its training images.
+    """Base of AFT, PBE and PUD: SGD, and the attack on the model under repair that makes its training images."""
 
-    Attributes:
-        epsilon: radius of the attack, L-infinity in pixel units, in [0, 1]; 0 trains on clean images only.
-        step_size: of the attack, as a share of epsilon.
-        attack_steps: gradient steps of the attack.
-        random_start: start anywhere in the ball; False starts at the image itself.
-        attack_labels: the classes to leave: `given`, or `predicted` by the model. Training takes the given ones.
-        attack_batch_norm: `eval`, or `train`, in which batch norm also learns from each iterate of the attack.
-        lr, batch_size, momentum, weight_decay: of SGD.
-    """
-
-    epsilon: float = 6 / 255
-    step_size: float = 0.2
-    attack_steps: int = 7
-    random_start: bool = False
-    attack_labels: str = "given"
-    attack_batch_norm: str = "eval"
+    epsilon: float = pixels(6 / 255, "radius of the attack, L-infinity in pixel units; 0 trains on clean images only")
+    step_size: float = number(0.2, "step of the attack, as a share of epsilon", above=0)
+    attack_steps: int = count(7, "gradient steps of the attack")
+    random_start: bool = plain(False, "start anywhere in the ball; False starts at the image itself")
+    attack_labels: str = choice(
+        "given",
+        "the classes to leave: `given`, or `predicted` by the model. Training takes the given ones",
+        ("given", "predicted"),
+    )
+    attack_batch_norm: str = choice(
+        "eval",
+        "`eval`, or `train`, in which batch norm also learns from each iterate of the attack",
+        ("eval", "train"),
+    )
     lr: float = 0.01
     batch_size: int = 128
     momentum: float = 0.9
     weight_decay: float = 5e-4
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.epsilon <= 1:
-            raise ValueError(
-                f"defense.{self.name}.epsilon is {self.epsilon:g}; pixels are in [0, 1]. For 6 levels write 0.0235."
-            )
-        if self.step_size <= 0:
-            raise ValueError(f"defense.{self.name}.step_size is {self.step_size:g}; it is a share of epsilon, e.g. 0.2")
-        self._at_least("attack_steps", 0)
-        self._at_least("batch_size", 1)
-        self._one_of("attack_labels", "given", "predicted")
-        self._one_of("attack_batch_norm", "eval", "train")
-
-    def _one_of(self, key: str, *allowed: str) -> None:
-        if getattr(self, key) not in allowed:
-            raise ValueError(f"defense.{self.name}.{key} is {getattr(self, key)!r}; write {' or '.join(allowed)}")
-
-    def _at_least(self, key: str, least: int) -> None:
-        if getattr(self, key) < least:
-            raise ValueError(f"defense.{self.name}.{key} is {getattr(self, key)}; write {least} or more")
 
     def recipe(self, updates: int, schedule: str = "constant") -> Recipe:
         """SGD with classical momentum for a number of updates."""
@@ -143,28 +122,20 @@ class AdversarialStart(Hooks):
 @defense("aft")
 @dataclass(frozen=True)
 class AdversarialFineTuning(AdversarialRepair):
-    """Fine-tune on untargeted adversarial examples of the reserve first, on the clean reserve then.
-
-    Attributes:
-        updates: optimizer steps in all.
-        adversarial_updates: how many of them, from the first, see adversarial images only.
-        schedule: of the rate: `cosine` to zero, or `constant`.
-    """
+    """Fine-tune on untargeted adversarial examples of the reserve first, on the clean reserve then."""
 
     paper: ClassVar[str] = "arXiv:2202.06312"
-    updates: int = 600
-    adversarial_updates: int = 200
-    schedule: str = "cosine"
+    updates: int = count(600, "optimizer steps in all", at_least=1)
+    adversarial_updates: int = count(200, "how many of them, from the first, see adversarial images only")
+    schedule: str = choice("cosine", "course of the learning rate: `cosine` goes to zero", ("cosine", "constant"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least("updates", 1)
-        if not 0 <= self.adversarial_updates <= self.updates:
+        if self.adversarial_updates > self.updates:
             raise ValueError(
                 f"defense.{self.name}.adversarial_updates is {self.adversarial_updates}; "
                 f"write 0 to {self.updates} (updates)"
             )
-        self._one_of("schedule", "cosine", "constant")
 
     def defend(self, view: ReserveView) -> DefenseResult:
         recipe, hooks = self.recipe(self.updates, self.schedule), AdversarialStart(self, self.adversarial_updates)

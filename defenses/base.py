@@ -17,6 +17,7 @@ from torch import Tensor
 from bench.engine.data import Augmentation, ImageSet
 from bench.engine.models import Classifier
 from bench.engine.registry import Registry
+from bench.engine.settings import check, plain
 from bench.engine.training import Hooks, Net, Recipe, Tensors, TrainingLog, fit
 
 defense = Registry("defense")
@@ -182,6 +183,9 @@ class Defense:
     paper: ClassVar[str] = "none"
     version: ClassVar[int] = 1  # goes up when a change of code can change a figure
 
+    def __post_init__(self) -> None:
+        check(type(self), vars(self), f"defense.{getattr(self, 'name', type(self).__name__)}.")
+
     def defend(self, view: Any) -> DefenseResult:
         raise NotImplementedError(f"defense {self.name!r} has no defend")
 
@@ -192,12 +196,11 @@ class Filter(Defense):
 
     The subclass writes `inspect`. Where nothing is flagged the given model comes back: it is what training on all the
     images gives.
-
-    Attributes:
-        retrain: False only detects, and the given model comes back.
     """
 
-    retrain: bool = True
+    retrain: bool = plain(
+        True, "train a fresh network on the images that are not flagged; false only detects and returns the given model"
+    )
 
     def inspect(self, view: TrainsetView) -> tuple[Tensor, Tensor]:
         """(N,) suspicion, finite and higher = more suspicious, and (N,) bool flags by the method's own rule."""

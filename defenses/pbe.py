@@ -16,7 +16,7 @@ reaction to it is known to help.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.engine.data import ImageSet, equal_batches, generator
+from bench.engine.settings import choice, count, plain, share
 from bench.engine.training import make_optimizer
 from defenses.aft import AdversarialRepair, AdversarialStart
 from defenses.base import DefenderView, DefenseResult, ReserveView, Step, TrainsetView, defense, weights_of
@@ -34,32 +35,25 @@ GUARDS = ("off", "warn", "per_class", "asc", "drop_class")
 
 @dataclass(frozen=True)
 class Progressive(AdversarialRepair):
-    """Base of PBE and PUD: steps, each on the images that the scores after the step before chose.
+    """Base of PBE and PUD: steps, each on the images that the scores after the step before chose."""
 
-    Attributes:
-        initial_share: of the images, drawn at random for E_0, in (0, 1].
-        adversarial_batches: how many batches, from the first, are adversarial in a later step that has no whole
-            adversarial epoch; 31 of 128 images are about 4,000.
-        min_updates: of each step (PUD: and stage), however small its set.
-        guard: after each scoring, lift and flip (see `concentration`) are logged for the class of the largest lift.
-            With `off` that is all; with `warn` the class that fires the guard is logged too (-1: none). The others
-            react: E is chosen within each class (`per_class`) or from the worst scores (`asc`); or the first step is
-            done again, from the infected weights, without images of that class (`drop_class`, later steps warn).
-        selection: False keeps E_0 in all steps.
-    """
-
-    initial_share: float = 0.05
-    adversarial_batches: int = 31
-    min_updates: int = 200
-    guard: str = "warn"
-    selection: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_shares(self.name, initial_share=[self.initial_share])
-        self._at_least("adversarial_batches", 0)
-        self._at_least("min_updates", 0)
-        self._one_of("guard", *GUARDS)
+    initial_share: float = share(0.05, "share of the images, drawn at random, in E_0", above=0)
+    adversarial_batches: int = count(
+        31,
+        "how many batches, from the first, are adversarial in a later step that has no whole "
+        "adversarial epoch; 31 of 128 images are about 4,000",
+    )
+    min_updates: int = count(200, "least updates of each step (PUD: and stage), however small its set")
+    guard: str = choice(
+        "warn",
+        "after each scoring, lift and flip (see `concentration`) are logged for the class of the "
+        "largest lift. With `off` that is all; with `warn` the class that fires the guard is logged "
+        "too (-1: none). The others react: E is chosen within each class (`per_class`) or from the "
+        "worst scores (`asc`); or the first step is done again, from the infected weights, without "
+        "images of that class (`drop_class`, later steps warn)",
+        GUARDS,
+    )
+    selection: bool = plain(True, "choose E_1, E_2, ... by the scores; false keeps E_0 in all steps")
 
     def _watch(self, view: DefenderView, labels: Tensor, chosen: Tensor, changed: Tensor, step: int) -> int | None:
         """Log what the guard sees; the class that fires it, None if none does."""
@@ -81,31 +75,30 @@ class ProgressiveBackdoorErasing(Progressive):
 
     The images are the training set, or a reserve that may be tainted: their poison takes part unmarked. An image's
     score is the similarity of its logits before the defense and now. One optimizer serves the whole run.
-
-    Attributes:
-        rates: share of the images in E_1, E_2, ...; one step more than rates, the last of which is not followed by a
-            selection.
-        epochs: of each step. In the first step all are adversarial.
-        disagreement: subtracted from the score of an image whose predicted class changed; PUD takes 0.5.
-        order_step0: E_1 is the best of the scores (`desc`), or the worst (`asc`), a branch that the released code
-            has switched off.
-        restart: each step starts from the infected weights with a new optimizer, where it otherwise goes on.
     """
 
     paper: ClassVar[str] = "arXiv:2202.06312"
-    rates: list[float] = field(default_factory=lambda: [0.2, 0.5, 0.7])
-    epochs: int = 10
-    disagreement: float = 0.0
-    order_step0: str = "desc"
-    restart: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_shares(self.name, rates=self.rates)
-        self._at_least("epochs", 1)
-        self._one_of("order_step0", "desc", "asc")
-        if not 0 <= self.disagreement <= 1:
-            raise ValueError(f"defense.{self.name}.disagreement is {self.disagreement:g}; write a number in [0, 1]")
+    rates: list[float] = share(
+        [0.2, 0.5, 0.7],
+        "share of the images in E_1, E_2, ...; one step more than rates, the last of which is not "
+        "followed by a selection",
+        above=0,
+    )
+    epochs: int = count(10, "passes of each step; in the first step all are adversarial", at_least=1)
+    disagreement: float = share(
+        0.0,
+        "subtracted from the score of an image whose predicted class changed; PUD takes 0.5",
+    )
+    order_step0: str = choice(
+        "desc",
+        "E_1 is the best of the scores (`desc`), or the worst (`asc`), a branch that the released "
+        "code has switched off",
+        ("desc", "asc"),
+    )
+    restart: bool = plain(
+        False,
+        "start each step from the infected weights with a new optimizer, instead of going on",
+    )
 
     def schedule(self, step: int, images: int) -> tuple[int, int]:
         """Updates of a step on so many images, and how many of them, from the first, are adversarial."""
@@ -171,14 +164,6 @@ class ReleasedPBE(ProgressiveBackdoorErasing):
 def images_of(view: TrainsetView | ReserveView) -> ImageSet:
     """The images that the defense works through: the training set, or the reserve in its place."""
     return view.trainset if isinstance(view, TrainsetView) else view.reserve
-
-
-def check_shares(name: str, **settings: list[float]) -> None:
-    """Raises ValueError if a value is not a share in (0, 1]."""
-    for key, values in settings.items():
-        for value in values:
-            if not 0 < value <= 1:
-                raise ValueError(f"defense.{name}.{key} has {value:g}; write shares in (0, 1], e.g. 0.2")
 
 
 def updates_in(images: int, batch_size: int, epochs: int, least: int) -> int:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -32,10 +32,11 @@ from bench.engine.adversarial import pgd
 from bench.engine.data import ImageSet, generator
 from bench.engine.metrics import features, predict
 from bench.engine.models import Classifier
+from bench.engine.settings import choice, count, number, pixels, plain, share
 from bench.engine.training import Hooks, Recipe, Tensors, make_optimizer
 from defenses.aft import AdversarialStart
 from defenses.base import DefenseResult, ReserveView, Step, TrainsetView, assumed_poison, defense, weights_of
-from defenses.pbe import Progressive, check_shares, drawn, highest, images_of, logits_of, similarity, updates_in
+from defenses.pbe import Progressive, drawn, highest, images_of, logits_of, similarity, updates_in
 from defenses.spectre import class_strengths, oversized_class, quantum_scores, strongest_class
 
 ENOUGH = 100  # images of a class with which SPECTRE is asked, as in the released code
@@ -47,98 +48,95 @@ class ProgressiveUnifiedDefense(Progressive):
     """SPECTRE on the target class; PBE's steps on the rest; unlearning of the worst images; a mean teacher.
 
     The images are the training set, or a reserve that may be tainted: their poison takes part unmarked.
-
-    Attributes:
-        rates: share of the images that SPECTRE leaves in E_1, E_2, ...: the best prediction-consistency scores.
-        epochs: of each step, one more than rates.
-        adversarial_epochs: of each step, from its first; a step whose epochs are all adversarial is so to its end.
-        epsilons: radius of each step as a share of epsilon; the last of 4/255 beside 6/255.
-        step_sizes: of the attack in each step, as a share of its radius. `step_size` is that of the teacher stage.
-        lr_drops: where the rate falls tenfold, as a share of all steps' epochs: after 30 and 60 of 70.
-        disagreement: subtracted from the score of an image whose predicted class changed; 0 is PBE's score.
-        spectre: remove what SPECTRE flags in the target class before the first step.
-        spectre_inner: drop what it flags there in E_1, E_2, ... by the features of that moment, for one step each.
-        spectre_all: filter every class in place of the target class, as all-to-all attacks need it.
-        spectre_features: `pooled`, what the head reads, or `last_stage`, the maps of the last stage.
-        poison_rate: assumed poisoned / all images, for the first call, in (0, 1).
-        spectre_share: assumed share of poison in a class, for the other calls and the search, in (0, 0.33].
-        search_epsilon: radius of the adversarial examples that one of the votes looks at, in [0, 1].
-        target_label: null is found by vote. A number is the attacker's knowledge, for ablations.
-        unlearning: do the stage of `unlearning_loss`, on the last E and the tail of the scores before it.
-        tail: share of all images, the worst scores, to unlearn and to flag in the verdict, in (0, 1].
-        unlearning_epochs, unlearning_weight: of that stage; the weight is that of the ascent.
-        ascent_limit: cross-entropy of the tail from which on the ascent ends.
-        anchor_weight: of the L1 distance to the weights on entering the stage.
-        teacher: do the stage of `consistency_loss`, on the last E.
-        teacher_epochs, consistency_weight: of that stage.
-        teacher_momentum: of the moving average, in [0, 1).
-        teacher_adversarial: train the stage on adversarial images of the student, of radius epsilon.
-        teacher_lr: first rate of a cosine to zero; null goes on at the rate where the steps ended.
-        shipped: which one is returned, `student` or `teacher`; the rounds have both.
     """
 
     paper: ClassVar[str] = "arXiv:2405.17929"
     version: ClassVar[int] = 3  # SPECTRE's eigenpairs to 1e-10
-    rates: list[float] = field(default_factory=lambda: [0.2, 0.4, 0.7, 0.8])
-    epochs: list[int] = field(default_factory=lambda: [10, 10, 10, 10, 30])
-    adversarial_epochs: list[int] = field(default_factory=lambda: [10, 2, 1, 0, 0])
-    epsilons: list[float] = field(default_factory=lambda: [1.0, 1.0, 1.0, 1.0, 2 / 3])
-    step_sizes: list[float] = field(default_factory=lambda: [1 / 5, 1 / 5, 1 / 5, 1 / 6, 1 / 6])
-    lr_drops: list[float] = field(default_factory=lambda: [3 / 7, 6 / 7])
-    disagreement: float = 0.5
-    spectre: bool = True
-    spectre_inner: bool = True
-    spectre_all: bool = False
-    spectre_features: str = "pooled"
-    poison_rate: float = 0.1
-    spectre_share: float = 0.12
-    search_epsilon: float = 4 / 255
-    target_label: int | None = None
-    unlearning: bool = True
-    tail: float = 0.01
-    unlearning_epochs: int = 30
-    unlearning_weight: float = 0.003
-    ascent_limit: float = 10.0
-    anchor_weight: float = 1e-4
-    teacher: bool = True
-    teacher_epochs: int = 30
-    consistency_weight: float = 0.05
-    teacher_momentum: float = 0.99
-    teacher_adversarial: bool = True
-    teacher_lr: float | None = 0.01
-    shipped: str = "student"
+    rates: list[float] = share(
+        [0.2, 0.4, 0.7, 0.8],
+        "share of the images that SPECTRE leaves in E_1, E_2, ...: the best prediction-consistency scores",
+        above=0,
+    )
+    epochs: list[int] = count([10, 10, 10, 10, 30], "passes of each step; one more than rates", at_least=1)
+    adversarial_epochs: list[int] = count(
+        [10, 2, 1, 0, 0],
+        "adversarial passes of each step, from its first; a step whose epochs are all adversarial is so to its end",
+    )
+    epsilons: list[float] = share(
+        [1.0, 1.0, 1.0, 1.0, 2 / 3],
+        "radius of each step as a share of epsilon; the last of 4/255 beside 6/255",
+        above=0,
+    )
+    step_sizes: list[float] = share(
+        [1 / 5, 1 / 5, 1 / 5, 1 / 6, 1 / 6],
+        "step of the attack in each step, as a share of its radius. `step_size` is that of the teacher stage",
+        above=0,
+    )
+    lr_drops: list[float] = share(
+        [3 / 7, 6 / 7],
+        "where the rate falls tenfold, as a share of all steps' epochs: after 30 and 60 of 70",
+        above=0,
+    )
+    disagreement: float = number(
+        0.5,
+        "subtracted from the score of an image whose predicted class changed; 0 is PBE's score",
+        at_least=0,
+    )
+    spectre: bool = plain(True, "remove what SPECTRE flags in the target class before the first step")
+    spectre_inner: bool = plain(
+        True,
+        "drop what it flags there in E_1, E_2, ... by the features of that moment, for one step each",
+    )
+    spectre_all: bool = plain(False, "filter every class in place of the target class, as all-to-all attacks need it")
+    spectre_features: str = choice(
+        "pooled",
+        "`pooled`, what the head reads, or `last_stage`, the maps of the last stage",
+        ("pooled", "last_stage"),
+    )
+    poison_rate: float = share(0.1, "assumed poisoned / all images, for the first call", above=0, below=1)
+    spectre_share: float = number(
+        0.12,
+        "assumed share of poison in a class, for the other calls and the search",
+        above=0,
+        at_most=0.33,
+    )
+    search_epsilon: float = pixels(4 / 255, "radius of the adversarial examples that one of the votes looks at")
+    target_label: int | None = count(None, "null is found by vote. A number is the attacker's knowledge, for ablations")
+    unlearning: bool = plain(
+        True,
+        "do the stage of `unlearning_loss`, on the last E and the tail of the scores before it",
+    )
+    tail: float = share(0.01, "share of all images, the worst scores, to unlearn and to flag in the verdict", above=0)
+    unlearning_epochs: int = count(30, "passes of that stage", at_least=1)
+    unlearning_weight: float = number(0.003, "weight of the ascent", at_least=0)
+    ascent_limit: float = number(10.0, "cross-entropy of the tail from which on the ascent ends", at_least=0)
+    anchor_weight: float = number(1e-4, "weight of the L1 distance to the weights on entering the stage", at_least=0)
+    teacher: bool = plain(True, "do the stage of `consistency_loss`, on the last E")
+    teacher_epochs: int = count(30, "passes of that stage", at_least=1)
+    consistency_weight: float = number(0.05, "weight of the consistency", at_least=0)
+    teacher_momentum: float = share(0.99, "momentum of the moving average", below=1)
+    teacher_adversarial: bool = plain(True, "train the stage on adversarial images of the student, of radius epsilon")
+    teacher_lr: float | None = number(
+        0.01,
+        "first rate of a cosine to zero; null goes on at the rate where the steps ended",
+        at_least=0,
+    )
+    shipped: str = choice(
+        "student",
+        "which one is returned, `student` or `teacher`; the steps have both",
+        ("student", "teacher"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        shares = {key: getattr(self, key) for key in ("rates", "epsilons", "step_sizes", "lr_drops")}
-        check_shares(self.name, tail=[self.tail], poison_rate=[self.poison_rate], **shares)
         for key in ("epochs", "adversarial_epochs", "epsilons", "step_sizes"):
             if len(getattr(self, key)) != len(self.rates) + 1:
                 raise ValueError(
                     f"defense.{self.name}.{key} has {len(getattr(self, key))} values; write "
                     f"{len(self.rates) + 1}, one for each step: one more than rates"
                 )
-        if min(self.epochs) < 1 or min(self.adversarial_epochs) < 0:
-            raise ValueError(f"defense.{self.name}: epochs are at least 1, adversarial_epochs at least 0")
-        for key in ("unlearning_epochs", "teacher_epochs"):
-            self._at_least(key, 1)
-        if self.target_label is not None and self.target_label < 0:
-            raise ValueError(
-                f"defense.{self.name}.target_label is {self.target_label}; write a label, or null for a vote"
-            )
         if self.batch_size < 2:
             raise ValueError(f"defense.{self.name}.batch_size is {self.batch_size}; unlearning needs 2 images or more")
-        if not 0 < self.spectre_share <= 0.33:
-            raise ValueError(f"defense.{self.name}.spectre_share is {self.spectre_share:g}; write a share in (0, 0.33]")
-        if not 0 <= self.teacher_momentum < 1:
-            raise ValueError(f"defense.{self.name}.teacher_momentum is {self.teacher_momentum:g}; write 0.99, or less")
-        if not 0 <= self.search_epsilon <= 1:
-            raise ValueError(
-                f"defense.{self.name}.search_epsilon is {self.search_epsilon:g}; pixels are in [0, 1]. For 4 levels "
-                "write 0.0157."
-            )
-        self._one_of("spectre_features", "pooled", "last_stage")
-        self._one_of("shipped", "student", "teacher")
 
     def schedule(self, step: int, images: int) -> tuple[int, int]:
         """Updates of a step on so many images, and how many of them, from the first, are adversarial."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bench.engine.data import generator
 from bench.engine.metrics import features
-from bench.engine.registry import LATER
+from bench.engine.settings import choice, count, number, plain, share
 from defenses.base import Filter, TrainsetView, assumed_poison, defense
 
 FLOOR = 1e-10  # eigenvalues below this share of the largest are rounding
@@ -43,36 +43,32 @@ class Spectre(Filter):
     Each image is scored within the class of its label: by the budget of the search, but in the class that is named by
     that of `poison_rate`. Scores are in units of the class's clean images, whose mean is near 1 in every class, so they
     compare across classes.
-
-    Attributes:
-        poison_rate: assumed poisoned / all training images, all in the target class; see `assumed_poison`.
-        search_share: assumed share of poison in a class while the target is searched, in (0, 0.33].
-        search_ratio: least strength of the target, in medians over the classes, at least 1.
-        alpha, components, fast, center, skip_k1: of `quantum_scores`.
     """
 
     paper: ClassVar[str] = "arXiv:2104.11315"
     version: ClassVar[int] = 2  # eigenpairs to 1e-10; the strength from unbiased covariances
-    poison_rate: float = 0.1
-    search_share: float = 0.12
-    search_ratio: float = 1.3
-    alpha: float = 4.0
-    components: int = 100
-    fast: bool = True
-    center: str = field(default="overall", metadata=LATER)
-    skip_k1: bool = field(default=True, metadata=LATER)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.poison_rate < 1:
-            raise ValueError(f"defense.spectre.poison_rate is {self.poison_rate:g}; write a share in (0, 1)")
-        if not 0 < self.search_share <= 0.33:
-            raise ValueError(f"defense.spectre.search_share is {self.search_share:g}; write a share in (0, 0.33]")
-        if self.search_ratio < 1:
-            raise ValueError(f"defense.spectre.search_ratio is {self.search_ratio:g}; write 1 or more, e.g. 1.3")
-        if self.components < 1 or self.alpha < 0:
-            raise ValueError("defense.spectre.components must be at least 1, alpha at least 0")
-        if self.center not in CENTERS:
-            raise ValueError(f"defense.spectre.center is {self.center!r}; write {' or '.join(CENTERS)}")
+    poison_rate: float = share(
+        0.1,
+        "assumed poisoned / all training images, all in the target class; see `assumed_poison`",
+        above=0,
+        below=1,
+    )
+    search_share: float = number(
+        0.12,
+        "assumed share of poison in a class while the target is searched",
+        above=0,
+        at_most=0.33,
+    )
+    search_ratio: float = number(
+        1.3,
+        "least strength of the target, in medians over the classes, at least 1",
+        at_least=1,
+    )
+    alpha: float = number(4.0, "`alpha` of `quantum_scores`", at_least=0)
+    components: int = count(100, "most principal components that it tries", at_least=1)
+    fast: bool = plain(True, "its faster form")
+    center: str = choice("overall", "centre of the images: their `overall` mean or a `robust` one", CENTERS, later=True)
+    skip_k1: bool = plain(True, "leave out a single component", later=True)
 
     def inspect(self, view: TrainsetView) -> tuple[Tensor, Tensor]:
         rows, labels = features(view.model, view.trainset), view.trainset.labels

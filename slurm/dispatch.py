@@ -51,9 +51,6 @@ def check(dispatch: DictConfig, dry: bool = False) -> None:
     if missing and not dry:
         raise UserError(f"dispatch=slurm needs {', '.join(missing)} on PATH: log in to the cluster, or dispatch=local")
     ask = dispatch.slurm
-    for name in ("timeout_min", "cpus"):
-        if ask[name] is not None and ask[name] < 1:
-            raise UserError(f"dispatch.slurm.{name} is {ask[name]}; write at least 1")
     options = _sbatch_options()
     for key in ask.additional:
         option = _option(key)

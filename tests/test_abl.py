@@ -207,9 +207,6 @@ def test_it_needs_the_training_set():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"isolation_ratio": 1.0}, r"isolation_ratio is 1; it is a share in \(0, 1\). For 1 % write 0.01"),
-        ({"isolation": 0.0}, r"defense\.abl\.isolation is 0; it is a share of the recipe in \(0, 1\]"),
-        ({"tuning": 60.0}, r"defense\.abl\.tuning is 60; it is a share of the recipe in \[0, 1\]"),
         ({"unlearning_updates": -1}, r"defense\.abl\.unlearning_updates is -1"),
     ],
 )

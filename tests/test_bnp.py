@@ -137,8 +137,3 @@ def test_only_as_many_images_are_looked_at_as_the_paper_takes():
 def test_layer_norms_store_no_statistics_to_contradict(name):
     with pytest.raises(NotApplicable, match="running statistics"):
         BatchNormStatisticsPruning().defend(view(timm_model(name), noise(4)))
-
-
-def test_one_image_is_no_distribution():
-    with pytest.raises(ValueError, match=r"defense\.bnp\.images is 1; write 2 or more"):
-        BatchNormStatisticsPruning(images=1)

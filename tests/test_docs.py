@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -32,15 +31,10 @@ def test_every_column_and_state_has_its_line():
     assert tuple(docs.STATES) == STATES
 
 
-@pytest.mark.parametrize("cls", METHODS, ids=lambda cls: cls.name)
-def test_every_setting_of_a_method_says_what_it_means(cls):
-    assert {field.name for field in fields(cls)} - set(docs._about(cls)) == set()
-
-
 def test_a_default_of_levels_is_written_as_levels():
-    rows = {name: default for name, default, _ in docs._settings(defense["aft"], object)}
+    rows = {name: default for name, default, *_ in docs._settings(defense["aft"], object)}
     assert rows["`epsilon`"] == "`6/255`"
-    assert rows["`lr`, `batch_size`, `momentum`, `weight_decay`"] == "`0.01`, `128`, `0.9`, `0.0005`"
+    assert (rows["`lr`"], rows["`weight_decay`"]) == ("`0.01`", "`0.0005`")
 
 
 def anchors(page: Path) -> set[str]:

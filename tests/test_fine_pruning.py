@@ -274,13 +274,6 @@ def test_it_repeats_under_a_seed():
     assert all(torch.equal(value, two[key]) for key, value in one.items())
 
 
-@pytest.mark.parametrize("setting", [{"tolerance": 4.0}, {"step": 1.0}, {"held_out": -0.1}])
-def test_shares_outside_zero_to_one_are_refused(setting):
-    (key,) = setting
-    with pytest.raises(ValueError, match=rf"defense\.fine_pruning\.{key} is .*; it is a share in \[0, 1\)"):
-        FinePruning(**setting)
-
-
 def test_an_unknown_order_of_units_is_refused():
     with pytest.raises(ValueError, match=r"defense\.fine_pruning\.units is 'loud'; write silent or random"):
         FinePruning(units="loud")

@@ -98,7 +98,6 @@ def test_it_repeats_under_a_seed():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"mode": "ft-init"}, r"defense\.fst\.mode is 'ft-init'; write one of fst, ft_init, fe_tuning"),
         ({"alpha": -0.1}, r"defense\.fst\.alpha is -0\.1"),
     ],
 )

@@ -357,10 +357,7 @@ def test_it_repeats_under_a_seed_and_logs_the_outer_loss():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"patched": 0.0}, r"defense\.i_bau\.patched is 0; it is a share in \(0, 1\]. For 1 % write 0.01"),
         ({"phi_batch": "last"}, r"defense\.i_bau\.phi_batch is 'last'; write first or random"),
-        ({"radius": -1.0}, r"defense\.i_bau\.radius is -1; write 0 or more"),
-        ({"fixed_point_steps": -1}, "fixed_point_steps is -1; write 0 or more"),
     ],
 )
 def test_a_wrong_setting_says_what_to_write(setting, message):

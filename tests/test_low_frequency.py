@@ -167,7 +167,6 @@ def test_images_stay_in_range_and_independent_of_their_batch(shape):
         ({"pattern": "learned"}, "attack.low_frequency.pattern is 'learned'; write optimised or noise"),
         ({"strength": 0}, "attack.low_frequency.strength is 0; write"),
         ({"fooling_rate": 20}, "attack.low_frequency.fooling_rate is 20; write"),
-        ({"images": 0}, "attack.low_frequency.images is 0; write at least 1"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(settings, words):

@@ -136,11 +136,6 @@ def test_it_repeats_under_a_seed():
     assert all(torch.equal(value, two[key]) for key, value in one.items())
 
 
-def test_a_place_beyond_the_curve_is_refused():
-    with pytest.raises(ValueError, match=r"defense\.mcr\.t is 1\.5; write a place on the curve in \[0, 1\]"):
-        ModeConnectivityRepair(t=1.5)
-
-
 @pytest.mark.slow
 def test_on_digits_the_papers_place_is_too_near_to_the_infected_model(run_grid):
     """With one infected model the whole path is infected: a fine-tune of 71 images leaves the backdoor at both ends."""

@@ -212,19 +212,6 @@ def test_two_classes_are_not_applicable():
         NeuralCleanse().defend(view(quadrants(planted=False), bright(), classes=2))
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"steps": 0}, r"defense\.neural_cleanse\.steps is 0; write 1 or more"),
-        ({"stamped": 20.0}, r"defense\.neural_cleanse\.stamped is 20; it is a share in \[0, 1\]"),
-        ({"multiplier": 1.0}, r"defense\.neural_cleanse\.multiplier is 1; write a factor above 1"),
-    ],
-)
-def test_a_wrong_setting_says_what_to_write(setting, message):
-    with pytest.raises(ValueError, match=message):
-        NeuralCleanse(**setting)
-
-
 @pytest.mark.slow
 def test_on_digits_it_finds_and_removes_badnets(run_grid):
     status, trials = run_grid(

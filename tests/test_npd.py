@@ -168,18 +168,6 @@ def test_it_repeats_under_a_seed():
     assert all(torch.equal(value, two[key]) for key, value in one.items())
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"enough": 60.0}, r"defense\.npd\.enough is 60; it is a share in \[0, 1\]"),
-        ({"epsilon": -1.0}, r"defense\.npd\.epsilon is -1; write 0 or more"),
-    ],
-)
-def test_a_wrong_setting_says_what_to_write(setting, message):
-    with pytest.raises(ValueError, match=message):
-        NeuralPolarizer(**setting)
-
-
 @pytest.mark.slow
 def test_on_digits_it_removes_badnets_where_its_attack_can_draw_a_stroke(run_grid):
     # Digits have full contrast: two steps of 0.1 change no pixel from black to white, and leave the backdoor.

@@ -425,13 +425,9 @@ def test_two_fits_with_one_optimizer_are_one_run_of_momentum():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"rates": [0.2, 20]}, r"defense\.pbe\.rates has 20; write shares in \(0, 1\]"),
-        ({"initial_share": 0.0}, "initial_share has 0"),
-        ({"epochs": 0}, "epochs is 0; write 1 or more"),
         ({"guard": "fire"}, "guard is 'fire'; write off or warn or per_class or asc or drop_class"),
         ({"order_step0": "down"}, "order_step0 is 'down'; write desc or asc"),
         ({"disagreement": 2.0}, "disagreement is 2"),
-        ({"epsilon": 6}, r"defense\.pbe\.epsilon is 6; pixels are in \[0, 1\]"),
         ({"attack_labels": "true"}, "write given or predicted"),
         ({"attack_batch_norm": "off"}, "write eval or train"),
     ],

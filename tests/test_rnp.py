@@ -174,18 +174,3 @@ def test_a_network_without_norm_layers_is_not_applicable():
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 4))
     with pytest.raises(NotApplicable, match="no norm layer"):
         ReconstructiveNeuronPruning().defend(view(Classifier(net, [0.5] * 3, [0.2] * 3, image_size=16), noise(4)))
-
-
-@pytest.mark.parametrize(
-    ("setting", "advice"),
-    [
-        ({"stop_accuracy": 20.0}, r"defense\.rnp\.stop_accuracy is 20; write a share in \[0, 1\]"),
-        ({"tolerance": 2.0}, r"defense\.rnp\.tolerance is 2; write a share in \[0, 1\)"),
-        ({"held_out": 1.0}, r"defense\.rnp\.held_out is 1; write a share in \(0, 1\)"),
-        ({"clip": 0.0}, r"defense\.rnp\.clip is 0; write a number above 0"),
-        ({"prune_by": "asr"}, r"prune_by is 'asr'; write one of held_out, threshold, count"),
-    ],
-)
-def test_settings_without_meaning_are_refused_with_advice(setting, advice):
-    with pytest.raises(ValueError, match=advice):
-        ReconstructiveNeuronPruning(**setting)

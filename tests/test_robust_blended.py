@@ -56,9 +56,7 @@ def test_the_network_is_trained_in_the_mode_it_was_in(setup):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epsilon": 6}, "write 0.0235"),
         ({"attack_steps": 0}, "at least 1"),
-        ({"adversarial_share": 1.5}, r"a share in \[0, 1\]"),
         ({"label_mode": "clean_label"}, "all_to_one"),
         ({"regime": "static"}, "per_batch"),
     ],

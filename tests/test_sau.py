@@ -222,19 +222,6 @@ def test_it_repeats_under_a_seed():
     assert views[0].log.images == math.prod(equal_batches(20, 8))
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"epsilon": 51.0}, r"defense\.sau\.epsilon is 51; pixels are in \[0, 1\]. 0.2 is usual"),
-        ({"shared_weight": -1.0}, r"defense\.sau\.shared_weight is -1; write 0 or more"),
-        ({"attack_steps": -1}, r"attack_steps is -1; write 0 or more"),
-    ],
-)
-def test_a_wrong_setting_says_what_to_write(setting, message):
-    with pytest.raises(ValueError, match=message):
-        SharedAdversarialUnlearning(**setting)
-
-
 @pytest.mark.slow
 def test_on_digits_it_removes_badnets(run_grid):
     # An epoch of the digits' reserve has five steps of sixteen images, one of 2,500 images has ten.

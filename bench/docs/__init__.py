@@ -5,13 +5,15 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import MISSING, Field, fields, is_dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from bench.engine.settings import declared
 
 HERE = Path(__file__).parent
 NOTE = "<!-- Written by `python -m bench.docs` from the code; change it there. -->"
 
+HEADER = ["setting", "default", "range", "meaning"]
 OURS = ("attacks", "baselines", "defenses")  # a plug-in has a documentation of its own
 # Columns of `trials.csv` that are not figures.
 PLACES = {
@@ -147,7 +149,7 @@ def _methods() -> str:
         "",
         "## Settings of every attack",
         "",
-        *_table(["setting", "default", "meaning"], _settings(Attack, object)),
+        *_table(HEADER, _settings(Attack, object)),
         "",
         "## Attacks",
         "",
@@ -183,50 +185,27 @@ def _all(registry: dict[str, type], base: type, fact: str, of: Any) -> list[str]
         lines += [f"- {key}: {text}" for key, text in facts] + [f"- Code: [{file}](../../{file})", ""]
         rows = _settings(cls, base)
         if rows:
-            lines += [*_table(["setting", "default", "meaning"], rows), ""]
+            lines += [*_table(HEADER, rows), ""]
     return lines
 
 
 def _harness() -> str:
     """Every group of the configuration but those of the methods."""
-    from bench.engine.training import Recipe
     from bench.experiment.schema import Config
 
     lines = _SETTINGS.splitlines()
 
     def group(prefix: str, cls: type) -> None:
-        about = _about(cls) if cls is Recipe else _comments(cls)
         inner = {f.name: f.default_factory for f in fields(cls) if is_dataclass(f.default_factory)}
-        rows = [
-            # The default of dataset.root is this machine's $BENCH_DATA.
-            [f"`{prefix}{f.name}`", f"`{'data' if f.name == 'root' else _default(f)}`", about.get(f.name, "")]
-            for f in fields(cls)
-            if f.name not in inner and f.name not in ("attack", "defense")
-        ]
-        first = _plain((cls.__doc__ or "").partition("Attributes:")[0])
-        lines.extend(["", f"## {prefix.rstrip('.') or 'General'}", "", *([first, ""] if prefix else [])])
-        lines.extend(_table(["setting", "default", "meaning"], rows))
+        lines.extend(
+            ["", f"## {prefix.rstrip('.') or 'General'}", "", *([_plain(cls.__doc__ or ""), ""] if prefix else [])]
+        )
+        lines.extend(_table(HEADER, _settings(cls, object, prefix)))
         for name, inner_class in inner.items():
             group(f"{prefix}{name}.", inner_class)  # type: ignore[arg-type]
 
     group("", Config)
     return "\n".join(lines) + "\n"
-
-
-def _comments(cls: type) -> dict[str, str]:
-    """Setting -> the comment after it, or in the lines above it."""
-    comments: dict[str, str] = {}
-    above: list[str] = []
-    for line in inspect.getsource(cls).splitlines():
-        field_, _, comment = line.partition("  # ")
-        if line.strip().startswith("# "):
-            above.append(line.strip()[2:])
-        elif named := re.match(r"    (\w+): ", field_):
-            comments[named[1]] = comment.strip() or " ".join(above)
-            above = []
-        else:
-            above = []
-    return comments
 
 
 def _place(named: tuple[str, type]) -> tuple[Any, ...]:
@@ -259,17 +238,18 @@ def _header(cls: type) -> tuple[str, dict[str, str]]:
     return _plain(title), {key: _plain(value) for key, value in parts.items()}
 
 
-def _settings(cls: type, base: type) -> list[list[str]]:
-    """Setting, default and meaning of what a method adds to its base, or changes; what is told at once is one row."""
+def _settings(cls: type, base: type, prefix: str = "") -> list[list[str]]:
+    """Setting, default, range and meaning of what a class adds to its base, or changes."""
     usual = {} if base is object else _defaults(base)
-    about = _about(cls)
-    changed = [f for f in fields(cls) if usual.get(f.name) != _default(f)]
-    return [
-        [", ".join(f"`{f.name}`" for f in group), ", ".join(f"`{_default(f)}`" for f in group), str(text)]
-        for text, group in (
-            (text, list(members)) for text, members in groupby(changed, lambda f: about.get(f.name, f.name))
-        )
-    ]
+    known = declared(cls)
+    rows = []
+    for each in fields(cls):
+        setting = known[each.name]
+        if setting is not None and usual.get(each.name) != _default(each):
+            # The default of dataset.root is this machine's $BENCH_DATA.
+            default = "data" if each.name == "root" else _default(each)
+            rows.append([f"`{prefix}{each.name}`", f"`{default}`", setting.range, setting.about])
+    return rows
 
 
 def _defaults(cls: type) -> dict[str, str]:
@@ -287,19 +267,6 @@ def _default(f: Field[Any]) -> str:
         levels = 255 * value
         return f"{levels:.0f}/255" if abs(levels - round(levels)) < 1e-9 else f"{value:.4g}"
     return to_override(value)
-
-
-def _about(cls: type) -> dict[str, str]:
-    """Setting -> what the `Attributes` of a class, or of those that it is built on, say of it."""
-    texts: dict[str, str] = {}
-    for one in reversed(cls.__mro__):
-        _, _, listed = inspect.cleandoc(one.__dict__.get("__doc__") or "").partition("Attributes:\n")
-        listed = re.split(r"^\S", listed, maxsplit=1, flags=re.MULTILINE)[0]
-        for entry in re.split(r"\n(?=    \S)", listed.rstrip()):
-            names, _, text = entry.strip().partition(":")
-            if re.fullmatch(r"\w+(, \w+)*", names):
-                texts |= dict.fromkeys(names.split(", "), _plain(text))
-    return texts
 
 
 # Markdown ------------------------------------------------------------------------------------------------------------

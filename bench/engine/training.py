@@ -25,6 +25,7 @@ from . import stopping
 from .data import Augmentation, ImageSet, equal_batches, generator
 from .files import digest_of, save_tensors
 from .models import Classifier
+from .settings import check, choice, count, number, share
 
 Tensors = dict[str, Tensor]
 Net = TypeVar("Net", bound=nn.Module)
@@ -34,77 +35,39 @@ class Diverged(ArithmeticError):
     """The loss is no longer a number."""
 
 
-# The least value of a number by its name, and what it must stay below.
-_BOUNDS = {
-    "epochs": (0, math.inf),
-    "updates": (0, math.inf),
-    "batch_size": (1, math.inf),
-    "lr": (0, math.inf),
-    "weight_decay": (0, math.inf),
-    "momentum": (0, 1),
-    "warmup": (0, 1),
-    "label_smoothing": (0, 1),
-}
-
-
-def check_numbers(prefix: str, settings: Mapping[str, object]) -> None:
-    """Refuse numbers that no training can have.
-
-    Args:
-        place: what goes before a name in the message, e.g. `defense.aft.`.
-        settings: those of a recipe, or of a method that names its own alike; others are left alone.
-
-    Raises:
-        ValueError: one lies outside its range.
-    """
-    for name, (least, end) in _BOUNDS.items():
-        value = settings.get(name)
-        if isinstance(value, int | float) and not least <= value < end:
-            raise ValueError(
-                f"{prefix}{name} is {value:g}; write {least} or more" + (f", below {end}" if end < math.inf else "")
-            )
-
-
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained.
+    """How a network is trained."""
 
-    Attributes:
-        epochs: passes over the data.
-        updates: optimizer steps in place of epochs, if above 0: for data sets so small that an epoch is one step.
-        batch_size: images a step; the last batch is as large as the others.
-        optimizer: `sgd` (Nesterov momentum), `momentum` (classical momentum), `adam` or `adamw`.
-        lr: the highest learning rate.
-        momentum: of SGD; the first beta of Adam.
-        weight_decay: on all weights.
-        schedule: `cosine` to zero, `one_cycle`, or `constant`.
-        warmup: share of the steps over which the rate rises linearly from zero.
-        label_smoothing: of the cross-entropy.
-        precision: `auto` (bfloat16 autocast on a GPU, float32 elsewhere), `float32` or `bfloat16`.
-    """
-
-    epochs: int = 100
-    updates: int = 0
-    batch_size: int = 128
-    optimizer: str = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"
-    warmup: float = 0.0
-    label_smoothing: float = 0.0
-    precision: str = "auto"
+    epochs: int = count(100, "passes over the data")
+    updates: int = count(
+        0,
+        "optimizer steps in place of epochs, if above 0: for data sets so small that an epoch is one step",
+    )
+    batch_size: int = count(128, "images a step; the last batch is as large as the others", at_least=1)
+    optimizer: str = choice(
+        "sgd",
+        "`sgd` (Nesterov momentum), `momentum` (classical momentum), `adam` or `adamw`",
+        ("sgd", "momentum", "adam", "adamw"),
+    )
+    lr: float = number(0.1, "the highest learning rate", at_least=0)
+    momentum: float = number(0.9, "momentum of SGD; the first beta of Adam", at_least=0, below=1)
+    weight_decay: float = number(5e-4, "weight decay, on all weights", at_least=0)
+    schedule: str = choice(
+        "cosine",
+        "course of the learning rate; `cosine` goes to zero",
+        ("cosine", "one_cycle", "constant"),
+    )
+    warmup: float = share(0.0, "share of the steps over which the rate rises linearly from zero", below=1)
+    label_smoothing: float = share(0.0, "label smoothing of the cross-entropy", below=1)
+    precision: str = choice(
+        "auto",
+        "`auto` (bfloat16 autocast on a GPU, float32 elsewhere), `float32` or `bfloat16`",
+        ("auto", "float32", "bfloat16"),
+    )
 
     def __post_init__(self) -> None:
-        choices = {
-            "optimizer": ("sgd", "momentum", "adam", "adamw"),
-            "schedule": ("cosine", "one_cycle", "constant"),
-            "precision": ("auto", "float32", "bfloat16"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; write one of {', '.join(allowed)}")
-        check_numbers("", vars(self))
+        check(type(self), vars(self))
 
     def steps(self, count: int) -> int:
         """Optimizer steps of a training on so many images."""

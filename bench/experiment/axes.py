@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache, partial
 from itertools import product
@@ -15,12 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from attacks.base import attack
+from bench.engine import settings
 from bench.engine.datasets import dataset
 from bench.engine.errors import UserError
 from bench.engine.models import architectures
 from bench.engine.registry import did_you_mean
 from bench.experiment.load import as_list, update
 from bench.experiment.overrides import PER_CELL, to_override
+from bench.experiment.schema import Config
 from bench.measures.context import NEEDS_CONTROL, RELEARN_TABLE
 from defenses.base import THREAT_MODELS, defense
 
@@ -120,41 +123,22 @@ def check(cfg: DictConfig) -> None:
     """What can be refused without looking at any data."""
     _check_ablations(cfg)  # first: they are names of the grid too
     names(cfg), seeds_of(cfg.grid.seeds)
+    try:
+        _check_ranges(cfg, Config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     reserve = cfg.reserve
-    if not 0 < reserve.size <= reserve.held_out < 1 or not 0 <= reserve.contamination <= 1:
+    if reserve.size > reserve.held_out:
         raise UserError(
-            f"reserve.size is {reserve.size:g} and reserve.held_out {reserve.held_out:g}; both are shares of the "
-            "training split, 0 < size <= held_out < 1, and reserve.contamination is a share of the reserve in [0, 1]"
+            f"reserve.size is {reserve.size:g}, more than reserve.held_out, {reserve.held_out:g}; the reserve is a "
+            "part of what is held out: write size <= held_out"
         )
-    measure, dispatch = cfg.measure, cfg.dispatch
-    if measure.pgd_steps < 0 or (measure.pgd_images is not None and measure.pgd_images < 1):
-        raise UserError("measure.pgd_steps is at least 0, and measure.pgd_images at least 1 (null: all test images)")
-    if not 0 <= measure.pgd_epsilon <= 1 or not 0 < measure.pgd_step_size <= 1:
+    counts = list(cfg.measure.relearn_poisoned)
+    if RELEARN_TABLE not in counts or len(set(counts)) < len(counts):
         raise UserError(
-            f"measure.pgd_epsilon is {measure.pgd_epsilon:g} and measure.pgd_step_size {measure.pgd_step_size:g}; "
-            "pixels are in [0, 1]. For 8 levels write 8/255 (0.03137)."
+            f"measure.relearn_poisoned is {counts}; write different numbers of images, {RELEARN_TABLE} among them (the "
+            "paper's, which the table shows)"
         )
-    if measure.autoattack_images < 0:
-        raise UserError(f"measure.autoattack_images is {measure.autoattack_images}; write 0 for none, or more")
-    counts = list(measure.relearn_poisoned)
-    if RELEARN_TABLE not in counts or min(counts) < 1 or len(set(counts)) < len(counts):
-        raise UserError(
-            f"measure.relearn_poisoned is {counts}; write different numbers of images from 1 up, "
-            f"{RELEARN_TABLE} among them (the paper's, which the table shows)"
-        )
-    for name, most, example in (("crop", 0.5, "0.125 for four pixels of 32"), ("rotation", 180, "10 for ten degrees")):
-        value = cfg.dataset.augmentation[name]
-        if value is not None and not 0 <= value <= most:
-            raise UserError(
-                f"dataset.augmentation.{name} is {value:g}; write a number from 0 to {most:g}, e.g. {example}"
-            )
-    if dispatch.threads < 1 or (dispatch.workers is not None and dispatch.workers < 0):
-        raise UserError("dispatch.threads is at least 1, and dispatch.workers at least 0 (null: one for each core)")
-    if dispatch.kind not in ("local", "slurm"):
-        raise UserError(f"dispatch.kind is {dispatch.kind!r}; write local or slurm")
-    for name in ("max_tries", "trials_per_job", "trials_per_gpu", "max_jobs"):
-        if dispatch[name] < 1:
-            raise UserError(f"dispatch.{name} is {dispatch[name]}; write at least 1")
     _check_name(str(cfg.grid.name))
     results = os.path.abspath(cfg.results)
     if cfg.tracking.enabled and not cfg.tracking.uri and re.search(r"\?|%[0-9A-Fa-f]{2}", results):
@@ -163,6 +147,18 @@ def check(cfg: DictConfig) -> None:
             "something else and open another file; write a folder without them, or tracking.enabled=false"
         )
     _check_exceptions(cfg)
+
+
+def _check_ranges(values: Any, cls: type, prefix: str = "") -> None:
+    """Refuse settings of the harness outside their declared ranges; each method checks its own when it is made.
+
+    Raises:
+        ValueError: with the setting, the value and what to write instead.
+    """
+    settings.check(cls, values, prefix)
+    for group in fields(cls):
+        if is_dataclass(group.default_factory):
+            _check_ranges(values[group.name], group.default_factory, f"{prefix}{group.name}.")
 
 
 def _check_name(name: str) -> None:
