@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.engine.adversarial import under_attack
 from bench.engine.data import generator
+from bench.engine.inference import under_attack
+from bench.engine.modes import autocast
 from bench.engine.settings import count, number, pixels, share
-from bench.engine.training import Tensors, autocast, named, optimizer_tensors, part_of, restore_optimizer
+from bench.engine.training import Tensors, named, optimizer_tensors, part_of, restore_optimizer
 
 from .base import Attack, AttackHooks, PerBatch, Setup, attack
 
@@ -88,10 +89,10 @@ class TwoStages(PerBatch):
         if self.learning:
             target_labels = self.attack.target_labels(labels, self.num_classes)
             # In train mode a batch of triggers alone would move the running statistics of batch norm.
-            with under_attack(model):
+            with under_attack(model) as fast:
                 with autocast(self.precision, images.device):
                     moved = _moved(images, self.copy(images), self.lira.epsilon)
-                    loss = F.cross_entropy(model(moved), target_labels)
+                    loss = F.cross_entropy(fast(moved), target_labels)
                 loss.backward()
             self.adam.step()
             self.adam.zero_grad(set_to_none=True)

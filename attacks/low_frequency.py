@@ -17,8 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bench.engine.adversarial import under_attack
 from bench.engine.data import generator, to_float
+from bench.engine.inference import under_attack
 from bench.engine.settings import choice, count, pixels, share
 from bench.engine.training import Tensors
 
@@ -107,13 +107,13 @@ def deepfool(model: nn.Module, images: Tensor, targets: Tensor, steps: int) -> t
     """
     change = torch.zeros_like(images)
     reached = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-    with under_attack(model):
+    with under_attack(model) as fast:
         for step in range(steps + 1):  # the last round only looks
             left = (~reached).nonzero().flatten()
             if not len(left):
                 break
             current = (images[left] + OVERSHOOT * change[left]).requires_grad_(True)
-            logits = model(current)
+            logits = fast(current)
             highest, label = logits.max(dim=1)
             gap = highest - logits.gather(1, targets[left, None])[:, 0]
             arrived = label == targets[left]

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.engine.adversarial import clamped, under_attack
+from bench.engine.adversarial import clamped
 from bench.engine.data import ImageSet, generator, to_float
+from bench.engine.inference import under_attack
 from bench.engine.settings import count, number, pixels
 from bench.engine.training import Recipe, Tensors, fit
 
@@ -82,11 +83,11 @@ class Narcissus(Attack):
         optimizer = torch.optim.RAdam([pattern], lr=self.learning_rate)
         size = min(self.batch_size, len(data))
         labels = torch.full((size,), self.target_label, device=setup.device)
-        with under_attack(model):
+        with under_attack(model) as fast:
             for update in range(self.updates):
                 chosen = torch.randperm(len(data), generator=source)[:size]
                 optimizer.zero_grad(set_to_none=True)
-                loss = F.cross_entropy(model(clamped(to_float(data.batch(chosen)) + pattern)), labels)
+                loss = F.cross_entropy(fast(clamped(to_float(data.batch(chosen)) + pattern)), labels)
                 loss.backward()
                 optimizer.step()
                 with torch.no_grad():

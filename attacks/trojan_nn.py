@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bench.engine.adversarial import under_attack
 from bench.engine.data import generator, to_float
+from bench.engine.inference import under_attack
 from bench.engine.models import Classifier
 from bench.engine.settings import count, number
 from bench.engine.training import Tensors
@@ -72,10 +72,10 @@ class TrojanNN(Attack):
         logits = logits.clone().requires_grad_(True)
         optimizer = torch.optim.Adam([logits], lr=self.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, self.steps))
-        with under_attack(model):
+        with under_attack(model) as fast:
             for step in range(self.steps):
                 optimizer.zero_grad(set_to_none=True)
-                fired = model.features(self.stamp(backgrounds, {"patch": logits.sigmoid()}))[:, neurons]
+                fired = fast.features(self.stamp(backgrounds, {"patch": logits.sigmoid()}))[:, neurons]
                 (fired - self.activation).square().mean().backward()
                 optimizer.step()
                 schedule.step()

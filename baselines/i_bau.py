@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.engine.adversarial import under_attack
 from bench.engine.data import ImageSet, equal_batches, to_float
+from bench.engine.inference import under_attack
 from bench.engine.settings import choice, count, number, share
 from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
@@ -137,14 +137,14 @@ def universal_perturbation(
     delta = torch.zeros(1, *reserve.images.shape[1:], device=device)
     batches, size = equal_batches(len(reserve), settings.batch_size)
     order = torch.randperm(len(reserve), generator=source, device=device)
-    with under_attack(model):
+    with under_attack(model) as fast:
         for index in range(batches):
             images = to_float(reserve.batch(order[index * size : (index + 1) * size]))
             images = images.contiguous(memory_format=torch.channels_last)
             with torch.no_grad():
-                predicted = model(images).argmax(1)
+                predicted = fast(images).argmax(1)
             delta.requires_grad_(True)
-            (slope,) = torch.autograd.grad(inner_objective(model, images, predicted, delta), delta)
+            (slope,) = torch.autograd.grad(inner_objective(fast, images, predicted, delta), delta)
             delta = delta.detach() - settings.inner_lr * slope
     if settings.radius:
         delta *= (settings.radius / delta.norm().clamp_min(1e-12)).clamp_max(1)

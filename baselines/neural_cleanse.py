@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.engine.adversarial import under_attack
 from bench.engine.data import ImageSet, generator, to_float
-from bench.engine.models import Classifier
+from bench.engine.inference import under_attack
 from bench.engine.settings import count, number, share
 from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
@@ -87,15 +86,15 @@ class NeuralCleanse(Defense):
     def reverse(self, view: ReserveView) -> tuple[Tensor, Tensor]:
         """For each of K classes the smallest mask (K, 1, H, W) that succeeds, and its pattern (K, C, H, W)."""
         classes = torch.arange(view.num_classes, device=view.device)
-        with under_attack(view.model):
+        with under_attack(view.model) as model:
             reversed_triggers = [
-                self._reverse(view.model, view.reserve, group, view.seed)
+                self._reverse(model, view.reserve, group, view.seed)
                 for group in classes.split(max(1, AT_ONCE // self.batch_size))
             ]
         masks, patterns = zip(*reversed_triggers, strict=True)
         return torch.cat(masks), torch.cat(patterns)
 
-    def _reverse(self, model: Classifier, data: ImageSet, classes: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def _reverse(self, model: nn.Module, data: ImageSet, classes: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         count, (_, channels, height, width) = len(classes), data.images.shape
         size = min(self.batch_size, len(data))
         batches = min(self.batches, len(data) // size)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.engine.adversarial import under_attack
+from bench.engine.inference import under_attack
 from bench.engine.models import Classifier
 from bench.engine.settings import count, number, pixels
 from bench.engine.training import Hooks, Recipe
@@ -97,14 +97,14 @@ def shared_perturbation(
     Both networks are in eval mode, so that an image's change depends on that image alone.
     """
     delta = torch.full_like(images, settings.epsilon)
-    with under_attack(model), torch.enable_grad():
+    with under_attack(model) as own, under_attack(reference) as other, torch.enable_grad():
         with torch.no_grad():
-            predicted_before, reference_before = model(images).argmax(1), reference(images).argmax(1)
+            predicted_before, reference_before = own(images).argmax(1), other(images).argmax(1)
         left = torch.arange(len(images), device=images.device)  # not yet mistaken for the same class
         for _ in range(settings.attack_steps):
             moving = delta[left].requires_grad_(True)
             seen = images[left] + moving
-            logits, reference_logits = model(seen), reference(seen)
+            logits, reference_logits = own(seen), other(seen)
             predicted, reference_predicted = logits.argmax(1), reference_logits.argmax(1)
             fooled, reference_fooled = (
                 predicted != predicted_before[left],

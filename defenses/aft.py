@@ -16,8 +16,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bench.engine.adversarial import pgd, under_attack
+from bench.engine.adversarial import pgd
 from bench.engine.data import ImageSet
+from bench.engine.inference import under_attack
 from bench.engine.models import Classifier
 from bench.engine.settings import choice, count, number, pixels, plain
 from bench.engine.training import Hooks, Recipe
@@ -69,7 +70,9 @@ class AdversarialRepair(Defense):
         optimizer: torch.optim.Optimizer | None = None,
         augment: bool = True,
     ) -> Classifier:
-        """One part of the defense: train the view's model on some of its images."""
+        """Train the view's model on some of its images; attacks on it are made in the precision of the training."""
+        if isinstance(hooks, AdversarialStart):
+            hooks.precision = view.log.precision
         return view.fit(
             view.model, recipe, data=images, augment=augment, hooks=hooks, stream=stream, optimizer=optimizer
         )
@@ -96,6 +99,7 @@ class AdversarialStart(Hooks):
         self.updates = updates
         self.epsilon = settings.epsilon if epsilon is None else epsilon
         self.step_size = settings.step_size if step_size is None else step_size
+        self.precision = "float32"
 
     def augmented(
         self, model: nn.Module, images: Tensor, labels: Tensor, step: int, source: torch.Generator
@@ -104,8 +108,8 @@ class AdversarialStart(Hooks):
             return images, labels
         left = labels
         if self.settings.attack_labels == "predicted":
-            with under_attack(model), torch.no_grad():
-                left = model(images).argmax(dim=1)
+            with under_attack(model) as fast, torch.no_grad():
+                left = fast(images).argmax(dim=1)
         adversarial = pgd(
             model,
             images,
@@ -115,6 +119,7 @@ class AdversarialStart(Hooks):
             steps=self.settings.attack_steps,
             random_start=source if self.settings.random_start else None,
             eval_mode=self.settings.attack_batch_norm == "eval",
+            precision=self.precision,
         )
         return adversarial, labels
 
@@ -125,6 +130,7 @@ class AdversarialFineTuning(AdversarialRepair):
     """Fine-tune on untargeted adversarial examples of the reserve first, on the clean reserve then."""
 
     paper: ClassVar[str] = "arXiv:2202.06312"
+    version: ClassVar[int] = 2  # attacks in the precision of the training
     updates: int = count(600, "optimizer steps in all", at_least=1)
     adversarial_updates: int = count(200, "how many of them, from the first, see adversarial images only")
     schedule: str = choice("cosine", "course of the learning rate: `cosine` goes to zero", ("cosine", "constant"))

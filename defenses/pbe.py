@@ -78,6 +78,7 @@ class ProgressiveBackdoorErasing(Progressive):
     """
 
     paper: ClassVar[str] = "arXiv:2202.06312"
+    version: ClassVar[int] = 2  # attacks in the precision of the training
     rates: list[float] = share(
         [0.2, 0.5, 0.7],
         "share of the images in E_1, E_2, ...; one step more than rates, the last of which is not "

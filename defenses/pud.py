@@ -51,7 +51,7 @@ class ProgressiveUnifiedDefense(Progressive):
     """
 
     paper: ClassVar[str] = "arXiv:2405.17929"
-    version: ClassVar[int] = 3  # SPECTRE's eigenpairs to 1e-10
+    version: ClassVar[int] = 4  # attacks in the precision of the training
     rates: list[float] = share(
         [0.2, 0.4, 0.7, 0.8],
         "share of the images that SPECTRE leaves in E_1, E_2, ...: the best prediction-consistency scores",

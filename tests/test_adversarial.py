@@ -3,8 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.engine.adversarial import clamped, pgd, under_attack
+from bench.engine.adversarial import clamped, pgd
 from bench.engine.data import generator
+from bench.engine.inference import under_attack
 from bench.engine.models import ModelSpec
 
 EPSILON = 8 / 255

@@ -258,9 +258,3 @@ def test_the_picture_of_shapes_has_hard_colours_and_soft_edges():
     assert ((picture == 0) | (picture == 1)).float().mean() > 0.2
     assert picture.std() > 0.3  # uniform noise has 0.29, the coarse picture half as much
     assert (picture[..., 1:] - picture[..., :-1]).abs().mean() < 0.1  # of uniform noise 1 / 3
-
-
-@pytest.mark.parametrize(("key", "value"), [("alpha", 1.1), ("alpha", -0.1), ("alpha_train", 1.1)])
-def test_an_opacity_above_one_is_refused(key, value):
-    with pytest.raises(ValueError, match=rf"attack\.blended\.{key} is {value}; an opacity is in \[0, 1\]"):
-        attack["blended"](**{key: value})

@@ -141,10 +141,9 @@ def test_a_ramp_begins_with_four_times_the_change_and_ends_with_the_trigger():
         assert labels.tolist() == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize
-def test_a_ramp_is_a_share(settings, message):
-    with pytest.raises(ValueError, match=message):
-        Bpp(**settings)
+def test_a_ramp_needs_a_training_that_the_attacker_owns():
+    with pytest.raises(ValueError, match=r"ramp.*regime"):
+        Bpp(ramp=0.5, regime="static")
 
 
 def test_a_ramp_needs_the_attacker_in_the_training():

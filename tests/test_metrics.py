@@ -14,9 +14,11 @@ from bench.engine.metrics import (
     predict,
     recovery_accuracy,
     robust_accuracy,
+    robust_images,
     success_by_class,
 )
-from bench.engine.models import ModelSpec
+from bench.engine.models import Classifier, ModelSpec
+from bench.engine.training import Recipe, fit
 
 
 def noise(count: int, channels: int = 3, size: int = 16, classes: int = 4) -> ImageSet:
@@ -254,6 +256,66 @@ def test_an_image_that_noise_happens_to_put_right_still_counts_as_wrong():
     model = Linear(torch.ones(4), -2.0)
     assert accuracy(predict(model, data), data.labels) == 0.0
     assert robust_accuracy(model, data, epsilon=0.3, step_size=0.1, steps=0, seed=0) == 0.0
+
+
+def by_hand(model, data, steps, epsilon, step_size, seed):
+    """Every iterate of every image, all at once: is each classified correctly, and is the last one?"""
+    whole = data.images.float() / 255
+    noise_ = torch.cat(
+        [
+            torch.rand(512, *whole.shape[1:], generator=generator(seed, "robust accuracy", block))
+            for block in range(-(-len(whole) // 512))
+        ]
+    )[: len(whole)]
+    points = (whole + epsilon * (2 * noise_ - 1)).clamp(0, 1)
+    with torch.no_grad():
+        right = clean = model(whole).argmax(1) == data.labels
+    for step in range(steps + 1):
+        points.requires_grad_(True)
+        logits = model(points)
+        now = logits.argmax(1) == data.labels
+        right = right & now
+        if step < steps:
+            (slope,) = torch.autograd.grad(
+                torch.nn.functional.cross_entropy(logits, data.labels, reduction="sum"), points
+            )
+            points = (points.detach() + step_size * slope.sign()).clamp(0, 1)
+            points = torch.minimum(torch.maximum(points, whole - epsilon), whole + epsilon)
+    return right, clean & now
+
+
+def trained(data):
+    """A network that has learned half of the images: right and wrong, robust and fragile ones."""
+    model = ModelSpec("test_resnet", 4, 3, 16, (0.5,) * 3, (0.25,) * 3, "half").build(0)
+    recipe = Recipe(epochs=12, batch_size=64, lr=0.05, optimizer="momentum")
+    return fit(model, data[: len(data) // 2], recipe, seed=0)
+
+
+def test_an_image_is_robust_if_no_iterate_fools_the_model_whatever_the_batch():
+    data = noise(700)
+    model = trained(data)
+    settings = {"epsilon": 1 / 255, "step_size": 0.4 / 255, "seed": 5}
+    counts = []
+    for steps in (0, 1, 4, 10):
+        every, last = by_hand(model, data, steps, **settings)
+        for batch_size in (33, 512, 5000):
+            found = robust_images(model, data, steps=steps, **settings, batch_size=batch_size)
+            assert (found != every).sum() <= 1  # an image on a boundary may fall to either side by rounding
+        assert not (every & ~last).any()
+        counts.append(int(found.sum()))
+    assert counts == sorted(counts, reverse=True)  # more steps find no fewer
+    assert len(set(counts)) > 2
+    assert robust_accuracy(model, data, steps=10, **settings) == counts[-1] / 700
+
+
+def test_what_is_fooled_at_once_costs_a_pass_and_what_is_wrong_none():
+    data = noise(600)
+    model = trained(data)
+    right = int((predict(model, data) == data.labels).sum())
+    before = Classifier.passes
+    assert robust_accuracy(model, data, epsilon=64 / 255, step_size=64 / 255, steps=20, seed=0) == 0.0
+    # The predictions, and for each image that was right one or two passes with the slope at the images.
+    assert 600 + 2 * right <= Classifier.passes - before <= 600 + 6 * right < 600 * 42
 
 
 def test_robust_accuracy_repeats_under_a_seed_and_leaves_weights_trainable():

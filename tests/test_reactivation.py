@@ -317,7 +317,7 @@ def test_relearning_by_numbers_without_the_papers_own_is_refused(cache):
 
     with pytest.raises(UserError, match="5 among them"):
         load_experiment(["grid=quick", "measure.relearn_poisoned=[1,10]", f"dataset.cache={cache}"])
-    with pytest.raises(UserError, match="write 0 for none"):
+    with pytest.raises(UserError, match=r"measure\.autoattack_images is -1"):
         load_experiment(["grid=quick", "measure.autoattack_images=-1", f"dataset.cache={cache}"])
 
 

@@ -184,23 +184,6 @@ def test_no_step_is_lost_to_a_rate_of_zero_and_none_is_above_the_highest(schedul
     assert all(0 < rate <= 0.1 for rate in rates)
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"optimizer": "sgdd"}, "optimizer is 'sgdd'; write one of sgd, momentum, adam, adamw"),
-        ({"schedule": "step"}, "schedule is 'step'; write one of cosine, one_cycle, constant"),
-        ({"precision": "half"}, "precision is 'half'; write one of auto, float32, bfloat16"),
-        ({"batch_size": 0}, "batch_size is 0; write 1 or more"),
-        ({"epochs": -1}, "epochs is -1; write 0 or more"),
-        ({"updates": -1}, "updates is -1; write 0 or more"),
-        ({"warmup": 1.0}, "warmup is 1; write 0 or more, below 1"),
-    ],
-)
-def test_a_wrong_recipe_says_what_to_write(setting, message):
-    with pytest.raises(ValueError, match=message):
-        Recipe(**setting)
-
-
 # Batches and epochs -------------------------------------------------------------------------------------------
 
 

@@ -5,33 +5,12 @@ Paper: Madry et al., ICLR 2018, arXiv:1706.06083.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@contextmanager
-def under_attack(model: nn.Module, eval_mode: bool = True) -> Iterator[None]:
-    """Eval mode and no gradients for weights inside; every mode and flag is as before outside.
-
-    In train mode (`eval_mode=False` leaves it on) each attack step moves the running statistics of batch norm towards
-    its own iterates.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(weight, weight.requires_grad) for weight in model.parameters()]
-    if eval_mode:
-        model.eval()
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for weight, flag in flags:
-            weight.requires_grad_(flag)
+from .inference import under_attack
+from .modes import autocast
 
 
 def clamped(points: Tensor) -> Tensor:
@@ -53,6 +32,7 @@ def pgd(
     random_start: torch.Generator | None = None,
     targeted: bool = False,
     eval_mode: bool = True,
+    precision: str = "float32",
 ) -> Tensor:
     """Projected gradient descent on the cross-entropy in the L-infinity ball, clamped to [0, 1].
 
@@ -64,6 +44,7 @@ def pgd(
         random_start: a source to start anywhere in the ball; None starts at the images.
         eval_mode: False attacks the model in the mode it is in: in train mode batch norm uses the batch's own
             statistics, and takes every iterate into the running ones.
+        precision: `bfloat16` makes the passes in autocast; images and gradients of images stay float32.
 
     Returns:
         The adversarial images, detached. The model is left as it was, but for those statistics.
@@ -74,10 +55,10 @@ def pgd(
     if random_start is not None:
         noise = torch.rand(images.shape, generator=random_start, device=images.device, dtype=images.dtype)
         current = current.add_(noise.mul_(2).sub_(1).mul_(epsilon)).clamp_(0, 1)
-    with under_attack(model, eval_mode), torch.enable_grad():
+    with under_attack(model, eval_mode) as attacked, torch.enable_grad(), autocast(precision, images.device):
         for _ in range(steps):
             current.requires_grad_(True)
-            loss = F.cross_entropy(model(current), labels, reduction="sum")
+            loss = F.cross_entropy(attacked(current), labels, reduction="sum")
             (gradient,) = torch.autograd.grad(loss, current)
             with torch.no_grad():
                 # Not in place: the graph of this step may still hold the tensor.

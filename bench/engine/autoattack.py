@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adversarial import under_attack
 from .data import ImageSet, generator
+from .inference import under_attack
 
 NORMS = ("linf", "l2")
 TARGETS = 9
@@ -447,14 +447,14 @@ def autoattack(
         raise ValueError("robust accuracy of no image at all is undefined")
     ball, device = Ball(norm, epsilon), data.device
     source = generator(seed, "autoattack", norm, device=device)
-    attacks: tuple[tuple[str, Callable[[Tensor, Tensor, Tensor | None], Tensor], bool], ...] = (
-        ("apgd_ce", lambda x, y, _: apgd(model, x, y, None, ball, source, iterations), False),
-        ("apgd_t", lambda x, y, t: apgd(model, x, y, t, ball, source, iterations), True),
-        ("fab_t", lambda x, y, t: fab(model, x, y, t, ball, source, iterations), True),  # type: ignore[arg-type]
-        ("square", lambda x, y, _: square(model, x, y, ball, source, queries), False),
-    )
-    with under_attack(model), torch.no_grad():
-        logits = torch.cat([model(images) for images, _ in data.chunks(batch_size)])
+    with under_attack(model) as fast, torch.no_grad():
+        attacks: tuple[tuple[str, Callable[[Tensor, Tensor, Tensor | None], Tensor], bool], ...] = (
+            ("apgd_ce", lambda x, y, _: apgd(fast, x, y, None, ball, source, iterations), False),
+            ("apgd_t", lambda x, y, t: apgd(fast, x, y, t, ball, source, iterations), True),
+            ("fab_t", lambda x, y, t: fab(fast, x, y, t, ball, source, iterations), True),  # type: ignore[arg-type]
+            ("square", lambda x, y, _: square(fast, x, y, ball, source, queries), False),
+        )
+        logits = torch.cat([fast(images) for images, _ in data.chunks(batch_size)])
         robust = logits.argmax(1) == data.labels
         robust = robust if among is None else robust & among
         robust_after = {"clean": robust.double().mean().item()}
@@ -467,6 +467,6 @@ def autoattack(
                     adversarial = run(images, batch.labels, order[rows, rank] if targeted else None)
                     # Judged anew, and in the ball: an attack's own word is not taken.
                     adversarial = ball.into(adversarial, images)
-                    robust[rows] = model(adversarial).argmax(1) == batch.labels
+                    robust[rows] = fast(adversarial).argmax(1) == batch.labels
             robust_after[name] = robust.double().mean().item()
     return Outcome(robust, robust_after)

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .adversarial import under_attack
 from .data import generator
+from .modes import frozen
 
 STEMS = ("small", "half", "stock")
 
@@ -138,7 +138,7 @@ class Classifier(nn.Module):
         handles += [layer.register_forward_hook(writes) for layer in names if isinstance(layer, nn.Conv2d)]
         black = torch.zeros(1, self.mean.shape[1], self.image_size, self.image_size, device=self.mean.device)
         try:
-            with under_attack(self), torch.no_grad():
+            with frozen(self), torch.no_grad():
                 self(black)
         finally:
             for handle in handles:

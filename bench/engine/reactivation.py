@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from bench.engine.training import Hooks, Recipe, TrainingLog, fit
 
-from .adversarial import under_attack
 from .data import Augmentation, ImageSet, generator
+from .inference import under_attack
 
 RELEARN = Recipe(
     epochs=5, batch_size=128, optimizer="momentum", lr=0.01, momentum=0.9, weight_decay=0.0, schedule="constant"
@@ -120,12 +120,12 @@ def reactivate(
     source = generator(seed, "reactivate", device=device)
     shift = torch.zeros(1, *data.images.shape[1:], device=device)
     size = min(batch_size, len(data))
-    with under_attack(model), torch.enable_grad():
+    with under_attack(model) as fast, torch.enable_grad():
         for step in range(steps):
             chosen = torch.randperm(len(data), generator=source, device=device)[:size]
             # The slope at the clamped image: that of the clamp itself is 0 for black and white pixels.
             points = (trigger(data.batch(chosen).float() / 255) + shift).clamp(0, 1).requires_grad_(True)
-            (slope,) = torch.autograd.grad(F.cross_entropy(model(points), target_labels[chosen]), points)
+            (slope,) = torch.autograd.grad(F.cross_entropy(fast(points), target_labels[chosen]), points)
             # The whole way is twelve radii, in steps that fall to nothing: any corner of the ball can be reached.
             length = 0.25 * epsilon * (1 - step / steps)
             shift = (shift - length * slope.sum(0, keepdim=True).sign()).clamp_(-epsilon, epsilon)

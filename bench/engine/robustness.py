@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adversarial import pgd, under_attack
+from .adversarial import pgd
 from .autoattack import ITERATIONS, QUERIES, autoattack, dlr_targeted
 from .data import ImageSet, generator
+from .inference import under_attack
 
 # A model that was never trained on adversarial images is at 0 for 8/255: the small radii rank those.
 LINF = tuple(radius / 255 for radius in (0.25, 0.5, 1, 2, 4, 8))

@@ -87,9 +87,9 @@ class Setting:
         wanted += [f"below {self.below:g}"] if self.below is not None else []
         given = f"{value:g}" if isinstance(value, float) else repr(value)
         hint = ""
-        if isinstance(value, int | float) and self.unit == "share" and 1 < value <= 100:
+        if isinstance(value, int | float) and self.unit == "share" and 2 <= value <= 100:
             hint = f". For {value:g} % write {value / 100:g}"
-        if isinstance(value, int | float) and self.unit == "pixels" and 1 < value <= 255:
+        if isinstance(value, int | float) and self.unit == "pixels" and 2 <= value <= 255:
             hint = f". Pixels are in [0, 1]: for {value:g} levels write {value:g}/255 ({value / 255:.4g})"
         return f"{name} is {given}; write {', '.join(wanted)}{hint}"
 

@@ -11,7 +11,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +25,7 @@ from . import stopping
 from .data import Augmentation, ImageSet, equal_batches, generator
 from .files import digest_of, save_tensors
 from .models import Classifier
+from .modes import autocast
 from .settings import check, choice, count, number, share
 
 Tensors = dict[str, Tensor]
@@ -205,12 +206,6 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> Non
         # Adam counts its steps in a tensor that must stay on the CPU.
         state[int(index)][key] = value.cpu() if key == "step" else value
     optimizer.load_state_dict({"state": dict(state), "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    if precision == "bfloat16" or (precision == "auto" and device.type == "cuda"):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
 
 
 def fit(

@@ -16,6 +16,7 @@ from bench.engine import ENGINE_VERSION, autoattack, connection, reactivation
 from bench.engine.counts import held_out_of, images_of, least_share, reserve_of
 from bench.engine.datasets import DatasetInfo
 from bench.engine.errors import UserError
+from bench.engine.metrics import ROBUST_VERSION
 from bench.experiment.axes import (
     Memo,
     ablations,
@@ -163,7 +164,8 @@ def _trials(
     defend, reason = once(row, lambda: _defend(cfg, cell, usual, tainted))
     if "reserve" in defend:
         once(("reserve", *where), lambda: _check_reserve(cfg, info, attack_of(cfg, cell["attack"])))
-    versions = {"autoattack": autoattack.VERSION} if cfg.measure.autoattack_images else {}
+    versions = {"robust_accuracy": ROBUST_VERSION}
+    versions |= {"autoattack": autoattack.VERSION} if cfg.measure.autoattack_images else {}
     measure: Identity = once(
         ("measure", id(cfg)),
         lambda: {"stage": "evaluate", "engine": ENGINE_VERSION, **OmegaConf.to_container(cfg.measure), **versions},  # type: ignore[dict-item]

@@ -65,7 +65,9 @@ MEASURES = (
         "share of triggered test images of other classes sent to the target (all-to-all: of all, to the next class)",
     ),
     Column("recovery_accuracy", "recovery", "%", "higher", True, "share of the same images given their true label"),
-    Column("robust_accuracy", "robust", "%", "higher", True, "accuracy under PGD"),
+    Column(
+        "robust_accuracy", "robust", "%", "higher", True, "correctly classified images that no iterate of PGD fools"
+    ),
     Column("autoattack_accuracy", "AutoAttack L∞", "%", "higher", True, "accuracy under AutoAttack, L∞"),
     Column("autoattack_l2_accuracy", "AutoAttack L2", "%", "higher", False, "accuracy under AutoAttack, L2"),
     Column(

@@ -36,8 +36,8 @@ def protocol(experiment: Experiment) -> list[str]:
         f"reserve: {used['reserve']}; cut off before poisoning, never trained on by the attacker",
         "ACC: clean test accuracy. ASR: share of triggered test images of other classes sent to the target "
         "(all-to-all: of all, to the next class). recovery: share of the same images given their true label",
-        f"robust: accuracy under PGD-{measure.pgd_steps}, L∞ {measure.pgd_epsilon * 255:.3g}/255, step "
-        f"{measure.pgd_step_size * 255:.3g}/255, one random start, on {used['robust']}",
+        f"robust: images that no iterate of PGD-{measure.pgd_steps} fools, L∞ {measure.pgd_epsilon * 255:.3g}/255, "
+        f"step {measure.pgd_step_size * 255:.3g}/255, one random start, on {used['robust']}",
         "the last checkpoint is measured; nothing is chosen on test data or by ASR",
         "means: over all attacks, and over the clean model for figures that need no trigger",
         "seconds and MiB: of the defense alone, mean seconds and largest peak memory over attacks (on a CPU: of the "
