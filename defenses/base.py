@@ -161,13 +161,13 @@ class DefenseResult:
         model: the repaired model: the architecture of the view, changed in its weights. Only these are kept.
         suspicion: (N,) one score for each image, higher = more suspicious, if the method has one.
         flagged: (N,) bool, the images that the method itself calls poisoned, by its own rule.
-        rounds: the steps of a progressive method, in order; their names differ.
+        steps: the steps of a progressive method, in order; their names differ.
     """
 
     model: Classifier
     suspicion: Tensor | None = None
     flagged: Tensor | None = None
-    rounds: tuple[Step, ...] = ()
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ class ProgressiveBackdoorErasing(Progressive):
         optimizer = make_optimizer(self.recipe(0), model)
         reference = logits_of(model, data)
         chosen = drawn(len(data), self.initial_share, view)
-        rounds: list[Step] = []
+        done: list[Step] = []
 
         def fine_tune(step: int, again: bool = False) -> tuple[Tensor, Tensor]:
             """Fine-tune on the chosen images; then each image's score, and whether its predicted class changed."""
@@ -128,7 +128,7 @@ class ProgressiveBackdoorErasing(Progressive):
             )
             current = logits_of(model, data)
             score = similarity(reference, current, self.disagreement)
-            rounds.append(Step(stream.replace("_", " "), chosen, -score, weights_of(model)))
+            done.append(Step(stream.replace("_", " "), chosen, -score, weights_of(model)))
             return score, reference.argmax(dim=1) != current.argmax(dim=1)
 
         for step in range(len(self.rates) + 1):
@@ -151,7 +151,7 @@ class ProgressiveBackdoorErasing(Progressive):
                 chosen = drawn(len(data), self.initial_share, view, among=data.labels != suspect)
                 best = highest(fine_tune(0, again=True)[0], rate)
             chosen = best
-        return DefenseResult(model, suspicion=rounds[-1].suspicion, rounds=tuple(rounds))
+        return DefenseResult(model, suspicion=done[-1].suspicion, steps=tuple(done))
 
 
 @defense("pbe_code")

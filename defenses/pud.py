@@ -166,7 +166,7 @@ class ProgressiveUnifiedDefense(Progressive):
         infected = {name: value.clone() for name, value in model.state_dict().items()}
         optimizer = make_optimizer(self.recipe(0), model)
         reference = logits_of(model, data)
-        rounds: list[Step] = []
+        done: list[Step] = []
 
         def rated() -> Tensor:
             """Each image's prediction consistency with the infected model, now."""
@@ -181,21 +181,21 @@ class ProgressiveUnifiedDefense(Progressive):
             self.train(view, data[chosen], self.step_recipe(step, updates), attack, stream, optimizer)
             current = logits_of(model, data)
             score = similarity(reference, current, self.disagreement)
-            rounds.append(Step(stream.replace("_", " "), chosen, -score, weights_of(model)))
+            done.append(Step(stream.replace("_", " "), chosen, -score, weights_of(model)))
             return current, score
 
         votes = self._votes(view, data)
         everything = torch.ones(len(data), dtype=torch.bool, device=view.device)
         trusted = self._filtered(view, data, everything, votes, inner=False) if self.spectre else everything
         if not trusted.all():
-            rounds.append(Step("SPECTRE", trusted))
+            done.append(Step("SPECTRE", trusted))
         chosen = drawn(len(data), self.initial_share, view, among=trusted)
         for step in range(len(self.epochs)):
             selected = chosen
             if step and self.spectre_inner:  # what it removes is left out of this step alone
                 chosen = self._filtered(view, data, selected, votes, inner=True)
                 if (selected != chosen).any():
-                    rounds.append(Step(f"selection {step}", selected))
+                    done.append(Step(f"selection {step}", selected))
             current, score = fine_tune(step)
             if step == 0 or step < len(self.rates):
                 tail = self._tail(score)
@@ -223,19 +223,19 @@ class ProgressiveUnifiedDefense(Progressive):
             chosen = best if self.selection else selected
 
         if self.unlearning:
-            rounds.append(Step("tail", tail))
+            done.append(Step("tail", tail))
             self._unlearn(view, data[chosen], data[tail], optimizer)
             score = rated()
-            rounds.append(Step("unlearning", chosen, -score, weights_of(model)))
+            done.append(Step("unlearning", chosen, -score, weights_of(model)))
         if self.teacher:
             teacher = self._teach(view, data[chosen], optimizer)
             score = rated()
-            rounds.append(Step("student", chosen, -score, weights_of(model)))
-            rounds.append(Step("teacher", chosen, None, weights_of(teacher)))
+            done.append(Step("student", chosen, -score, weights_of(model)))
+            done.append(Step("teacher", chosen, None, weights_of(teacher)))
             if self.shipped == "teacher":
                 model.load_state_dict(teacher.state_dict())
                 score = rated()
-        return DefenseResult(model, suspicion=-score, flagged=self._tail(score), rounds=tuple(rounds))
+        return DefenseResult(model, suspicion=-score, flagged=self._tail(score), steps=tuple(done))
 
     def _unlearn(
         self, view: TrainsetView | ReserveView, clean: ImageSet, poison: ImageSet, optimizer: torch.optim.Optimizer

@@ -92,7 +92,7 @@ def evidence_of(trials):
             "keys": ["implant/00", "defend/11", f"evaluate/{row.trial}"],
             "config": {"implant": {"attack": {"name": row.attack}}, "defend": {"defense": {"note": HOSTILE[1]}}},
             "curves": {f"defend/{row.trial}": {"loss </b>": [[0, 1.0], [1, None], [2, 0.25]]}},
-            "more": {"rounds": [{"name": "step 0", "asr": math.nan}]},
+            "more": {"steps": [{"name": "step 0", "asr": math.nan}]},
             "device": "a machine",
             "command": f"python -m bench.run 'grid.attacks=[x]' 'note={HOSTILE[1]}' 'grid.seeds=[{row.seed}]'",
         }

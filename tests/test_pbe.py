@@ -191,7 +191,7 @@ def test_a_run_visits_the_steps_in_order_with_one_optimizer_and_its_momentum(mon
     assert all(momentum.abs().max() > 0 for call in seen.fits[1:] for momentum in call["momenta"])
     for call in seen.fits:
         assert call["recipe"].learning_rate(0, 10) == call["recipe"].learning_rate(9, 10) == 0.01
-    assert [step.name for step in verdict.rounds] == ["step 0", "step 1", "step 2", "step 3"]
+    assert [step.name for step in verdict.steps] == ["step 0", "step 1", "step 2", "step 3"]
 
 
 def test_each_set_is_the_best_of_all_images_by_the_model_of_the_step_before():
@@ -201,15 +201,15 @@ def test_each_set_is_the_best_of_all_images_by_the_model_of_the_step_before():
     verdict = ProgressiveBackdoorErasing(**SMALL).defend(given)
     before = pbe.logits_of(infected, data).double().numpy()
     stepped = model(1)
-    for number, step in enumerate(verdict.rounds):
+    for number, step in enumerate(verdict.steps):
         stepped.load_state_dict(step.weights)
         now = pbe.logits_of(stepped, data).double().numpy()
         score = 0.5 + 0.5 * (before * now).sum(1) / np.linalg.norm(before, axis=1) / np.linalg.norm(now, axis=1)
         assert -step.suspicion.numpy() == pytest.approx(score, abs=1e-6)
         if number < 3:
             best = np.argsort(-score, kind="stable")[: int(60 * [0.2, 0.5, 0.7][number])]
-            assert sorted(best) == verdict.rounds[number + 1].selected.nonzero().flatten().tolist()
-    assert torch.equal(verdict.suspicion, verdict.rounds[-1].suspicion)
+            assert sorted(best) == verdict.steps[number + 1].selected.nonzero().flatten().tolist()
+    assert torch.equal(verdict.suspicion, verdict.steps[-1].suspicion)
     assert same(verdict.model, stepped)
     assert verdict.flagged is None  # it selects clean images, and calls none poisoned
 
@@ -228,20 +228,20 @@ def plain() -> DefenseResult:
 
 
 def sets(verdict: DefenseResult) -> list[list[int]]:
-    return [step.selected.nonzero().flatten().tolist() for step in verdict.rounds]
+    return [step.selected.nonzero().flatten().tolist() for step in verdict.steps]
 
 
 def test_ascending_order_concerns_the_first_selection_alone(monkeypatch):
     usual, turned = plain(), run(order_step0="asc")
     assert same_weights(usual, turned, 0)
-    score = -usual.rounds[0].suspicion
+    score = -usual.steps[0].suspicion
     assert sets(turned)[1] == sorted(np.argsort(score.numpy(), kind="stable")[:12].tolist())
-    score = -turned.rounds[1].suspicion
+    score = -turned.steps[1].suspicion
     assert sets(turned)[2] == sorted(np.argsort(-score.numpy(), kind="stable")[:30].tolist())
 
 
 def same_weights(one: DefenseResult, two: DefenseResult, step: int) -> bool:
-    left, right = one.rounds[step].weights, two.rounds[step].weights
+    left, right = one.steps[step].weights, two.steps[step].weights
     return all(torch.equal(left[key], right[key]) for key in left)
 
 
@@ -263,7 +263,7 @@ def test_a_restart_takes_the_infected_weights_and_a_new_optimizer(monkeypatch):
 def test_the_disagreement_changes_scores_and_not_the_first_step():
     penalised = run(disagreement=0.5)
     assert same_weights(plain(), penalised, 0)
-    lower = plain().rounds[0].suspicion - penalised.rounds[0].suspicion
+    lower = plain().steps[0].suspicion - penalised.steps[0].suspicion
     assert set(lower.mul(-2).round().tolist()) == {0.0, 1.0}
 
 
@@ -275,8 +275,8 @@ def test_without_epsilon_it_is_progressive_fine_tuning(monkeypatch):
 
 
 def test_steps_can_be_one_to_eight():
-    assert len(run(rates=[]).rounds) == 1
-    assert len(run(rates=[0.1] * 7).rounds) == 8
+    assert len(run(rates=[]).steps) == 1
+    assert len(run(rates=[0.1] * 7).steps) == 8
 
 
 # The guard -------------------------------------------------------------------------------------------------------
@@ -330,19 +330,19 @@ def test_the_guard_chooses_within_classes(firing):
 def test_the_guard_chooses_the_worst(firing):
     found = run(guard="asc")
     for number, size in enumerate((12, 30, 42)):
-        score = -found.rounds[number].suspicion.numpy()
+        score = -found.steps[number].suspicion.numpy()
         assert sets(found)[number + 1] == sorted(np.argsort(score, kind="stable")[:size].tolist())
 
 
 def test_the_guard_repeats_the_first_step_without_the_class_from_the_infected_weights(firing, monkeypatch):
     seen = Seen(monkeypatch)
     found = run(guard="drop_class")
-    assert [step.name for step in found.rounds] == ["step 0", "step 0 again", "step 1", "step 2", "step 3"]
+    assert [step.name for step in found.steps] == ["step 0", "step 0 again", "step 1", "step 2", "step 3"]
     assert not any(index % 4 == 2 for index in sets(found)[1])
     assert torch.equal(seen.fits[1]["weights"], seen.fits[0]["weights"])
     assert not seen.fits[1]["momenta"]
     assert same_weights(found, plain(), 0)
-    score = -found.rounds[1].suspicion.numpy()
+    score = -found.steps[1].suspicion.numpy()
     assert sets(found)[2] == sorted(np.argsort(-score, kind="stable")[:12].tolist())
 
 
@@ -379,7 +379,7 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, monkeypatch
 def rounds(arguments: list[str]) -> list[dict]:
     """What the evaluator says of the steps of the only trial."""
     experiment = load_experiment(arguments)
-    return experiment.store.result("evaluate", experiment.trials[0].keys.evaluate)["rounds"]
+    return experiment.store.result("evaluate", experiment.trials[0].keys.evaluate)["steps"]
 
 
 @pytest.mark.slow
@@ -455,9 +455,9 @@ def test_the_guard_logs_lift_and_flip_of_the_class_that_gathers_most_in_the_new_
     verdict = ProgressiveBackdoorErasing(**SMALL, lr=0.1).defend(given)
     stepped, moved = model(1), 0
     for number in range(3):
-        stepped.load_state_dict(verdict.rounds[number].weights)
+        stepped.load_state_dict(verdict.steps[number].weights)
         changed = pbe.logits_of(stepped, data).argmax(1).numpy() != infected
-        selected = verdict.rounds[number + 1].selected.numpy()
+        selected = verdict.steps[number + 1].selected.numpy()
         lifts = [np.mean(labels[selected] == label) / 0.25 for label in range(4)]
         flips = [changed[labels == label].mean() for label in range(4)]
         found = [log.curves[f"pbe/{name}"][number][1] for name in ("lift", "flip", "median_flip")]
@@ -469,7 +469,7 @@ def test_the_guard_logs_lift_and_flip_of_the_class_that_gathers_most_in_the_new_
 
 def test_within_each_class_the_guard_chooses_the_best(firing):
     found = run(guard="per_class")
-    score = -found.rounds[0].suspicion.numpy()
+    score = -found.steps[0].suspicion.numpy()
     for label in range(4):
         own = np.arange(label, 60, 4)
         best = own[np.argsort(-score[own], kind="stable")[:3]]

@@ -59,7 +59,7 @@ def test_every_figure_is_drawn_from_the_data_that_it_needs(tmp_path):
     seen = {"fooled": 0.5, "concentration": 0.5, "similarity": 0.1, "classes": [0.5, 0.5]}
     spread = {"clean": [-1, -0.9, -0.8, -0.7, -0.6], "poison": [-0.5, -0.4, -0.3, -0.2, -0.1]}
     more = {
-        "rounds": [
+        "steps": [
             {"name": f"step {i}", "asr": 0.5 / (i + 1), "clean_accuracy": 0.9, "suspicion": spread} for i in range(3)
         ],
         "autoattack": [{"norm": "linf", "epsilon": e / 255, "accuracy": 1 / (1 + e)} for e in (1, 2, 4)],
@@ -94,7 +94,7 @@ def test_the_scores_of_clean_and_poisoned_images_are_drawn_as_the_evaluation_wro
         {"name": "step 1", "suspicion": {"clean": [0.0, 0.0, 0.1, 0.2, 0.2], "poison": [0.8, 0.8, 0.9, 1.0, 1.0]}},
     ]
     trials = trial_table([row("badnets", "pbe", 0, 0.5)])
-    more = {"more": {"rounds": steps}}
+    more = {"more": {"steps": steps}}
     figure = score_spread(FigureData(trials, to_cells(trials), pd.Series([more]), "x"))
     (axis,) = figure.axes
     assert [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines] == [
@@ -112,7 +112,7 @@ def test_the_steps_of_each_attack_are_a_panel_while_there_is_room(monkeypatch):
     trials = trial_table([row(attack, "pbe", 0, 0.5) for attack in asr])
     trials.loc[0, "status"] = "wrecked"  # the steps tell where
     behind = pd.Series(
-        {"more": {"rounds": [{"name": f"step {index}", "asr": value} for index, value in enumerate(values)]}}
+        {"more": {"steps": [{"name": f"step {index}", "asr": value} for index, value in enumerate(values)]}}
         for values in asr.values()
     )
     grid = FigureData(trials, to_cells(trials), behind, "x")
@@ -132,7 +132,7 @@ def test_a_step_that_one_seed_alone_has_moves_no_other_step_and_no_curve_runs_th
     trials = trial_table([row("badnets", "pud", seed, 0.5) for seed in (0, 1)])
     names = [["step 0", "step 1", "tail"], ["SPECTRE", "step 0", "selection 1", "step 1", "tail"]]
     asr = {"SPECTRE": 0.8, "step 0": 0.4, "selection 1": 0.3, "step 1": 0.2, "tail": 0.1}
-    behind = pd.Series({"more": {"rounds": [{"name": name, "asr": asr[name]} for name in own]}} for own in names)
+    behind = pd.Series({"more": {"steps": [{"name": name, "asr": asr[name]} for name in own]}} for own in names)
     for order in ([0, 1], [1, 0]):
         grid = FigureData(trials, to_cells(trials), behind[order].reset_index(drop=True), "x")
         (axis,) = step_curves(grid).axes
@@ -155,7 +155,7 @@ def test_the_scores_of_a_step_are_means_of_trials_that_have_all_steps_drawn():
         [step("step 0", 0.2), step("step 1", 0.4)],
         [step("step 0", 0.4), step("step 0 again", 0.9), step("step 1", 0.6)],
     ]
-    grid = FigureData(trials, to_cells(trials), pd.Series([{"more": {"rounds": own}} for own in steps]), "x")
+    grid = FigureData(trials, to_cells(trials), pd.Series([{"more": {"steps": own}} for own in steps]), "x")
     (axis,) = score_spread(grid).axes
     assert list(axis.lines[0].get_ydata()) == pytest.approx([0.3, 0.5])
 

@@ -89,11 +89,11 @@ def plain() -> DefenseResult:
 
 
 def names(verdict: DefenseResult) -> list[str]:
-    return [step.name for step in verdict.rounds]
+    return [step.name for step in verdict.steps]
 
 
 def weights(verdict: DefenseResult, name: str) -> dict[str, Tensor]:
-    return next(step.weights for step in verdict.rounds if step.name == name)
+    return next(step.weights for step in verdict.steps if step.name == name)
 
 
 def equal(one: dict[str, Tensor] | None, two: dict[str, Tensor] | None) -> bool:
@@ -200,7 +200,7 @@ def test_each_set_is_the_best_by_prediction_consistency_and_the_verdict_flags_th
     before = pud.logits_of(model(), data).double().numpy()
     verdict, stepped = plain(), model(1)
     score = np.empty(0)
-    for number, step in enumerate(verdict.rounds):
+    for number, step in enumerate(verdict.steps):
         if step.suspicion is None:
             continue
         stepped.load_state_dict(step.weights)
@@ -212,10 +212,10 @@ def test_each_set_is_the_best_by_prediction_consistency_and_the_verdict_flags_th
         assert score.max() <= 1
         if number < 4:
             best = np.argsort(-score, kind="stable")[: int(60 * [0.2, 0.4, 0.7, 0.8][number] + 1e-9)]
-            assert sorted(best) == verdict.rounds[number + 1].selected.nonzero().flatten().tolist()
+            assert sorted(best) == verdict.steps[number + 1].selected.nonzero().flatten().tolist()
     worst = np.argsort(-score, kind="stable")[int(0.95 * 60) :]
     assert verdict.flagged.nonzero().flatten().tolist() == sorted(worst)
-    assert torch.equal(verdict.suspicion, verdict.rounds[-2].suspicion)  # the student's
+    assert torch.equal(verdict.suspicion, verdict.steps[-2].suspicion)  # the student's
 
 
 def test_the_tail_is_one_percent_and_never_nobody():
@@ -377,7 +377,7 @@ def test_the_student_is_shipped_or_the_teacher():
 
 def test_without_the_penalty_the_score_is_that_of_pbe():
     assert equal(weights(run(disagreement=0.0), "step 0"), weights(plain(), "step 0"))
-    assert -run(disagreement=0.0).rounds[0].suspicion.max() >= 0
+    assert -run(disagreement=0.0).steps[0].suspicion.max() >= 0
 
 
 def test_the_first_step_is_that_of_pbe(monkeypatch):
@@ -400,7 +400,7 @@ def test_the_verdict_scores_images_by_the_model_that_is_shipped_whatever_stage_e
 def test_what_is_unlearned_is_the_tail_of_the_scores_that_chose_the_last_set(monkeypatch):
     seen = Seen(monkeypatch)
     verdict = run()
-    score = -verdict.rounds[3].suspicion.numpy()
+    score = -verdict.steps[3].suspicion.numpy()
     worst = np.argsort(-score, kind="stable")[57:]
     assert chosen(verdict, "tail") == set(worst.tolist())
     assert torch.equal(seen.fits[5]["hooks"].poison.images, images().images[sorted(worst.tolist())])
@@ -470,7 +470,7 @@ def test_the_guard_chooses_within_classes_or_the_worst(firing):
         counts = np.bincount([index % 4 for index in chosen(within, f"step {step}")])
         assert counts.tolist() == [int(15 * rate + 1e-9)] * 4
     worst = run(guard="asc")
-    score = -worst.rounds[0].suspicion.numpy()
+    score = -worst.steps[0].suspicion.numpy()
     assert chosen(worst, "step 1") == set(np.argsort(score, kind="stable")[:12].tolist())
 
 
@@ -481,7 +481,7 @@ def test_the_guard_repeats_the_first_step_without_the_class_from_the_infected_we
     assert not any(index % 4 == 2 for index in chosen(found, "step 0 again"))
     assert equal(seen.fits[1]["before"], seen.fits[0]["before"])
     assert not seen.fits[1]["momenta"]
-    score = -found.rounds[1].suspicion.numpy()
+    score = -found.steps[1].suspicion.numpy()
     assert chosen(found, "step 1") == set(np.argsort(-score, kind="stable")[:12].tolist())
 
 
@@ -539,7 +539,7 @@ def filtering(monkeypatch):
 
 
 def chosen(verdict: DefenseResult, name: str) -> set[int]:
-    return set(next(step.selected for step in verdict.rounds if step.name == name).nonzero().flatten().tolist())
+    return set(next(step.selected for step in verdict.steps if step.name == name).nonzero().flatten().tolist())
 
 
 def test_spectre_cleans_the_target_class_before_the_first_step_and_each_set_for_one_step(filtering, monkeypatch):
@@ -646,7 +646,7 @@ def test_a_killed_run_ends_bit_for_bit_as_one_that_was_not(tmp_path, monkeypatch
     assert begun == set(PARTS[: PARTS.index(stream) + 1])
     again = settings.defend(view(data, TrainingLog(tmp_path, every_s=0)))
     assert names(again) == names(straight)
-    for one, two in zip(straight.rounds, again.rounds, strict=True):
+    for one, two in zip(straight.steps, again.steps, strict=True):
         assert equal(one.weights, two.weights)
         assert torch.equal(one.selected, two.selected)
     assert torch.equal(straight.suspicion, again.suspicion)
@@ -678,7 +678,7 @@ def test_the_harness_runs_pbe_and_pud_in_both_settings_and_scores_every_step(run
     experiment = load_experiment([*tiny, *settings])
     for trial in experiment.trials:
         result = experiment.store.result("evaluate", trial.keys.evaluate)
-        steps = {step["name"]: step for step in result["rounds"]}
+        steps = {step["name"]: step for step in result["steps"]}
         images = 1367 if trial.threat_model == "trainset" else 71
         if trial.defense == "pbe":
             sizes = [steps[f"step {number}"]["selected"] for number in range(4)]
@@ -698,7 +698,7 @@ def test_the_harness_runs_pbe_and_pud_in_both_settings_and_scores_every_step(run
 def rounds(arguments: list[str]) -> list[dict]:
     """What the evaluator says of the parts of the only trial."""
     experiment = load_experiment(arguments)
-    return experiment.store.result("evaluate", experiment.trials[0].keys.evaluate)["rounds"]
+    return experiment.store.result("evaluate", experiment.trials[0].keys.evaluate)["steps"]
 
 
 @pytest.mark.slow
@@ -817,7 +817,7 @@ def test_no_reaction_of_the_guard_brings_back_what_spectre_removed(filtering, fi
 def test_a_repeated_first_step_chooses_the_tail_anew(firing):
     settings = {**SHORT, "unlearning": True, "guard": "drop_class", "lr": 0.1}
     found = ProgressiveUnifiedDefense(**settings).defend(view(images()))
-    first, again = (set(np.argsort(step.suspicion.numpy(), kind="stable")[57:].tolist()) for step in found.rounds[:2])
+    first, again = (set(np.argsort(step.suspicion.numpy(), kind="stable")[57:].tolist()) for step in found.steps[:2])
     assert chosen(found, "tail") == again != first
 
 
@@ -834,7 +834,7 @@ def test_the_guard_sees_the_classes_that_the_step_has_changed():
 
 def test_the_tail_is_that_of_the_scores_after_the_last_step_but_one_and_not_of_the_last():
     found = run(lr=0.1)
-    chose, last = (set(np.argsort(step.suspicion.numpy(), kind="stable")[57:].tolist()) for step in found.rounds[3:5])
+    chose, last = (set(np.argsort(step.suspicion.numpy(), kind="stable")[57:].tolist()) for step in found.steps[3:5])
     assert chosen(found, "tail") == chose != last
 
 

@@ -215,7 +215,7 @@ class Telling(Defense):
         kept = ~suspect
         kept[suspect.nonzero()[0]] = True  # one poisoned image stays selected
         rounds = (Step("step 0", kept, suspect.double(), weights_of(view.model)), Step("step 1", kept))
-        return DefenseResult(view.model, suspicion=suspect.double(), flagged=suspect, rounds=rounds)
+        return DefenseResult(view.model, suspicion=suspect.double(), flagged=suspect, steps=rounds)
 
 
 @pytest.mark.parametrize("setting", ["trainset", "reserve"])
@@ -237,7 +237,7 @@ def test_what_a_method_says_of_its_images_is_scored_against_the_truth_by_the_eva
     figures = result["figures"]
     assert figures["detection_auroc"] == figures["detection_tpr"] == figures["detection_precision"] == 1.0
     assert figures["detection_fpr"] == 0.0
-    first, second = result["rounds"]
+    first, second = result["steps"]
     assert first["name"] == "step 0"
     assert first["selected"] == images - poison + 1
     assert first["selected_poison"] == pytest.approx(1 / (images - poison + 1))
@@ -262,7 +262,7 @@ def test_the_steps_of_a_method_are_a_table_of_the_report(tiny, monkeypatch):
         ["badnets", "telling", 0, 0, "step 0"],
         ["badnets", "telling", 0, 1, "step 1"],
     ]
-    first, second = bench.store.result("evaluate", experiment.trials[1].keys.evaluate)["rounds"]
+    first, second = bench.store.result("evaluate", experiment.trials[1].keys.evaluate)["steps"]
     for name in ("asr", "clean_accuracy", "detection_auroc", "selected", "selected_poison", "random_poison"):
         assert steps[name][0] == first[name]
     assert steps.selected_poison[1] == second["selected_poison"]

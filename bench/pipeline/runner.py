@@ -295,11 +295,11 @@ class Runner:
         findings = _findings(verdict.suspicion, verdict.flagged, images, method.name)
         if findings:
             tensors["findings"] = findings
-        for index, step in enumerate(verdict.rounds):
+        for index, step in enumerate(verdict.steps):
             findings = _findings(step.suspicion, step.selected, images, method.name)
-            tensors[f"round_{index}"] = findings | named("model", step.weights or {})
+            tensors[f"step_{index}"] = findings | named("model", step.weights or {})
         shown = {"view_images": images, "view_poisoned": int((roles == POISON).sum())} if images else {}
-        return {"rounds": [step.name for step in verdict.rounds], **shown}, tensors
+        return {"steps": [step.name for step in verdict.steps], **shown}, tensors
 
     def _check_stored(self, trial: Trial, method: Defense, model: Classifier) -> None:
         """Weights are all that is kept of a repaired model: one that is more than its weights is refused.
@@ -336,16 +336,16 @@ class Runner:
             return {"status": "diverged", "reason": reason, "figures": figures}, {}
         result = measured(model, case, measure, inspected, clean)
         figures |= result.pop("figures")
-        rounds = []
-        if self.store.has("defend", defend_key, "findings") or repair.get("rounds"):
+        steps = []
+        if self.store.has("defend", defend_key, "findings") or repair.get("steps"):
             poisoned = self._roles(trial).cpu() == POISON
             if self.store.has("defend", defend_key, "findings"):
                 figures |= detection(**self.store.tensors("defend", defend_key, "findings"), poisoned=poisoned)
-            for index, name in enumerate(repair.get("rounds", ())):
-                step = self.store.tensors("defend", defend_key, f"round_{index}")
-                rounds.append({"name": name, **self._round(case, model, step, poisoned)})
+            for index, name in enumerate(repair.get("steps", ())):
+                step = self.store.tensors("defend", defend_key, f"step_{index}")
+                steps.append({"name": name, **self._step(case, model, step, poisoned)})
         warnings = [*result["warnings"], *inspected.get("warnings", ())]
-        return {**result, "warnings": warnings, "figures": figures, "rounds": rounds}, {}
+        return {**result, "warnings": warnings, "figures": figures, "steps": steps}, {}
 
     def _inspect(self, trial: Trial, log: TrainingLog) -> tuple[dict[str, Any], dict[str, Tensors]]:
         """Measure the infected model, and its clean control where a measure asks for one: once for all repairs."""
@@ -389,7 +389,7 @@ class Runner:
         model.load_state_dict(self.store.tensors(stage, key, "model", str(self.device)))
         return model.eval()
 
-    def _round(self, case: EvaluationContext, model: Classifier, step: Tensors, poisoned: Tensor) -> dict[str, Any]:
+    def _step(self, case: EvaluationContext, model: Classifier, step: Tensors, poisoned: Tensor) -> dict[str, Any]:
         """One step of a progressive method, scored as the whole is; how its scores are spread, at `SPREAD`."""
         figures: dict[str, Any] = {}
         if "suspicion" in step:

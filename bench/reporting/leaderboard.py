@@ -54,9 +54,9 @@ def step_table(trials: Sequence[Trial], store: Store) -> pd.DataFrame:
     for trial in trials:
         key = trial.keys.evaluate
         brief = store.brief("evaluate", key) if key else None
-        result = (store.result("evaluate", key) or {}) if brief and "rounds" in brief["without"] else {}
+        result = (store.result("evaluate", key) or {}) if brief and "steps" in brief["without"] else {}
         labels = {name: getattr(trial, name) for name in (*AXES, "seed")}
-        for number, step in enumerate(result.get("rounds", [])):
+        for number, step in enumerate(result.get("steps", [])):
             figures = {name: value for name, value in step.items() if name not in ("name", "suspicion")}
             rows.append({**labels, "step": number, "name": step["name"], **figures, "trial": trial.keys.evaluate})
     return pd.DataFrame(rows)

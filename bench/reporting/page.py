@@ -34,7 +34,7 @@ from bench.storage.store import STAGES, Identity, Store
 NAME = "leaderboard.html"
 DETAILS = "leaderboard_details_"  # and a number: the files of a large grid
 POINTS = 100  # of a curve that is drawn; the store has them all
-MORE = ("rounds", "relearn", "autoattack", "connection", "asr_by_class")  # of an evaluation, beside its figures
+MORE = ("steps", "relearn", "autoattack", "connection", "asr_by_class")  # of an evaluation, beside its figures
 MANY, FEW_POINTS = 2000, 30  # beyond so many trials a page with whole curves would take seconds to open
 SPLIT = 6_000_000  # characters of details beyond which they lie in files beside the page
 PART = 1_000_000  # characters in one of these files, about
@@ -77,7 +77,7 @@ def details_of(trial: Trial, store: Store, command: str) -> dict[str, Any]:
     # Tensors may be damaged, or deleted for their room: the figures are still right.
     if scored and store.usable("defend", keys[1], "findings") and store.usable("implant", keys[0], "trigger"):
         details["roc"] = _roc(store, *keys[:2])
-    if results[-1]:  # of the evaluation alone: a repair's `rounds` are other things
+    if results[-1]:  # of the evaluation alone: a repair's `steps` are other things
         details["more"] = {name: results[-1][name] for name in MORE if results[-1].get(name)}
     return details
 

@@ -47,7 +47,7 @@ RECORD = "result.json"
 
 
 # Entries of a result that are curves and series; the rest are some thirty figures.
-LONG = ("curves", "rounds", "relearn", "autoattack", "connection", "asr_by_class")
+LONG = ("curves", "steps", "relearn", "autoattack", "connection", "asr_by_class")
 
 
 DAY_S = 86_400.0

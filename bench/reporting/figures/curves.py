@@ -58,7 +58,7 @@ def _steps_of(grid: FigureData) -> Iterator[tuple[Any, int, dict[str, Any]]]:
 
     Steps are told apart by their names: a filter that removes nothing is no step of this seed, and one of the next.
     """
-    told = list(grid.more("rounds", "wrecked"))  # the steps tell where the accuracy was lost
+    told = list(grid.more("steps", "wrecked"))  # the steps tell where the accuracy was lost
     orders: dict[str, list[str]] = defaultdict(list)
     for row, steps in told:
         order, position = orders[row.defense], 0

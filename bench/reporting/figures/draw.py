@@ -79,7 +79,7 @@ _FIGURES = {
     "cost": cost_scatter,
     "sweep": sweep_curves,
     "epsilon": epsilon_curves,
-    "rounds": step_curves,
+    "steps": step_curves,
     "scores": score_spread,
     "detection": roc_curves,
     "relearn": relearn_bars,
