@@ -232,8 +232,9 @@ def test_on_digits_it_removes_badnets(run_grid):
         "train.epochs=30",
         "defense.sau.batch_size=16",
         "defense.sau.epochs=150",
+        "grid.seeds=[0,1,2]",  # training on 71 images amplifies rounding: one seed of three may lose ten points
     )
-    mean = trials.set_index("defense")[["clean_accuracy", "asr"]]
+    mean = trials.groupby("defense")[["clean_accuracy", "asr"]].median()
     assert mean.asr["no_defense"] > 0.95
     assert mean.asr["sau"] < 0.2
     assert mean.clean_accuracy["sau"] > 0.9
