@@ -165,7 +165,7 @@ def test_a_grid_ends_in_a_leaderboard_with_tables_and_plots(run_grid, tmp_path, 
     assert (folder / "asr_heatmap.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert (folder / "leaderboard.md").read_text().split("\n", 2)[2].strip() in printed
-    assert "robust: accuracy under PGD-1" in printed  # the protocol stands beneath
+    assert "PGD-1 " in printed  # the protocol stands beneath
     assert "exception for fine_tuning: defense.epochs=1" in printed  # and whatever is not a default
     assert "epochs 1, batch_size 64" in printed
 
