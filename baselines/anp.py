@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from bench.engine.data import ImageSet, generator
 from bench.engine.metrics import accuracy, predict
 from bench.engine.models import Norm
-from bench.engine.pruning import PRUNE_BY, Masked, prune, split_off, units_to_prune
-from bench.engine.settings import choice, count, number, plain, share
+from bench.engine.pruning import Masked, MaskPruning, split_off
+from bench.engine.settings import count, number, plain, share
 from bench.engine.training import Hooks, Recipe
 from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
 
 @defense("anp")
 @dataclass(frozen=True)
-class AdversarialNeuronPruning(Defense):
+class AdversarialNeuronPruning(MaskPruning, Defense):
     """Learn a mask of all norm channels under adversarial noise on their scales and shifts, then prune the lowest."""
 
     paper: ClassVar[str] = "arXiv:2110.14430"
@@ -44,21 +44,6 @@ class AdversarialNeuronPruning(Defense):
     lr: float = number(0.2, "learning rate of the masks", at_least=0)
     momentum: float = 0.9
     batch_size: int = 128
-    prune_by: str = choice(
-        "held_out",
-        "how many channels go: as many as the held-out accuracy allows, those at or below "
-        "`threshold`, or `count`; `random` is a control: as many as `held_out` takes, at random",
-        PRUNE_BY,
-    )
-    tolerance: float = share(0.02, "largest loss of held-out accuracy through pruning", below=1)
-    held_out: float = share(
-        0.1,
-        "share of the reserve that judges the pruning and is not learned from",
-        above=0,
-        below=1,
-    )
-    threshold: float = share(0.2, "channels with a mask at or below it go, for `prune_by=threshold`")
-    count: int = count(0, "this many channels go, for `prune_by=count`")
     noise_tolerance: float = share(
         0.05,
         "largest loss of held-out accuracy through random noise; epsilon is halved until it holds, "
@@ -84,20 +69,7 @@ class AdversarialNeuronPruning(Defense):
             schedule="constant",
         )
         view.fit(masked, recipe, data=training, hooks=Perturbed(self, epsilon), stream="anp")
-        units = units_to_prune(
-            view.model,
-            norms,
-            masked.mask.detach(),
-            judges,
-            prune_by=self.prune_by,
-            threshold=self.threshold,
-            count=self.count,
-            tolerance=self.tolerance,
-            seed=view.seed,
-            log=view.log,
-            name="anp",
-        )
-        prune(view.model, norms, units)
+        self.prune_lowest(view.model, norms, masked.mask.detach(), judges, seed=view.seed, log=view.log, name="anp")
         return DefenseResult(view.model)
 
     @torch.no_grad()

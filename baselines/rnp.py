@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from bench.engine.data import Augmentation, ImageSet, equal_batches, generator
 from bench.engine.models import Classifier
-from bench.engine.pruning import PRUNE_BY, Masked, prune, split_off, units_to_prune
-from bench.engine.settings import choice, count, number, share
+from bench.engine.pruning import Masked, MaskPruning, split_off
+from bench.engine.settings import count, number, share
 from bench.engine.training import Diverged, Hooks, Recipe
 from defenses.base import Defense, DefenseResult, NotApplicable, ReserveView, defense
 
 
 @defense("rnp")
 @dataclass(frozen=True)
-class ReconstructiveNeuronPruning(Defense):
+class ReconstructiveNeuronPruning(MaskPruning, Defense):
     """Gradient ascent on a few clean images, then masks of the norm channels that undo it; the lowest are pruned."""
 
     paper: ClassVar[str] = "arXiv:2305.14876"
@@ -43,21 +43,7 @@ class ReconstructiveNeuronPruning(Defense):
     alpha: float = number(0.2, "factor of the recovery's loss", at_least=0)
     batch_size: int = count(128, "images in a step, of ascent and recovery", at_least=1)
     momentum: float = 0.9
-    prune_by: str = choice(
-        "held_out",
-        "how many channels go: as many as the held-out accuracy allows, those at or below "
-        "`threshold`, or `count`; `random` is a control: as many as `held_out` takes, at random",
-        PRUNE_BY,
-    )
-    tolerance: float = share(0.02, "largest loss of held-out accuracy through pruning", below=1)
-    held_out: float = share(
-        0.1,
-        "share of the reserve that judges the pruning and is not learned from",
-        above=0,
-        below=1,
-    )
-    threshold: float = share(0.7, "channels with a mask at or below it go, for `prune_by=threshold`")
-    count: int = count(0, "this many channels go, for `prune_by=count`")
+    threshold: float = 0.7
 
     def defend(self, view: ReserveView) -> DefenseResult:
         norms = view.model.norms()
@@ -77,20 +63,7 @@ class ReconstructiveNeuronPruning(Defense):
             schedule="constant",
         )
         view.fit(masked, recipe, data=training, hooks=Recover(self.alpha), stream="rnp_recover")
-        units = units_to_prune(
-            view.model,
-            norms,
-            masked.mask.detach(),
-            judges,
-            prune_by=self.prune_by,
-            threshold=self.threshold,
-            count=self.count,
-            tolerance=self.tolerance,
-            seed=view.seed,
-            log=view.log,
-            name="rnp",
-        )
-        prune(view.model, norms, units)
+        self.prune_lowest(view.model, norms, masked.mask.detach(), judges, seed=view.seed, log=view.log, name="rnp")
         return DefenseResult(view.model)
 
     def unlearn(self, model: Classifier, data: ImageSet, view: ReserveView) -> Classifier:

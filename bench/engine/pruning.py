@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,9 @@ from torch.func import functional_call
 from bench.engine.training import Tensors, TrainingLog
 
 from .data import ImageSet, generator
-from .metrics import accuracy, predict
+from .metrics import accuracy
 from .models import Classifier, Norm
+from .settings import choice, count, share
 
 PRUNE_BY = ("held_out", "threshold", "count", "random")
 THRESHOLDS = [step / 20 for step in range(19)]  # 0, 0.05, ..., 0.9
@@ -122,7 +124,14 @@ def units_to_prune(
             `random` is the control: as many units as `held_out` takes, drawn without a look at the mask.
     """
     channels, chosen = Channels(norms), -1.0
-    whole = accuracy(predict(model, held_out), held_out.labels)
+
+    def accuracy_without(units: Tensor) -> float:
+        weights = channels.weights(channels.scale.masked_fill(units, 0))
+        predicted = [functional_call(model, weights, (images,)).argmax(1) for images, _ in held_out.chunks()]
+        return accuracy(torch.cat(predicted), held_out.labels)
+
+    model.eval()
+    whole = accuracy_without(torch.zeros_like(mask, dtype=torch.bool))
     # Whole images are counted: as a share, a loss of exactly the tolerance would exceed it by rounding.
     allowed = int(tolerance * len(held_out) + 1e-6)
     reached, before = whole, 0
@@ -130,11 +139,7 @@ def units_to_prune(
         units = mask <= limit
         if int(units.sum()) > before:
             before = int(units.sum())
-            weights = channels.weights(channels.scale.masked_fill(units, 0))
-            right = torch.cat(
-                [functional_call(model, weights, (images,)).argmax(1) == labels for images, labels in held_out.chunks()]
-            )
-            reached = right.double().mean().item()
+            reached = accuracy_without(units)
         if round((whole - reached) * len(held_out)) <= allowed:
             chosen = limit
         log.record(f"{name}/pruned", before / len(mask), round(100 * limit))
@@ -147,6 +152,51 @@ def units_to_prune(
     log.record(f"{name}/threshold", chosen, 0)
     units = mask <= chosen
     return units[random_order(len(units), seed, units.device)] if prune_by == "random" else units
+
+
+@dataclass(frozen=True)
+class MaskPruning:
+    """Base of the methods that learn a mask of the channels and prune the lowest."""
+
+    prune_by: str = choice(
+        "held_out",
+        "how many channels go: as many as the held-out accuracy allows, those at or below "
+        "`threshold`, or `count`; `random` is a control: as many as `held_out` takes, at random",
+        PRUNE_BY,
+    )
+    tolerance: float = share(0.02, "largest loss of held-out accuracy through pruning", below=1)
+    held_out: float = share(
+        0.1, "share of the reserve that judges the pruning and is not learned from", above=0, below=1
+    )
+    threshold: float = share(0.2, "channels with a mask at or below it go, for `prune_by=threshold`")
+    count: int = count(0, "this many channels go, for `prune_by=count`")
+
+    def prune_lowest(
+        self,
+        model: Classifier,
+        norms: Sequence[Norm],
+        mask: Tensor,
+        judges: ImageSet,
+        *,
+        seed: int,
+        log: TrainingLog,
+        name: str,
+    ) -> None:
+        """Prune in place what the mask (U,) condemns; `judges` are the held-out images. See `units_to_prune`."""
+        units = units_to_prune(
+            model,
+            norms,
+            mask,
+            judges,
+            prune_by=self.prune_by,
+            threshold=self.threshold,
+            count=self.count,
+            tolerance=self.tolerance,
+            seed=seed,
+            log=log,
+            name=name,
+        )
+        prune(model, norms, units)
 
 
 def random_order(units: int, seed: int, device: torch.device) -> Tensor:
