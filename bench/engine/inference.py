@@ -64,7 +64,7 @@ class _Folded:
         for norm, convolution in self.pairs.items():
             layer = self.copy.get_submodule(norm)
             # timm's norms may hold a drop and an activation, which follow in this order.
-            rest = [part for part in (getattr(layer, "drop", None), getattr(layer, "act", None)) if part is not None]
+            rest = [module for name in ("drop", "act") if (module := getattr(layer, name, None)) is not None]
             self.copy.set_submodule(norm, nn.Sequential(*rest))
             folded = self.copy.get_submodule(convolution)
             assert isinstance(folded, nn.Conv2d)
@@ -94,13 +94,10 @@ _FOLDED: weakref.WeakKeyDictionary[nn.Module, _Folded] = weakref.WeakKeyDictiona
 
 def _fold(norm: Any, convolution: Any, folded: Any) -> None:
     """Write the weights of a convolution that does what the two do."""
-    scale = (norm.running_var + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     torch.mul(convolution.weight, scale[:, None, None, None], out=folded.weight)
-    shift = -norm.running_mean * scale
-    if convolution.bias is not None:
-        shift += convolution.bias * scale
-    folded.bias.copy_(shift if norm.bias is None else shift + norm.bias)
+    shift = norm.bias - norm.running_mean * scale
+    folded.bias.copy_(shift if convolution.bias is None else shift + convolution.bias * scale)
 
 
 def foldable(model: Classifier) -> dict[str, str]:
@@ -110,37 +107,18 @@ def foldable(model: Classifier) -> dict[str, str]:
     graph of the gradients tells.
     """
     names = {module: name for name, module in model.named_modules()}
-    written: dict[nn.Module, list[tuple[Tensor, int]]] = {}
-    read: dict[nn.Module, list[tuple[Tensor, int]]] = {}
-
-    def writes(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        written.setdefault(layer, []).append((output, output._version))
-
-    def reads(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        read.setdefault(layer, []).append((inputs[0], inputs[0]._version))
-
-    norms = [layer for layer in names if _has_statistics(layer)]
-    if not norms:
+    if not any(_has_statistics(layer) for layer in names):
         return {}
-    handles = [layer.register_forward_pre_hook(reads) for layer in norms]
-    handles += [layer.register_forward_hook(writes) for layer in names if type(layer) is nn.Conv2d]
-    black = torch.zeros(1, model.mean.shape[1], model.image_size, model.image_size, device=model.mean.device)
     passes = Classifier.passes
-    try:
-        with frozen(model), torch.enable_grad():
-            logits = model(black.requires_grad_(True))
-    finally:
-        Classifier.passes = passes
-        for handle in handles:
-            handle.remove()
-    readers = _readers(logits)
+    trace = model.trace(gradients=True)
+    Classifier.passes = passes
+    readers = _readers(trace.logits)
     pairs = {}
-    for norm, inputs in read.items():
-        for convolution, outputs in written.items():
-            if len(inputs) != 1 or len(outputs) != 1:
-                continue  # shared by two places of the network
-            (seen, seen_version), (output, version) = inputs[0], outputs[0]
-            if seen is output and seen_version == version and readers[output.grad_fn] == 1:
+    for norm in filter(_has_statistics, trace.read):
+        for convolution, outputs in trace.written.items():
+            is_plain = type(convolution) is nn.Conv2d  # others may compute their weights
+            is_used_once = len(outputs) == len(trace.read[norm]) == 1
+            if is_plain and is_used_once and trace.feeds(convolution, norm) and readers[outputs[0][0].grad_fn] == 1:
                 pairs[names[norm]] = names[convolution]
     return pairs
 

@@ -10,7 +10,7 @@ import sys
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import version
@@ -45,6 +45,23 @@ class Norm:
     def has_statistics(self) -> bool:
         """Whether the layer stores a running mean and variance, as batch norm does."""
         return getattr(self.layer, "running_var", None) is not None
+
+
+@dataclass
+class Trace:
+    """What the convolutions wrote and the norms read in one pass: each tensor with its version.
+
+    Another version is another content: an activation in place leaves the same tensor.
+    """
+
+    written: dict[nn.Conv2d, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    read: dict[nn.Module, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def feeds(self, convolution: nn.Conv2d, norm: nn.Module) -> bool:
+        """Is the first thing that the norm read what the convolution wrote?"""
+        seen, version = self.read[norm][0]
+        return any(output is seen and at == version for output, at in self.written[convolution])
 
 
 class Classifier(nn.Module):
@@ -120,30 +137,38 @@ class Classifier(nn.Module):
         The order of `modules()` says nothing of what feeds what: a shortcut's layers stand last and run first, and
         in a pre-activation block the norm stands in front of the convolution. So one black image is traced.
         """
-        written: list[tuple[Tensor, int, nn.Conv2d]] = []
-        read: dict[nn.Module, nn.Conv2d | None] = {}
+        trace = self.trace()
+        names = {layer: name for name, layer in self.named_modules()}
+        return [
+            Norm(names[layer], layer, next((conv for conv in trace.written if trace.feeds(conv, layer)), None))
+            for layer in trace.read
+        ]
+
+    def trace(self, gradients: bool = False) -> Trace:
+        """Which layers wrote and read which tensors in a pass of one black image, in eval mode.
+
+        Args:
+            gradients: record the graph behind the logits.
+        """
+        trace = Trace()
 
         def writes(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             assert isinstance(layer, nn.Conv2d)
-            written.append((output, output._version, layer))
+            trace.written.setdefault(layer, []).append((output, output._version))
 
         def reads(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            # Another version is another content: an activation in place leaves the same tensor.
-            sources = (conv for out, version, conv in written if out is inputs[0] and out._version == version)
-            read.setdefault(layer, next(sources, None))
+            trace.read.setdefault(layer, []).append((inputs[0], inputs[0]._version))
 
-        names = {layer: name for name, layer in self.named_modules()}
-        norms = [layer for layer in names if _is_norm(layer)]
-        handles = [layer.register_forward_pre_hook(reads) for layer in norms]
-        handles += [layer.register_forward_hook(writes) for layer in names if isinstance(layer, nn.Conv2d)]
+        handles = [layer.register_forward_pre_hook(reads) for layer in self.modules() if _is_norm(layer)]
+        handles += [layer.register_forward_hook(writes) for layer in self.modules() if isinstance(layer, nn.Conv2d)]
         black = torch.zeros(1, self.mean.shape[1], self.image_size, self.image_size, device=self.mean.device)
         try:
-            with frozen(self), torch.no_grad():
-                self(black)
+            with frozen(self), torch.set_grad_enabled(gradients):
+                trace.logits = self(black.requires_grad_(gradients))
         finally:
             for handle in handles:
                 handle.remove()
-        return [Norm(names[layer], layer, conv) for layer, conv in read.items()]
+        return trace
 
     @property
     def head(self) -> nn.Linear | nn.Conv2d:
