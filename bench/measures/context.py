@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attacks.base import Attack
 from bench.engine.data import Augmentation, ImageSet, generator, to_uint8
+from bench.engine.inference import inference_model
 from bench.engine.metrics import attack_success_rate, predict
 from bench.engine.models import Classifier
 from bench.engine.training import Tensors
@@ -76,11 +77,11 @@ class EvaluationContext:
         is_stamped = data is self.test and self.attacker.quantise
         if is_stamped and isinstance(shift, float) and shift == 0:
             return predict(model, self.triggered)
-        model.eval()
+        fast = inference_model(model)
         chunks = (
             self.triggered.chunks() if is_stamped else ((self.trigger(images), None) for images, _ in data.chunks())
         )
-        predictions = [model((images + shift).clamp(0, 1)).argmax(1) for images, _ in chunks]
+        predictions = [fast((images + shift).clamp(0, 1)).argmax(1) for images, _ in chunks]
         return torch.cat(predictions) if predictions else torch.empty(0, dtype=torch.int64)
 
     def success(self, model: nn.Module, data: ImageSet, shift: Tensor | float = 0.0) -> float | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from bench.engine import connection, reactivation, robustness
 from bench.engine.counts import images_of
 from bench.engine.data import ImageSet, generator, to_uint8
+from bench.engine.inference import inference_model
 from bench.engine.metrics import (
     accuracy,
     accuracy_by_class,
@@ -143,8 +144,9 @@ def _under_wrong_trigger(model: Classifier, case: EvaluationContext) -> float | 
     if case.attacker.quantise:
         return accuracy(predict(model, case.wrongly_triggered), case.test.labels)
     source = generator(case.seed, "wrong trigger", device=case.test.device)
+    fast = inference_model(model)
     predictions = [
-        model(case.attacker.wrong_trigger(images, case.tensors, source)).argmax(1) for images, _ in case.test.chunks()
+        fast(case.attacker.wrong_trigger(images, case.tensors, source)).argmax(1) for images, _ in case.test.chunks()
     ]
     return accuracy(torch.cat(predictions), case.test.labels)
 
