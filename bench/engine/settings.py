@@ -27,7 +27,7 @@ class Setting:
         about: its meaning, in one line.
         at_least, above, at_most, below: the ends of its range; None is open.
         choices: the values that it takes; empty where it is a number or free.
-        is_number: must it be a finite number? Lists are checked element by element.
+        is_number, is_whole: must it be a finite number, and a whole one? Lists are checked element by element.
         unit: `share` or `pixels`, where a value outside the range is probably in percent, or in levels of 255.
     """
 
@@ -38,6 +38,7 @@ class Setting:
     below: float | None = None
     choices: tuple[str, ...] = ()
     is_number: bool = False
+    is_whole: bool = False
     unit: str = ""
 
     def allows(self, value: Any) -> bool:
@@ -51,6 +52,8 @@ class Setting:
         if not self.is_number:
             return True
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        if self.is_whole and not isinstance(value, int):
             return False
         return (
             (self.at_least is None or value >= self.at_least)
@@ -80,7 +83,7 @@ class Setting:
             match = get_close_matches(str(value), self.choices, n=1)
             hint = f" Did you mean {match[0]!r}?" if match else ""
             return f"{name} is {value!r}; write {' or '.join(self.choices)}.{hint}"
-        wanted = ["a number"]
+        wanted = ["a whole number" if self.is_whole else "a number"]
         wanted += [f"at least {self.at_least:g}"] if self.at_least is not None else []
         wanted += [f"above {self.above:g}"] if self.above is not None else []
         wanted += [f"at most {self.at_most:g}"] if self.at_most is not None else []
@@ -112,15 +115,17 @@ def number(
     at_most: float | None = None,
     below: float | None = None,
     unit: str = "",
+    whole: bool = False,
     later: bool = False,
 ) -> Any:
     """Declare a finite number, or a list of them.
 
     Args:
+        unit: see `Setting`.
         later: it came after results had been computed; at its default the method does what it did before, and its
             identity does not name it, so that stored results stay found.
     """
-    setting = Setting(about, at_least, above, at_most, below, is_number=True, unit=unit)
+    setting = Setting(about, at_least, above, at_most, below, is_number=True, is_whole=whole, unit=unit)
     return _declared(default, setting, later)
 
 
@@ -128,13 +133,16 @@ def share(
     default: Any, about: str, *, above: float | None = None, below: float | None = None, later: bool = False
 ) -> Any:
     """Declare a share in [0, 1]; `above=0` and `below=1` leave an end out."""
-    ends = {
-        "at_least": 0.0 if above is None else None,
-        "above": above,
-        "at_most": 1.0 if below is None else None,
-        "below": below,
-    }
-    return number(default, about, **ends, unit="share", later=later)
+    return number(
+        default,
+        about,
+        at_least=0.0 if above is None else None,
+        above=above,
+        at_most=1.0 if below is None else None,
+        below=below,
+        unit="share",
+        later=later,
+    )
 
 
 def pixels(default: Any, about: str, *, above: float | None = None, later: bool = False) -> Any:
@@ -145,7 +153,7 @@ def pixels(default: Any, about: str, *, above: float | None = None, later: bool 
 
 def count(default: Any, about: str, *, at_least: int = 0, at_most: int | None = None, later: bool = False) -> Any:
     """Declare a whole number, or a list of them."""
-    return number(default, about, at_least=at_least, at_most=at_most, later=later)
+    return number(default, about, at_least=at_least, at_most=at_most, whole=True, later=later)
 
 
 def choice(default: str, about: str, options: Iterable[str], *, later: bool = False) -> Any:
@@ -158,9 +166,9 @@ def plain(default: Any, about: str, *, later: bool = False) -> Any:
     return _declared(default, Setting(about), later)
 
 
-def _common(declared: Callable[..., Any], about: str, **bounds: Any) -> Setting:
-    found: Setting = declared(None, about, **bounds).metadata["setting"]
-    return found
+def _common(declare: Callable[..., Any], about: str, **bounds: Any) -> Setting:
+    setting: Setting = declare(None, about, **bounds).metadata["setting"]
+    return setting
 
 
 # What settings of these names mean wherever they appear; a declaration of a method's own takes precedence.

@@ -16,11 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from attacks.base import attack
-from bench.engine import settings
 from bench.engine.datasets import dataset
 from bench.engine.errors import UserError
 from bench.engine.models import architectures
 from bench.engine.registry import did_you_mean
+from bench.engine.settings import check as check_settings
 from bench.experiment.load import as_list, update
 from bench.experiment.overrides import PER_CELL, to_override
 from bench.experiment.schema import Config
@@ -155,7 +155,7 @@ def _check_ranges(values: Any, cls: type, prefix: str = "") -> None:
     Raises:
         ValueError: with the setting, the value and what to write instead.
     """
-    settings.check(cls, values, prefix)
+    check_settings(cls, values, prefix)
     for group in fields(cls):
         if is_dataclass(group.default_factory):
             _check_ranges(values[group.name], group.default_factory, f"{prefix}{group.name}.")
