@@ -238,7 +238,8 @@ class Workbench:
         import torch
         import torch.nn.functional as F
 
-        from bench.engine.training import autocast, make_optimizer
+        from bench.engine.modes import autocast
+        from bench.engine.training import make_optimizer
 
         model = self.model()
         if compiled:
@@ -330,7 +331,7 @@ def _adversarial(bench: Workbench) -> Iterator[Timed]:
             attacked(floats), attacked(floats)
 
     robust = partial(robust_accuracy, attacked, images, **PGD, steps=20, seed=0)
-    yield Timed("accuracy under PGD-20, against its passes", robust, passes)
+    yield Timed("robust accuracy by PGD-20, against every step of every image", robust, passes)
 
 
 def _evaluation(bench: Workbench) -> Iterator[Timed]:
