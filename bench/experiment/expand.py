@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -139,10 +140,10 @@ def _check_used(cfg: DictConfig, trials: list[Trial], explicit: frozenset[str]) 
             "measure.relearn=true, of an attack that poisons",
         ),
     }
-    defaults = OmegaConf.structured(Config)
+    defaults = Config()
     for path, (is_read, reader) in readers.items():
         value = OmegaConf.select(cfg, path)
-        if path in explicit and not is_read and value != OmegaConf.select(defaults, path):
+        if path in explicit and not is_read and value != attrgetter(path)(defaults):
             raise UserError(f"{path}={to_override(value)} changes nothing here: it is read by {reader}; leave it out")
 
 
